@@ -1,0 +1,91 @@
+"""What the losses need to know of one rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vpd.types import Rollout, TeacherView
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A rollout with feedback: one completion behind two prompts.
+
+    Attributes:
+        rollout: index of the rollout in the batch.
+        group: index of its prompt in the batch, counted over all processes.
+        student_prompt: token ids.
+        teacher_prompt: token ids.
+        completion: token ids, the same for student and teacher; T of them.
+        is_success: whether the outcome counts as a success.
+        source: the kind of feedback.
+    """
+
+    rollout: int
+    group: int
+    student_prompt: list[int]
+    teacher_prompt: list[int]
+    completion: list[int]
+    is_success: bool
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sequenced:
+    """A prompt with a completion to imitate, both token ids."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+def whole_view(sequence: Sequenced) -> tuple[list[int], int]:
+    """The completion behind its prompt, and where it starts."""
+    return sequence.prompt + sequence.completion, len(sequence.prompt)
+
+
+def student_view(example: Example) -> tuple[list[int], int]:
+    """The completion behind the student's prompt, and where it starts."""
+    return example.student_prompt + example.completion, len(example.student_prompt)
+
+
+def teacher_view(example: Example) -> tuple[list[int], int]:
+    """The completion behind the teacher's prompt, and where it starts."""
+    return example.teacher_prompt + example.completion, len(example.teacher_prompt)
+
+
+def make_examples(
+    rollouts: Sequence[Rollout], is_success: Sequence[bool], views: Sequence[TeacherView | None]
+) -> list[Example]:
+    """The active rollouts: graded, with feedback, and with at least one token. The others take no part in any loss."""
+    return [
+        Example(
+            rollout=index,
+            group=rollout.group,
+            student_prompt=rollout.prompt_ids,
+            teacher_prompt=view.prompt_ids,
+            completion=rollout.completion_ids,
+            is_success=success,
+            source=view.source,
+        )
+        for index, (rollout, success, view) in enumerate(zip(rollouts, is_success, views, strict=True))
+        if view is not None and rollout.verdict is not None and rollout.completion_ids
+    ]
+
+
+def minibatches(examples: Sequence[Example], prompts: int | None, batch_prompts: int) -> list[list[Example]]:
+    """Cut a batch into minibatches of ``prompts`` prompts with all their rollouts.
+
+    Cut by the group's index over all processes, so that every process gets the same number of minibatches, some of
+    them empty where it has no active rollout.
+
+    Args:
+        examples: of this process.
+        prompts: per minibatch; None for one minibatch.
+        batch_prompts: prompts of the whole batch, over all processes.
+    """
+    size = prompts or batch_prompts
+    return [
+        [example for example in examples if start <= example.group < start + size]
+        for start in range(0, batch_prompts, size)
+    ]

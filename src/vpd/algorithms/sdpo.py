@@ -1,0 +1,25 @@
+"""Self-distillation policy optimisation (SDPO, arXiv 2601.20802) with the live teacher: the M-step alone.
+
+The teacher is the network itself behind the feedback prompt, as good as it happens to be: no outcome ever refines it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vpd.algorithms.example import Example
+from vpd.algorithms.m_step import MStepResult, distil
+from vpd.config import SDPO
+from vpd.policy.learner import Learner
+from vpd.runs.timing import Timer
+
+# The margin is reported at VPD's default temperature, so that the curves of the two compare.
+_MARGIN_BETA = 0.1
+
+
+def update(
+    learner: Learner, examples: Sequence[Example], settings: SDPO, batch_prompts: int, timer: Timer
+) -> MStepResult:
+    """One iteration's update: the M-step."""
+    with timer("m_step"):
+        return distil(learner, examples, settings, batch_prompts, _MARGIN_BETA)

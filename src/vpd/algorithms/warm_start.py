@@ -1,0 +1,162 @@
+"""The warm start: supervised steps on an environment's demonstrations before any reinforcement.
+
+Half of the sequences are plain (prompt, answer), half feedback-conditioned (teacher's prompt, answer): a small model
+cannot read feedback at first, and a teacher that cannot read is worse than its student. The feedback of a demonstration
+is what a rollout would have got: a wrong attempt and the demonstrated answer are judged as a group of two, and the
+answer is learned behind the attempt's teacher prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from vpd.algorithms.example import Sequenced, whole_view
+from vpd.config import ConfigError, WarmStartSettings
+from vpd.environments.base import Environment
+from vpd.environments.judging import judge_all
+from vpd.feedback import PromptBuilder, build_views
+from vpd.packing import PackedBatch
+from vpd.policy.cache import cache_dir
+from vpd.policy.learner import Learner
+from vpd.policy.load import load_policy, save_policy
+from vpd.policy.objectives import Imitate, Objective
+from vpd.types import Demonstration, Rollout, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class WarmStartResult:
+    """What the warm start did: ``steps`` is 0 where its result was found in the cache."""
+
+    sequences: int
+    steps: int
+    loss: float
+    seconds: float
+    folder: Path | None
+
+
+def demonstration_sequences(
+    environment: Environment, prompts: PromptBuilder, end_of_sequence: int, count: int, success_threshold: float
+) -> list[Sequenced]:
+    """Plain and feedback-conditioned sequences of ``count`` demonstrations.
+
+    Raises:
+        ConfigError: the environment has no demonstrations, or one of them is not a success.
+    """
+    demonstrations = environment.demonstrations(count)
+    if not demonstrations:
+        raise ConfigError(
+            "warm_start.demonstrations is set, but this environment has no demonstrations: set it to 0, or choose an "
+            "environment with worked answers."
+        )
+    groups = [_as_group(index, demonstration, prompts) for index, demonstration in enumerate(demonstrations)]
+    rollouts = [rollout for group in groups for rollout in group]
+    for rollout, verdict in zip(
+        rollouts, judge_all(environment, [(rollout.task, rollout.text) for rollout in rollouts]), strict=True
+    ):
+        rollout.verdict = verdict if isinstance(verdict, Verdict) else None
+    is_success = [r.verdict is not None and r.verdict.reward >= success_threshold for r in rollouts]
+    views = build_views(rollouts, is_success, prompts)
+    sequences = []
+    for index, demonstration in enumerate(demonstrations):
+        attempt, answer = 2 * index, 2 * index + 1
+        if not is_success[answer]:
+            raise ConfigError(f"The demonstration of task {demonstration.task.id} is not a success for its own judge.")
+        # The tokenizer reads the answer by itself, as it reads a rollout behind a prompt.
+        completion = prompts.completion(demonstration.completion, end_of_sequence)
+        sequences.append(Sequenced(rollouts[answer].prompt_ids, completion))
+        if (view := views[attempt]) is not None:
+            sequences.append(Sequenced(view.prompt_ids, completion))
+    return sequences
+
+
+def _as_group(index: int, demonstration: Demonstration, prompts: PromptBuilder) -> list[Rollout]:
+    prompt_ids = prompts.student(demonstration.task.prompt)
+    texts = [demonstration.attempt or demonstration.completion, demonstration.completion]
+    return [Rollout(demonstration.task, index, prompt_ids, [], [], False, text) for text in texts]
+
+
+def warm_start(
+    learner: Learner,
+    sequences: Sequence[Sequenced],
+    settings: WarmStartSettings,
+    tokenizer: PreTrainedTokenizerBase,
+) -> WarmStartResult:
+    """Train on the sequences, or take the weights that an equal warm start left in the cache.
+
+    A warm start that ends by the clock is not cached: its weights depend on the machine's speed.
+    """
+    start = time.perf_counter()
+    cached = settings.cache and settings.max_seconds is None
+    folder = cache_dir() / "warm-starts" / _key(learner, sequences, settings) if cached else None
+    if folder is not None and folder.is_dir():
+        _load_weights(learner.module.model, folder)
+        return WarmStartResult(len(sequences), 0, float("nan"), time.perf_counter() - start, folder)
+    losses = _train(learner, sequences, settings)
+    if folder is not None and learner.accelerator.is_main_process:
+        save_policy(learner.module.model, tokenizer, folder)
+    learner.accelerator.wait_for_everyone()
+    return WarmStartResult(len(sequences), len(losses), losses[-1], time.perf_counter() - start, folder)
+
+
+def _train(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStartSettings) -> list[float]:
+    parameters = [parameter for parameter in learner.policy.parameters() if parameter.requires_grad]
+    supervised = Learner(
+        policy=learner.policy,
+        optimizer=torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0),
+        accelerator=learner.accelerator,
+        settings=learner.settings,
+        temperature=1.0,
+    )
+    process, processes = learner.accelerator.process_index, learner.accelerator.num_processes
+    start = time.perf_counter()
+    losses: list[float] = []
+    for epoch in range(settings.epochs):
+        order = list(sequences)
+        random.Random(f"{settings.seed}-{epoch}").shuffle(order)
+        for first in range(0, len(order), settings.batch_size):
+            mine = order[first : first + settings.batch_size][process::processes]
+            (token_count,) = supervised.total(sum(len(sequence.completion) for sequence in mine))
+
+            def make_pass(part: list[Sequenced], count: int = int(token_count)) -> tuple[PackedBatch, Objective]:
+                return supervised.pack(part, whole_view), Imitate(count)
+
+            losses.append(supervised.optimise(supervised.micro_batches(mine, [whole_view]), make_pass).loss)
+            (out_of_time,) = supervised.total(
+                settings.max_seconds is not None and time.perf_counter() - start > settings.max_seconds
+            )
+            if out_of_time:
+                return losses
+    return losses
+
+
+def _key(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStartSettings) -> str:
+    """A name for the result: the weights before, the data, and the settings that shape it."""
+    digest = hashlib.sha256()
+    for name, parameter in learner.module.model.named_parameters():
+        sample = parameter.detach().flatten()
+        numbers = [float(sample.double().sum()), *sample[:: max(1, sample.numel() // 16)].tolist()]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad} {numbers}".encode())
+    digest.update(str([(sequence.prompt, sequence.completion) for sequence in sequences]).encode())
+    digest.update(json.dumps(settings.model_dump(), sort_keys=True).encode())
+    optim, accelerator = learner.settings, learner.accelerator
+    digest.update(f"{optim.max_grad_norm} {accelerator.mixed_precision} {accelerator.num_processes}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        return
+    dtype = next(model.parameters()).dtype
+    model.load_state_dict(load_policy(str(folder), dtype=dtype).model.state_dict())

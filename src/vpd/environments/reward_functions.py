@@ -1,0 +1,134 @@
+"""TRL's reward functions: importing them by name, calling them, reading what they return.
+
+A function is called as ``f(prompts=..., completions=..., **columns, log_extra=..., log_metric=...)`` with lists of one
+item, and returns a list of one float, None (it has nothing to say of this completion) or ``(reward, feedback)`` pair.
+TRL's ``completion_ids`` and ``trainer_state`` are not known where completions are judged and are not passed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from vpd.config import ConfigError
+
+RewardFunction: TypeAlias = Callable[..., Any]
+ALWAYS_PASSED = frozenset({"prompts", "completions", "log_extra", "log_metric"})
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one function said of one completion."""
+
+    reward: float | None
+    feedback: str | None
+
+
+class RewardCall:
+    """One reward function with its name and weight.
+
+    Args:
+        function: a callable or ``package.module:function``.
+        weight: of its reward in the sum.
+        columns: names of the data's columns, to check the signature.
+
+    Raises:
+        ConfigError: it cannot be imported or called, or wants an argument that nobody passes.
+    """
+
+    def __init__(self, function: RewardFunction | str, weight: float, columns: Set[str]) -> None:
+        self.function = import_function(function) if isinstance(function, str) else _check_callable(function)
+        self.name = function_name(self.function)
+        self.weight = weight
+        self.is_async = inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(
+            getattr(self.function, "__call__", None)  # noqa: B004
+        )
+        self._accepted = _accepted_arguments(self.function, self.name, columns | ALWAYS_PASSED)
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        """The raw result, awaitable for an async function."""
+        if self._accepted is not None:
+            arguments = {name: value for name, value in arguments.items() if name in self._accepted}
+        return self.function(**arguments)
+
+    def read(self, result: Any) -> Score:
+        """Read the raw result; raises TypeError where it is not one item for one completion."""
+        try:
+            items = list(result)
+        except TypeError:
+            items = None
+        if items is None or len(items) != 1:
+            got = type(result).__name__ if items is None else f"{len(items)} items"
+            raise TypeError(
+                f"The reward function {self.name} must return a list of one item per completion, got {got}."
+            )
+        reward, feedback = items[0] if isinstance(items[0], tuple | list) else (items[0], None)
+        if feedback is not None and not isinstance(feedback, str):
+            raise TypeError(f"The reward function {self.name} must give its feedback as text, got {feedback!r}.")
+        return Score(None if reward is None else float(reward), feedback)
+
+
+async def ready(result: Any) -> Any:
+    """The result, awaited if need be."""
+    return await result if isinstance(result, Awaitable) else result
+
+
+def import_function(name: str) -> RewardFunction:
+    """The object that ``package.module:function`` names."""
+    module_name, colon, path = name.partition(":")
+    if not (module_name and colon and path):
+        raise ConfigError(
+            f"data.reward_funcs takes functions as package.module:function, got {name!r}. "
+            f"(A reward model has to be wrapped in a function.)"
+        )
+    try:
+        value: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"The module of the reward function {name} could not be imported: {error}. "
+            f"A file of your own must be in the working directory or on PYTHONPATH."
+        ) from error
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise ConfigError(f"The module {module_name} has no {path} (data.reward_funcs: {name}).")
+        value = getattr(value, part)
+    return _check_callable(value)
+
+
+def function_name(function: RewardFunction) -> str:
+    """A name for logs: the function's, the wrapped function's, or the class's."""
+    if isinstance(function, functools.partial):
+        return function_name(function.func)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_callable(value: Any) -> RewardFunction:
+    # A torch module is callable too, but a reward model is called with token ids, not with these arguments.
+    if not callable(value) or hasattr(value, "forward"):
+        raise ConfigError(
+            f"A reward function must be a function of (prompts, completions, **columns), got {type(value).__name__}; "
+            f"a reward model has to be wrapped in one."
+        )
+    return value
+
+
+def _accepted_arguments(function: RewardFunction, name: str, passed: Set[str]) -> frozenset[str] | None:
+    """Names of the arguments that the function takes, or None where it takes all."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return None
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    missing = sorted(p.name for p in named.values() if p.default is p.empty and p.name not in passed)
+    if missing:
+        raise ConfigError(
+            f"The reward function {name} needs {', '.join(missing)}, which neither the data has as a column nor the "
+            f"judge passes (there are: {', '.join(sorted(passed))})."
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(named)

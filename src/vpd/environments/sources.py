@@ -1,0 +1,110 @@
+"""Reading rows of data: JSONL files, folders of them, and whatever ``datasets.load_dataset`` reads.
+
+Each row keeps its origin, so that an error can name the file and the line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vpd.config import ConfigError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row.
+
+    Attributes:
+        id: unique among the rows loaded together, such as ``train/12``.
+        origin: where it stands, for error messages.
+        values: its columns.
+    """
+
+    id: str
+    origin: str
+    values: Mapping[str, Any]
+
+
+def read_jsonl(path: Path, name: str) -> list[Row]:
+    """The rows of a JSONL file; blank lines are passed over. ``name`` begins the rows' ids.
+
+    Raises:
+        ConfigError: the file is missing or empty, or a line is not a JSON object (named by its number).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no data file {path}.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}.") from None
+    rows = []
+    # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            rows.append(Row(f"{name}/{number}", f"{path}, line {number}", _json_object(line, path, number)))
+    if not rows:
+        raise ConfigError(f"The data file {path} is empty.")
+    return rows
+
+
+def load_rows(path: str | Path) -> dict[str, list[Row]]:
+    """Rows by split: ``train``, and ``test`` where the source has one.
+
+    ``path`` is a JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or anything that
+    ``datasets.load_dataset`` takes (a hub id, a folder of parquet files); of its splits ``train`` and ``test`` are
+    used, or the only one as ``train``.
+
+    Raises:
+        ConfigError: there is nothing to read at ``path``, or it is malformed.
+    """
+    folder = Path(path)
+    if folder.is_dir() and (folder / "train.jsonl").is_file():
+        names = [name for name in ("train", "test") if (folder / f"{name}.jsonl").is_file()]
+        return {name: read_jsonl(folder / f"{name}.jsonl", name) for name in names}
+    if folder.is_file():
+        return {"train": read_jsonl(folder, "train")}
+    if folder.is_dir() or (HUB_ID.fullmatch(str(path)) and not str(path).endswith(".jsonl")):
+        return _load_dataset(str(path))
+    raise ConfigError(f"There is no data file or folder {path}, and it is not a Hugging Face dataset id either.")
+
+
+def rows_of(dataset: Iterable[Any], name: str, origin: str | None = None) -> list[Row]:
+    """The rows of a ``datasets.Dataset`` or of a list of dicts."""
+    return [Row(f"{name}/{index}", f"{origin or name}, row {index}", values) for index, values in enumerate(dataset)]
+
+
+def _load_dataset(path: str) -> dict[str, list[Row]]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(path)
+    except Exception as error:
+        raise ConfigError(
+            f"{path} is neither a JSONL file nor a folder with train.jsonl, and as a Hugging Face dataset it could "
+            f"not be loaded: {error}"
+        ) from error
+    names = [str(name) for name in splits]
+    if "train" not in names and len(names) > 1:
+        raise ConfigError(f"The dataset {path} has the splits {', '.join(names)}, but none named train.")
+    train = "train" if "train" in names else names[0]
+    rows = {"train": rows_of(splits[train], "train", f"{path}, split {train}")}
+    if "test" in names and train != "test":
+        rows["test"] = rows_of(splits["test"], "test", f"{path}, split test")
+    return rows
+
+
+def _json_object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {number} is not valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}, line {number} must be a JSON object, not {type(value).__name__}.")
+    return value

@@ -1,0 +1,185 @@
+"""Questions that are answered step by step, one step a line, and a reader that finds the first wrong line.
+
+The reward looks at the final answer alone; the lines are read for the feedback. Two datasets of reasoning-gym have
+steps that are the same for everybody: ``chain_sum`` (terms added and subtracted from left to right) and ``products``
+of two factors (by the digits of the second factor, ones first, then the partial results added up).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from vpd.environments.answers import first_line, parse_integer, quoted, split_at_answer, wrong_digits
+
+# Thirty digits are more than any task asks for, and keep int() away from runaway lines.
+NUMBER = r"\(?(-?[0-9,]{1,30})\)?"
+LINE = re.compile(rf"\s*{NUMBER}\s*([-+*])\s*{NUMBER}\s*=\s*{NUMBER}\s*\.?\s*")
+SIGNS = str.maketrans({"×": "*", "·": "*", "−": "-", "–": "-"})  # noqa: RUF001
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An operand that is the result of an earlier line (counted from 0)."""
+
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of a worked answer: an operation on numbers of the question or on earlier results."""
+
+    left: int | Result
+    operator: str
+    right: int | Result
+
+    def operands(self, results: list[int]) -> tuple[int, int]:
+        """The two numbers, given what the earlier lines came to."""
+        left, right = (results[x.line] if isinstance(x, Result) else x for x in (self.left, self.right))
+        return left, right
+
+
+@dataclass(frozen=True, slots=True)
+class WorkedForm:
+    """How a dataset's questions are worked.
+
+    Attributes:
+        instruction: asks for the form; the expression follows on the next line.
+        steps: reads an expression, and raises ValueError where the form does not fit it.
+    """
+
+    instruction: str
+    steps: Callable[[str], list[Step]]
+
+    def prompt(self, expression: str) -> str:
+        return f"{self.instruction}\n{expression}"
+
+
+def chain_sum_steps(expression: str) -> list[Step]:
+    """``47 + 38 - 56`` from left to right: one step fewer than there are terms."""
+    first, *rest = expression.split()
+    terms = list(zip(rest[::2], rest[1::2], strict=True))
+    if not terms:
+        raise ValueError("a chain sum needs two terms or more")
+    return [Step(Result(i - 1) if i else int(first), operator, int(term)) for i, (operator, term) in enumerate(terms)]
+
+
+def products_steps(expression: str) -> list[Step]:
+    """``47 * 38`` by the digits of the second factor from the ones on, zeros left out, then one sum a line."""
+    factors = [int(factor) for factor in expression.split(" * ")]
+    if len(factors) != 2 or min(factors) < 0:
+        raise ValueError("a worked product needs two factors that are not negative")
+    left, right = factors
+    parts = [int(digit) * 10**place for place, digit in enumerate(reversed(str(right))) if digit != "0"] or [0]
+    products = [Step(left, "*", part) for part in parts]
+    sums = [Step(Result(0 if i == 1 else len(parts) + i - 2), "+", Result(i)) for i in range(1, len(parts))]
+    return products + sums
+
+
+WORKED_FORMS: Mapping[str, WorkedForm] = {
+    "chain_sum": WorkedForm(
+        'Calculate from left to right, one step per line ("a + b = c"), then write "Answer: " and the number.',
+        chain_sum_steps,
+    ),
+    "products": WorkedForm(
+        'Multiply by each digit of the second number, ones first, one per line ("a * b = c"), then add the results, '
+        'one addition per line, then write "Answer: " and the number.',
+        products_steps,
+    ),
+}
+
+
+def write(steps: list[Step], changed_line: int | None = None, changed_result: int = 0) -> str:
+    """The worked answer; with ``changed_line`` that line comes to ``changed_result`` and the rest follows from it."""
+    results: list[int] = []
+    lines = []
+    for index, step in enumerate(steps):
+        left, right = step.operands(results)
+        results.append(changed_result if index == changed_line else OPERATIONS[step.operator](left, right))
+        lines.append(f"{left} {step.operator} {right} = {results[-1]}")
+    return "\n".join([*lines, f"Answer: {results[-1]}"])
+
+
+def write_wrong(steps: list[Step], rng: random.Random) -> str:
+    """A worked answer with one wrong digit in one line, continued consistently to a wrong answer."""
+    results: list[int] = []
+    for step in steps:
+        results.append(OPERATIONS[step.operator](*step.operands(results)))
+    line = rng.randrange(len(steps))
+    return write(steps, line, change_digit(results[line], rng))
+
+
+def change_digit(number: int, rng: random.Random) -> int:
+    """The number with one digit changed and as many digits as before."""
+    digits = list(str(abs(number)))
+    position = rng.randrange(len(digits))
+    leading = position == 0 and len(digits) > 1
+    choices = [digit for digit in ("123456789" if leading else "0123456789") if digit != digits[position]]
+    digits[position] = rng.choice(choices)
+    return int("".join(digits)) * (-1 if number < 0 else 1)
+
+
+def read(steps: list[Step], completion: str) -> str:
+    """What the lines of a worked answer are worth: each right line up to the first wrong one, and what is wrong there.
+
+    The text quotes the completion and names places of digits. It never states a number that the completion did not
+    write.
+    """
+    before, answer = split_at_answer(completion)
+    lines = [line for line in before.splitlines() if line.strip()]
+    results: list[int] = []
+    checked: list[str] = []
+    for index, line in enumerate(lines):
+        name = f"Line {index + 1}, {quoted(line)},"
+        error = _line_error(steps, index, line, results)
+        if error:
+            return " ".join([*checked, f"{name} is wrong: {error}."])
+        checked.append(f"{name} is right.")
+    if len(lines) < len(steps):
+        stop = f"after line {len(lines)}" if lines else "before the first line"
+        return " ".join([*checked, f"The steps stop {stop}: {'some are' if lines else 'all are'} missing."])
+    if answer is None:
+        return " ".join(checked)
+    if parse_integer(first_line(answer)) != results[-1]:
+        return " ".join([*checked, f"The final answer, {quoted(first_line(answer))}, does not match the last line."])
+    return " ".join([*checked, "Every step was checked. The final answer matches the last line."])
+
+
+def _line_error(steps: list[Step], index: int, line: str, results: list[int]) -> str | None:
+    """What is wrong with a line whose predecessors are right; None for a right line, whose result is then noted."""
+    match = LINE.fullmatch(line.translate(SIGNS))
+    if match is None:
+        return "it does not have the form of a step"
+    if index >= len(steps):
+        return "it is one step too many"
+    left_text, operator, right_text, result_text = match.groups()
+    numbers = [parse_integer(text) for text in (left_text, right_text, result_text)]
+    if None in numbers:
+        return "it does not have the form of a step"
+    left, right, result = (number for number in numbers if number is not None)
+    step = steps[index]
+    wanted = step.operands(results)
+    swapped = operator != "-" and (right, left) == wanted
+    if operator != step.operator or ((left, right) != wanted and not swapped):
+        return _operand_error(step, wanted, left, right, operator)
+    value = OPERATIONS[operator](left, right)
+    if result != value:
+        return f"in the result of its arithmetic, {wrong_digits(result, value)}"
+    results.append(result)
+    return None
+
+
+def _operand_error(step: Step, wanted: tuple[int, int], left: int, right: int, operator: str) -> str:
+    earlier = isinstance(step.left, Result), isinstance(step.right, Result)
+    if (earlier[0] and left != wanted[0]) or (earlier[1] and right != wanted[1]):
+        return "it does not continue from the result of " + ("the lines before" if all(earlier) else "the line before")
+    if operator != step.operator:
+        return "it does not have the operation that comes next in the question"
+    return "a number was skipped or miscopied"

@@ -1,0 +1,83 @@
+"""avg@k on a set of tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from accelerate.utils import gather_object
+
+from vpd.config import EvalSettings
+from vpd.evaluation.intervals import bootstrap_interval, wilson_interval
+from vpd.rollout.sampler import RolloutSampler
+from vpd.types import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracy over a set of tasks.
+
+    Attributes:
+        accuracy: mean share of successes among a task's k completions (avg@k), in [0, 1].
+        low, high: 95% interval; Wilson's for one completion a task, else a bootstrap over tasks.
+        n: tasks graded.
+        ungraded: tasks of which no completion could be graded; left out.
+        seconds: of sampling and judging.
+        outcomes: the share of successes of each task id, for paired comparisons.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+    ungraded: int
+    seconds: float
+    outcomes: dict[str, float]
+
+    def summary(self) -> dict[str, float | int]:
+        """The numbers without the outcomes."""
+        return {name: getattr(self, name) for name in ("accuracy", "low", "high", "n", "ungraded", "seconds")}
+
+
+def evaluate(
+    sampler: RolloutSampler,
+    tasks: Sequence[Task],
+    settings: EvalSettings,
+    success_threshold: float,
+    seed: int,
+    process: int = 0,
+    processes: int = 1,
+) -> Evaluation:
+    """Sample ``settings.k`` completions for each task, judge them, and average.
+
+    Args:
+        sampler: engine, prompts and judge.
+        tasks: all of them; each process answers its part and all get the whole result.
+        settings: k, temperature and top-p.
+        success_threshold: the reward from which a completion succeeds.
+        seed: of the completions.
+        process, processes: this process's place among all.
+    """
+    start = time.perf_counter()
+    mine = list(tasks[process::processes])
+    rollouts = sampler.sample(
+        mine, settings.k, seed=seed + process, temperature=settings.temperature, top_p=settings.top_p
+    )
+    own: dict[str, list[float]] = {task.id: [] for task in mine}
+    for rollout in rollouts:
+        if rollout.verdict is not None:
+            own[rollout.task.id].append(float(rollout.verdict.reward >= success_threshold))
+    gathered: list[tuple[str, list[float]]] = gather_object(list(own.items())) if processes > 1 else list(own.items())
+    outcomes = {id: sum(values) / len(values) for id, values in gathered if values}
+    shares = list(outcomes.values())
+    interval = wilson_interval(sum(shares), len(shares)) if settings.k == 1 else bootstrap_interval(shares)
+    return Evaluation(
+        accuracy=sum(shares) / len(shares) if shares else float("nan"),
+        low=interval[0],
+        high=interval[1],
+        n=len(shares),
+        ungraded=len(gathered) - len(shares),
+        seconds=time.perf_counter() - start,
+        outcomes=outcomes,
+    )

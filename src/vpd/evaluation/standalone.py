@@ -1,0 +1,39 @@
+"""Evaluation of a model outside a training run."""
+
+from __future__ import annotations
+
+import torch
+
+from vpd.config import ConfigError, VPDConfig
+from vpd.environments import Split, make_environment
+from vpd.evaluation.accuracy import Evaluation, evaluate
+from vpd.feedback import PromptBuilder
+from vpd.policy.load import eos_token_ids, load_policy
+from vpd.rollout.local import LocalEngine
+from vpd.rollout.sampler import RolloutSampler
+
+
+def evaluate_standalone(settings: VPDConfig, split: Split, limit: int | None) -> Evaluation:
+    """Load ``settings.model`` and evaluate it on a split of ``settings.data``.
+
+    Raises:
+        ConfigError: there is no ``[data]`` section, or the model cannot be loaded.
+    """
+    if settings.data is None:
+        raise ConfigError("There are no tasks: the config has no [data] section.")
+    environment = make_environment(settings.data)
+    loaded = load_policy(settings.model.name, dtype=getattr(torch, settings.model.dtype))
+    if torch.cuda.is_available():
+        loaded.model.to("cuda")  # pyright: ignore[reportArgumentType]
+    sampler = RolloutSampler(
+        LocalEngine(loaded.model, loaded.tokenizer, settings.rollout.dtype, settings.rollout.batch_size),
+        loaded.tokenizer,
+        environment,
+        PromptBuilder(
+            loaded.tokenizer, settings.feedback, settings.rollout.max_prompt_length, settings.model.chat_template_kwargs
+        ),
+        settings.rollout,
+        eos_token_ids(loaded.model, loaded.tokenizer),
+    )
+    tasks = list(environment.tasks(split))[:limit]
+    return evaluate(sampler, tasks, settings.eval, settings.algorithm.success_threshold, seed=settings.run.seed)

@@ -1,0 +1,65 @@
+"""Numbers about a batch of rollouts, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+from vpd.types import Rollout, TeacherView
+
+
+def batch_statistics(
+    rollouts: Sequence[Rollout],
+    is_success: Sequence[bool],
+    views: Sequence[TeacherView | None],
+    total: Callable[..., list[float]],
+    largest: Callable[[float], float],
+) -> dict[str, float | None]:
+    """Rewards, activity, lengths and repetition of a batch.
+
+    Args:
+        rollouts: of this process, those of one group next to each other.
+        is_success: B flags.
+        views: B teacher prompts, None where a rollout has no feedback.
+        total: sums numbers over processes.
+        largest: the largest of a number over processes.
+    """
+    graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
+    groups = [[is_success[i] for i in group] for _, group in groupby(graded, key=lambda i: rollouts[i].group)]
+    lengths = [len(rollout.completion_ids) for rollout in rollouts]
+    count, graded_count, reward, successes, active, length, truncated, repetition = total(
+        len(rollouts),
+        len(graded),
+        sum(verdict.reward for i in graded if (verdict := rollouts[i].verdict) is not None),
+        sum(is_success[i] for i in graded),
+        sum(view is not None for view in views),
+        sum(lengths),
+        sum(rollout.truncated for rollout in rollouts),
+        sum(repeated_share(rollout.completion_ids) for rollout in rollouts),
+    )
+    group_count, all_success, all_failure, lone_success = total(
+        len(groups),
+        sum(all(group) for group in groups),
+        sum(not any(group) for group in groups),
+        sum(sum(group) == 1 for group in groups),
+    )
+    return {
+        "reward": reward / graded_count if graded_count else None,
+        "success_rate": successes / graded_count if graded_count else None,
+        "active_share": active / count,
+        "without_feedback": graded_count - active,
+        "ungraded": count - graded_count,
+        "all_success_groups": all_success / group_count if group_count else None,
+        "all_failure_groups": all_failure / group_count if group_count else None,
+        "lone_success_groups": lone_success / group_count if group_count else None,
+        "length_mean": length / count,
+        "length_max": largest(max(lengths, default=0)),
+        "truncated_share": truncated / count,
+        "repetition": repetition / count,
+    }
+
+
+def repeated_share(token_ids: Sequence[int]) -> float:
+    """Share of a completion's 3-grams that occurred before in it, in [0, 1)."""
+    trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
+    return 1.0 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0

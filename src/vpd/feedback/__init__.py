@@ -1,0 +1,7 @@
+"""Verdicts -> teacher prompts."""
+
+from vpd.feedback.build import build_views
+from vpd.feedback.prompts import PromptBuilder
+from vpd.feedback.texts import FeedbackTexts, choose_texts
+
+__all__ = ["FeedbackTexts", "PromptBuilder", "build_views", "choose_texts"]

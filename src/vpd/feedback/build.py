@@ -1,0 +1,38 @@
+"""A batch of judged rollouts -> the teacher's prompt of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from vpd.feedback.prompts import PromptBuilder
+from vpd.feedback.texts import choose_texts, permute_across_groups
+from vpd.types import Rollout, TeacherView
+
+
+def build_views(
+    rollouts: Sequence[Rollout], is_success: Sequence[bool], prompts: PromptBuilder
+) -> list[TeacherView | None]:
+    """Build the teacher's prompt of each rollout.
+
+    Args:
+        rollouts: B rollouts, those of one group next to each other. An ungraded one (no verdict) takes no part: it
+            gets no view and is nobody's sibling.
+        is_success: B flags.
+        prompts: templates and limits.
+
+    Returns:
+        B entries; None where there is no feedback.
+    """
+    texts = []
+    graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
+    for _, members in groupby(graded, key=lambda index: rollouts[index].group):
+        group = list(members)
+        texts += choose_texts([rollouts[i] for i in group], [is_success[i] for i in group], prompts.settings)
+    if prompts.settings.permute:
+        texts = permute_across_groups(texts, [rollouts[i].group for i in graded])
+    views: list[TeacherView | None] = [None] * len(rollouts)
+    for index, text in zip(graded, texts, strict=True):
+        if text is not None:
+            views[index] = prompts.teacher(rollouts[index].task.prompt, text)
+    return views

@@ -1,0 +1,153 @@
+"""Chat prompts as token ids, with feedback inserted as data: it can neither open a chat turn nor push the question out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vpd.config import ConfigError, FeedbackSettings, Templates
+from vpd.feedback.texts import FeedbackTexts
+from vpd.types import Messages, TeacherView
+
+_ELISION = "\n[...]\n"
+
+
+class PromptBuilder:
+    """Turns tasks and feedback texts into the student's and the teacher's prompts.
+
+    Args:
+        tokenizer: with a chat template.
+        settings: templates and the teacher's limit.
+        max_prompt_length: limit of the student's prompt, in tokens.
+        chat_template_kwargs: for the chat template, the same for student and teacher: a thinking mode that is on in
+            one prompt and off in the other would make their first tokens incomparable.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: FeedbackSettings,
+        max_prompt_length: int,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.max_prompt_length = max_prompt_length
+        self.chat_template_kwargs = chat_template_kwargs or {}
+
+    def student(self, prompt: Messages) -> list[int]:
+        """The task's chat as token ids, ready for the completion to follow.
+
+        Raises:
+            ConfigError: it is longer than ``max_prompt_length``.
+        """
+        ids = self._encode(self._render(prompt))
+        if len(ids) > self.max_prompt_length:
+            raise ConfigError(
+                f"A prompt has {len(ids)} tokens, more than rollout.max_prompt_length = {self.max_prompt_length}: "
+                f"raise the limit or drop the task. It begins: {str(prompt[-1].get('content'))[:80]!r}."
+            )
+        return ids
+
+    def teacher(self, prompt: Messages, texts: FeedbackTexts) -> TeacherView:
+        """The task's chat with solution and feedback appended to its last user message.
+
+        The texts are tokenised apart from the chat, special tokens inside them as plain text. Where the whole is
+        longer than ``settings.max_prompt_length``, only the texts are shortened, in their middle.
+
+        Raises:
+            ConfigError: the chat without the texts is already longer than the limit, or has no last user message.
+        """
+        pieces, slots = self._teacher_pieces(prompt, texts)
+        encoded = [self._encode(piece, as_data=index in slots) for index, piece in enumerate(pieces)]
+        fixed = sum(len(ids) for index, ids in enumerate(encoded) if index not in slots)
+        room = self.settings.max_prompt_length - fixed
+        if room < 0:
+            raise ConfigError(
+                f"The teacher's prompt has {fixed} tokens before any feedback, more than feedback.max_prompt_length = "
+                f"{self.settings.max_prompt_length}: raise the limit or drop the task."
+            )
+        elision = self._encode(_ELISION, as_data=True)
+        for index, share in zip(slots, fair_shares([len(encoded[i]) for i in slots], room), strict=True):
+            encoded[index] = elide_middle(encoded[index], share, elision)
+        ids = [token for piece in encoded for token in piece]
+        return TeacherView(ids, self.tokenizer.decode(ids), texts.source)
+
+    def completion(self, text: str, end_of_sequence: int) -> list[int]:
+        """An answer as the token ids that the policy would write, closed by ``end_of_sequence``."""
+        return [*self._encode(text, as_data=True), end_of_sequence]
+
+    def _teacher_pieces(self, prompt: Messages, texts: FeedbackTexts) -> tuple[list[str], list[int]]:
+        """The rendered chat, cut at the slots: all pieces, and the indices of those that are slot texts."""
+        if not prompt or prompt[-1].get("role") != "user":
+            raise ConfigError("A task's prompt must end with a user message, since feedback is appended to it.")
+        marks = {"solution": _unused_mark("solution", prompt), "feedback": _unused_mark("feedback", prompt)}
+        templates = self.settings.templates
+        content = _fill(
+            templates.prompt,
+            prompt=str(prompt[-1]["content"]),
+            solution=_section(templates.solution, texts.solution, marks["solution"]),
+            feedback=_section(_feedback_template(templates, texts), texts.feedback, marks["feedback"]),
+        )
+        rendered = self._render([*prompt[:-1], {**prompt[-1], "content": content}])
+        values = {marks["solution"]: texts.solution, marks["feedback"]: texts.feedback}
+        pieces, slots = [], []
+        for piece in re.split(f"({'|'.join(map(re.escape, marks.values()))})", rendered):
+            if piece in values:
+                slots.append(len(pieces))
+            pieces.append(values.get(piece, piece) or "")
+        return pieces, slots
+
+    def _render(self, messages: Messages) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+        )
+
+    def _encode(self, text: str, *, as_data: bool = False) -> list[int]:
+        # The chat template writes the special tokens itself, so the tokenizer must add none.
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"])
+
+
+def fair_shares(lengths: list[int], room: int) -> list[int]:
+    """Split ``room`` among texts so that short ones stay whole and long ones get equal parts."""
+    shares = [0] * len(lengths)
+    left = room
+    for rank, index in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        shares[index] = min(lengths[index], left // (len(lengths) - rank))
+        left -= shares[index]
+    return shares
+
+
+def elide_middle(ids: list[int], limit: int, elision: list[int]) -> list[int]:
+    """At most ``limit`` of the tokens: the beginning and the end with a mark between, or the beginning alone."""
+    if len(ids) <= limit:
+        return ids
+    kept = limit - len(elision)
+    if kept < 2:
+        return ids[:limit]
+    return [*ids[: kept - kept // 2], *elision, *ids[len(ids) - kept // 2 :]]
+
+
+def _feedback_template(templates: Templates, texts: FeedbackTexts) -> str:
+    return templates.feedback_on_success if texts.is_success else templates.feedback_on_failure
+
+
+def _section(template: str, text: str | None, mark: str) -> str:
+    return "" if text is None else template.replace("{text}", mark)
+
+
+def _fill(template: str, **values: str) -> str:
+    # One pass, so that braces inside the question are left alone.
+    return re.sub(r"\{(prompt|solution|feedback)\}", lambda match: values[match[1]], template)
+
+
+def _unused_mark(name: str, prompt: Messages) -> str:
+    text = str(prompt)
+    number = 0
+    while (mark := f"[[{name}-slot-{number}]]") in text:
+        number += 1
+    return mark

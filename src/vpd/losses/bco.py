@@ -1,0 +1,106 @@
+"""Teacher refinement of the E-step: unpaired binary classifier optimisation (BCO) of the implicit reward.
+
+    r~(x, y, C) = beta * [ log q(y | x, C) - log pi_prior(y | x) ]
+    L_E = - mean_{successes} log sigmoid(r~ - delta) - mean_{failures} log sigmoid(-(r~ - delta))
+    delta = 1/2 (mean r~ over successes + mean r~ over failures)
+
+(VPD, arXiv 2605.15113, E-step and Algorithm 1.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def implicit_rewards(teacher_log_probs: Tensor, prior_log_probs: Tensor, beta: float | Tensor) -> Tensor:
+    """r~ = beta * [log q(y|x,C) - log pi_prior(y|x)], in fp32.
+
+    Args:
+        teacher_log_probs: [B], sums over each rollout's tokens; carries the gradient.
+        prior_log_probs: [B], the same under the prior; constant.
+        beta: temperature of the implicit reward, one number, or [B] where it depends on the rollout's length.
+
+    Returns:
+        [B].
+    """
+    return beta * (teacher_log_probs.float() - prior_log_probs.detach().float())
+
+
+def reward_shift(implicit_rewards: Tensor, is_success: Tensor) -> Tensor:
+    """delta: the midpoint between the mean implicit reward of successes and that of failures, without gradient.
+
+    It weighs the classes evenly, however many rollouts each has. Call it on the whole E-batch, gathered over ranks.
+
+    Args:
+        implicit_rewards: [B].
+        is_success: [B], bool.
+
+    Returns:
+        Scalar in fp32.
+
+    Raises:
+        ValueError: a class is absent; the midpoint is then undefined, and the E-step has nothing to tell apart.
+    """
+    _check_rows(implicit_rewards, is_success)
+    rewards = implicit_rewards.detach().float()
+    successes, failures = rewards[is_success], rewards[~is_success]
+    if len(successes) == 0 or len(failures) == 0:
+        raise ValueError(
+            f"The reward shift needs successes and failures, got {len(successes)} and {len(failures)}; "
+            "skip the E-step of a batch that holds only one class."
+        )
+    return (successes.mean() + failures.mean()) / 2
+
+
+def bco_loss(
+    implicit_rewards: Tensor,
+    is_success: Tensor,
+    reward_shift: float | Tensor,
+    *,
+    success_count: int | None = None,
+    failure_count: int | None = None,
+) -> Tensor:
+    """L_E = - mean_{successes} log sigmoid(r~ - delta) - mean_{failures} log sigmoid(-(r~ - delta)).
+
+    Each class's sum is divided by its global count, so that the losses (and gradients) of micro-batches and ranks add
+    up to those of the whole batch. A class that is absent contributes nothing; with no rows at all the loss is a zero
+    that is joined to the graph.
+
+    Args:
+        implicit_rewards: [B], carries the gradient.
+        is_success: [B], bool.
+        reward_shift: delta, constant; a tensor is detached.
+        success_count: successes of the whole E-batch, over micro-batches and ranks; None means those in this batch.
+        failure_count: failures of the same.
+
+    Returns:
+        Scalar in fp32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or a global count below the count in this batch.
+    """
+    _check_rows(implicit_rewards, is_success)
+    successes_here = int(is_success.sum())
+    failures_here = len(is_success) - successes_here
+    success_count = successes_here if success_count is None else success_count
+    failure_count = failures_here if failure_count is None else failure_count
+    if success_count < successes_here or failure_count < failures_here:
+        raise ValueError(
+            f"The batch holds {successes_here} successes and {failures_here} failures, more than the global counts "
+            f"{success_count} and {failure_count}; pass counts over all micro-batches and ranks."
+        )
+    shift = reward_shift.detach().float() if isinstance(reward_shift, Tensor) else reward_shift
+    margins = implicit_rewards.float() - shift
+    losses = -F.logsigmoid(torch.where(is_success, margins, -margins))
+    # An absent class has no row to divide, so its count of 0 may stand as 1.
+    return losses[is_success].sum() / max(success_count, 1) + losses[~is_success].sum() / max(failure_count, 1)
+
+
+def _check_rows(implicit_rewards: Tensor, is_success: Tensor) -> None:
+    if implicit_rewards.dim() != 1 or is_success.shape != implicit_rewards.shape or is_success.dtype != torch.bool:
+        raise ValueError(
+            "implicit_rewards must be [rollouts] and is_success a bool tensor of the same shape, "
+            f"got {tuple(implicit_rewards.shape)} and {tuple(is_success.shape)} of {is_success.dtype}."
+        )

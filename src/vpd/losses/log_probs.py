@@ -1,0 +1,95 @@
+"""Log-probabilities of given tokens, differentiable, without a (tokens x vocabulary) tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vpd.losses.head import DEFAULT_CHUNK_SIZE, Head, HeadGradient, check_hidden, check_settings, chunks
+
+
+def token_log_probs(
+    hidden: Tensor, head: Head, targets: Tensor, *, temperature: float = 1.0, chunk_size: int = DEFAULT_CHUNK_SIZE
+) -> Tensor:
+    """log softmax(logits / temperature) of each token's target: log pi(y_t | x, y_<t), the summands of the E-step's
+    log-ratio (VPD, arXiv 2605.15113).
+
+    Each token may get a gradient of its own, which is not known in forward; backward therefore makes each chunk's
+    logits again, one more matmul, rather than keep them.
+
+    Args:
+        hidden: [T, H], any float dtype; position t predicts ``targets[t]`` (the shift by one is the caller's).
+        head: maps hidden states to logits.
+        targets: [T], int64, each in [0, V).
+        temperature: divides the logits.
+        chunk_size: tokens whose logits exist at a time.
+
+    Returns:
+        [T] in fp32, in nats.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a setting out of range, or a target outside of the vocabulary
+            (found here on CPU only: on an accelerator the check would wait for the device).
+    """
+    check_settings(temperature, chunk_size)
+    check_hidden("hidden", hidden, head)
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets must be [{hidden.shape[0]}] of int64, one token id for each hidden state, "
+            f"got {tuple(targets.shape)} of {targets.dtype}."
+        )
+    if targets.device.type == "cpu" and len(targets) > 0:
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= head.vocabulary_size:
+            raise ValueError(
+                f"targets must be token ids from 0 to {head.vocabulary_size - 1}, got values from {low} to {high}; "
+                "leave out masked positions (such as -100) before the call."
+            )
+    return _TokenLogProbs.apply(hidden, head.weight, head.bias, targets, head, temperature, chunk_size)  # type: ignore[return-value]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: Head,
+        temperature: float,
+        chunk_size: int,
+    ) -> Tensor:
+        ctx.head, ctx.temperature, ctx.chunk_size = head, temperature, chunk_size
+        head = head.detached_float32()
+        target_logits = torch.empty(hidden.shape[0], device=hidden.device)
+        log_normaliser = torch.empty_like(target_logits)
+        for rows in chunks(hidden.shape[0], chunk_size):
+            logits = head.logits(hidden[rows], temperature)
+            target_logits[rows] = logits.gather(1, targets[rows, None])[:, 0]
+            log_normaliser[rows] = logits.logsumexp(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser)
+        return target_logits - log_normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_normaliser = ctx.saved_tensors
+        head = Head(weight, bias, ctx.head.scale, ctx.head.softcap).detached_float32()
+        gradient = HeadGradient(head, hidden, ctx.needs_input_grad[:3], ctx.temperature)
+        for rows in chunks(hidden.shape[0], ctx.chunk_size):
+            hidden_chunk = hidden[rows].float()
+            logits = head.logits(hidden_chunk, ctx.temperature)
+            # Negative of d log p(target) / d logits, with the sign on the row weights: softmax - one_hot.
+            grad_logits = torch.sub(logits, log_normaliser[rows, None]).exp_()
+            grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[rows]] -= 1.0
+            gradient.add_chunk(rows, hidden_chunk, logits, grad_logits, -grad_log_probs[rows])
+        dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        gradients = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip((gradient.hidden, gradient.weight, gradient.bias), dtypes, strict=True)
+        )
+        return *gradients, None, None, None, None

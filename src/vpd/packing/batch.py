@@ -1,0 +1,156 @@
+"""Token sequences -> one packed batch, and what is scored in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vpd.packing.layout import PackedLayout
+from vpd.packing.trie import Tokens, build_trie
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One sequence of an unshared batch, as the model reads it: ids and positions [1, L], and where they came from."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """T packed tokens of several sequences, and the S completion tokens that are scored.
+
+    The tokens are the distinct prefix tokens of every sequence without its last token: nothing is scored after the last
+    one, so its hidden state is not needed. A sequence without completion tokens adds none.
+
+    Attributes:
+        input_ids: [T] token ids.
+        position_ids: [T] position of each token in its sequences.
+        targets: [S] ids of the completion tokens, sequence after sequence.
+        predictor: [S] packed index of the token whose hidden state predicts the target.
+        sequence: [S] which of the given sequences the target belongs to, ascending.
+        layout: what packed attention needs.
+        sequence_count: how many sequences were given.
+        padded_token_count: what a padded batch would compute: sequences times the longest one's tokens.
+        row_lengths: lengths of the sequences laid end to end if prefixes are not shared, else None.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    predictor: Tensor
+    sequence: Tensor
+    layout: PackedLayout
+    sequence_count: int
+    padded_token_count: int
+    row_lengths: tuple[int, ...] | None = None
+
+    @property
+    def token_count(self) -> int:
+        """T: the tokens that the model computes."""
+        return self.input_ids.numel()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is scored and so nothing computed (T = S = 0); a model cannot run on it."""
+        return self.token_count == 0
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch with its tensors on the device. The layout is shared; its masks are made where the model is."""
+        names = ("input_ids", "position_ids", "targets", "predictor", "sequence")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keywords for one forward of a model with packed attention; its hidden states come out as [1, T, H]."""
+        # Any four-dimensional mask is taken as ready-made by transformers, which then makes none. It is never read.
+        stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
+        return {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.position_ids[None],
+            "attention_mask": stand_in,
+            "packed": self.layout,
+            "use_cache": False,
+        }
+
+    def rows(self) -> Iterator[PackedRow]:
+        """The sequences one at a time, for a model that carries state across tokens.
+
+        Raises:
+            ValueError: the batch shares prefixes.
+        """
+        if self.row_lengths is None:
+            raise ValueError(
+                "This batch shares prefixes, so it has no rows. Make it with pack(..., share_prefixes=False)."
+            )
+        start = 0
+        for length in self.row_lengths:
+            stop = start + length
+            yield PackedRow(self.input_ids[None, start:stop], self.position_ids[None, start:stop], start, stop)
+            start = stop
+
+
+def pack(sequences: Sequence[Tokens], completion_starts: Sequence[int], *, share_prefixes: bool = True) -> PackedBatch:
+    """Pack prompt-and-completion sequences into one batch, on the CPU.
+
+    Args:
+        sequences: token ids, prompt and completion; they may belong to different groups.
+        completion_starts: index of each sequence's first completion token, from 1 to its length (no completion).
+        share_prefixes: compute each distinct prefix once; False lays the sequences end to end, for models that cannot
+            be packed.
+
+    Raises:
+        ValueError: a completion starts before the second token or after the sequence's end.
+    """
+    for i, (sequence, start) in enumerate(zip(sequences, completion_starts, strict=True)):
+        if not 1 <= start <= len(sequence):
+            raise ValueError(
+                f"Sequence {i} has {len(sequence)} tokens and its completion starts at {start}; it must start between "
+                "1 (a token needs one before it that predicts it) and the sequence's length."
+            )
+    scored = [i for i, start in enumerate(completion_starts) if start < len(sequences[i])]
+    arrays = {i: np.asarray(sequences[i], dtype=np.int64) for i in scored}
+    trie = build_trie([arrays[i][:-1] for i in scored], share_prefixes=share_prefixes)
+    counts = [len(arrays[i]) - completion_starts[i] for i in scored]
+    return PackedBatch(
+        input_ids=torch.from_numpy(trie.tokens),
+        position_ids=torch.from_numpy(trie.depth),
+        targets=_concatenate([arrays[i][completion_starts[i] :] for i in scored]),
+        predictor=_concatenate([path[completion_starts[i] - 1 :] for i, path in zip(scored, trie.paths, strict=True)]),
+        sequence=torch.from_numpy(np.repeat(np.asarray(scored, dtype=np.int64), counts)),
+        layout=PackedLayout(trie),
+        sequence_count=len(sequences),
+        padded_token_count=len(sequences) * max((len(sequence) for sequence in sequences), default=0),
+        row_lengths=None if share_prefixes else tuple(len(path) for path in trie.paths),
+    )
+
+
+def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
+    """Last hidden states [T, H] of a backbone (a model without its head), in the batch's packed order.
+
+    A batch that shares prefixes needs :func:`enable_packed_attention`; one that does not is run row by row.
+    ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``.
+
+    Raises:
+        ValueError: the batch is empty.
+    """
+    if batch.is_empty:
+        raise ValueError("The packed batch is empty: there is nothing to compute. Check `batch.is_empty` first.")
+    if batch.row_lengths is None:
+        return backbone(**batch.model_inputs()).last_hidden_state[0]
+    rows = [
+        backbone(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).last_hidden_state[0]
+        for row in batch.rows()
+    ]
+    return torch.cat(rows)
+
+
+def _concatenate(arrays: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64))

@@ -1,0 +1,148 @@
+"""Cuts the attention of a packed trie into blocks, each one call of scaled dot-product attention.
+
+A block's queries are a contiguous range of packed tokens. Its keys are that range and the ancestors of its first
+token: since a subtree is contiguous, an ancestor of any later token of the range that stands before the range is an
+ancestor of the first token too. Small branches are put together in one block under a mask; large ones get their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from vpd.packing.trie import Trie
+
+# The cost of a block in units of one query-key pair: keys * (queries + KEY_COST) + CALL_COST. Merging branches computes
+# pairs that the mask throws away, and spares calls and second copies of their ancestors' keys. Gathering a key and its
+# gradient costs as much as this many queries of it: measured on CPU in float32 and bfloat16, forward and backward.
+KEY_COST = 64
+CALL_COST = 1024
+
+# Bounds the mask of one block, and with it the scores that a kernel without tiling would hold.
+MAX_BLOCK_ELEMENTS = 2**24
+
+# Queries of one block within a longer segment. Blocks without a branch share one mask of this many rows.
+CHAIN_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries ``start:stop`` attend to the tokens of ``key_ranges`` (ascending; the last one ends at ``stop``).
+
+    Attributes:
+        is_chain: the queries have no branch among them, so that a pair's distance alone says whether it is allowed.
+        is_causal: a chain that starts at a root and fits its window, so that the kernel's causal flag says it all.
+    """
+
+    start: int
+    stop: int
+    key_ranges: tuple[tuple[int, int], ...]
+    is_chain: bool
+    is_causal: bool
+
+    @property
+    def query_count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def key_count(self) -> int:
+        return sum(stop - start for start, stop in self.key_ranges)
+
+
+def partition(trie: Trie, window: int | None = None, max_elements: int = MAX_BLOCK_ELEMENTS) -> list[Block]:
+    """The cheapest cut of the packed tokens into blocks, by dynamic programming over the places where a cut may be.
+
+    Args:
+        trie: the packed tokens.
+        window: how many positions back a token sees, itself included; None for all.
+        max_elements: the most query-key pairs of a block that needs a mask. A single query is never divided, so a
+            block may exceed it only where one token's keys alone do.
+    """
+    token_count = len(trie.tokens)
+    if token_count == 0:
+        return []
+    cuts = _cut_places(trie, window, max_elements)
+    starts = cuts[:-1]
+    depth = trie.depth[starts]
+    best_cost = np.full(len(cuts), np.inf)
+    best_cost[0] = 0.0
+    best_cut = np.zeros(len(cuts), dtype=np.int64)
+    for i in range(1, len(cuts)):
+        queries = cuts[i] - starts[:i]
+        least_depth = np.minimum.accumulate(depth[:i][::-1])[::-1]
+        ancestors = depth[:i] - _first_visible_depth(least_depth, window)
+        keys = ancestors + queries
+        elements = (queries * keys).astype(np.float64)
+        causal = (depth[:i] == 0) & (trie.depth[cuts[i] - 1] == queries - 1)
+        if window is not None:
+            causal &= queries <= window
+        too_large = (elements > max_elements) & ~causal
+        # The last candidate is one step of the cut places, which are as fine as they can be.
+        too_large[-1] = False
+        cost = np.where(causal, elements / 2, elements) + KEY_COST * keys + CALL_COST
+        cost[too_large] = np.inf
+        total = best_cost[:i] + cost
+        best_cut[i] = int(total.argmin())
+        best_cost[i] = total[best_cut[i]]
+
+    chosen = [len(cuts) - 1]
+    while chosen[-1] > 0:
+        chosen.append(int(best_cut[chosen[-1]]))
+    bounds = [int(cuts[i]) for i in reversed(chosen)]
+    return [_block(trie, start, stop, window) for start, stop in pairwise(bounds)]
+
+
+def allowed_pairs(trie: Trie, queries: np.ndarray, keys: np.ndarray, window: int | None) -> np.ndarray:
+    """[Q, K] bool: whether each packed query sees each packed key (itself, or an ancestor within the window)."""
+    query, key = queries[:, None], keys[None, :]
+    allowed = (key <= query) & (query < trie.subtree_end[key])
+    if window is not None:
+        allowed &= trie.depth[query] - trie.depth[key] < window
+    return allowed
+
+
+def _first_visible_depth(depth: np.ndarray, window: int | None) -> np.ndarray:
+    return np.zeros_like(depth) if window is None else np.maximum(depth - window + 1, 0)
+
+
+def _cut_places(trie: Trie, window: int | None, max_elements: int) -> np.ndarray:
+    """Segment bounds, and within a segment every ``CHAIN_ROWS`` tokens, or fewer where the cap asks for it."""
+    places = [0]
+    for start, stop in zip(trie.segment_starts[:-1].tolist(), trie.segment_starts[1:].tolist(), strict=True):
+        place = start
+        while place < stop:
+            depth = int(trie.depth[place])
+            ancestors = depth if window is None else min(depth, window - 1)
+            # The largest q with q * (ancestors + q) <= max_elements.
+            largest = int((np.sqrt(ancestors**2 + 4.0 * max_elements) - ancestors) / 2)
+            place = min(stop, place + max(1, min(CHAIN_ROWS, largest)))
+            places.append(place)
+    return np.asarray(places, dtype=np.int64)
+
+
+def _block(trie: Trie, start: int, stop: int, window: int | None) -> Block:
+    first_depth = int(trie.depth[start])
+    is_chain = int(trie.depth[stop - 1]) - first_depth == stop - start - 1
+    visible = int(_first_visible_depth(trie.depth[start:stop].min(), window))
+    ranges = [(start, stop)]
+    segment = int(np.searchsorted(trie.segment_starts, start, side="right")) - 1
+    end = start
+    while segment >= 0:
+        begin = int(trie.segment_starts[segment])
+        begin += max(0, visible - int(trie.depth[begin])) if begin < end else 0
+        if begin < end:
+            if end == ranges[-1][0]:
+                ranges[-1] = (begin, ranges[-1][1])
+            else:
+                ranges.append((begin, end))
+        segment = int(trie.segment_parents[segment])
+        end = int(trie.segment_starts[segment + 1])
+    return Block(
+        start=start,
+        stop=stop,
+        key_ranges=tuple(reversed(ranges)),
+        is_chain=is_chain,
+        is_causal=is_chain and first_depth == 0 and (window is None or stop - start <= window),
+    )

@@ -1,0 +1,108 @@
+"""What attention needs to know of a packed batch: its blocks, how to gather their keys, and their masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vpd.packing.blocks import Block, allowed_pairs, partition
+from vpd.packing.trie import Trie
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The blocks of one window, over keys and values that are split once into pieces.
+
+    Attributes:
+        blocks: in packed order; their queries cover every token once.
+        piece_sizes: sizes of the pieces along the token axis; their sum is T.
+        block_pieces: for each block, the pieces that make up its keys, in order.
+    """
+
+    blocks: list[Block]
+    piece_sizes: list[int]
+    block_pieces: list[tuple[int, ...]]
+
+
+class PackedLayout:
+    """The segments of one packed batch, handed through the model to its attention layers as the keyword ``packed``.
+
+    Plans and masks are made at first use and kept, one for each sliding window (and head grouping, dtype, device)
+    of the model's layers: all layers and gradient checkpointing's second pass share them.
+    """
+
+    def __init__(self, trie: Trie) -> None:
+        self.trie = trie
+        self._plans: dict[int | None, BlockPlan] = {}
+        self._masks: dict[tuple, list[Tensor | None]] = {}
+
+    @property
+    def token_count(self) -> int:
+        """T: the packed tokens."""
+        return len(self.trie.tokens)
+
+    def plan(self, window: int | None) -> BlockPlan:
+        """The blocks for layers that see ``window`` positions back (itself included), or everything for None."""
+        if window is not None and window >= int(self.trie.depth.max(initial=-1)) + 1:
+            window = None
+        if window not in self._plans:
+            self._plans[window] = _plan(partition(self.trie, window))
+        return self._plans[window]
+
+    def masks(
+        self, window: int | None, query_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor | None]:
+        """For each block of the plan an additive mask [Q * query_rows, K], or None where the causal flag is enough.
+
+        Each query's row stands ``query_rows`` times in a row, for the query heads that share a key head.
+        """
+        key = (window, query_rows, dtype, device)
+        if key not in self._masks:
+            self._masks[key] = self._build_masks(window, query_rows, dtype, device)
+        return self._masks[key]
+
+    def _build_masks(
+        self, window: int | None, query_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> list[Tensor | None]:
+        blocks = self.plan(window).blocks
+        chains = [block for block in blocks if block.is_chain and not block.is_causal]
+        # Whether a chain's query sees a key depends on their distance only, so one mask, aligned at its lower right
+        # corner, serves every chain as a view. Long sequences then need no mask of their own.
+        rows = max((block.query_count for block in chains), default=0)
+        columns = max((block.key_count for block in chains), default=0)
+        distance = np.arange(columns - rows, columns, dtype=np.int32)[:, None] - np.arange(columns, dtype=np.int32)
+        chain_allowed = (distance >= 0) & (distance < (columns if window is None else window))
+        chain_mask = _additive(chain_allowed, query_rows, dtype, device)
+
+        masks: list[Tensor | None] = []
+        for block in blocks:
+            if block.is_causal:
+                masks.append(None)
+            elif block.is_chain:
+                masks.append(chain_mask[(rows - block.query_count) * query_rows :, columns - block.key_count :])
+            else:
+                queries = np.arange(block.start, block.stop)
+                keys = np.concatenate([np.arange(start, stop) for start, stop in block.key_ranges])
+                masks.append(_additive(allowed_pairs(self.trie, queries, keys, window), query_rows, dtype, device))
+        return masks
+
+
+def _additive(allowed: np.ndarray, query_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0 where allowed and -inf elsewhere: kernels add it as it is, a bool mask they would convert in every layer."""
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    mask.masked_fill_(torch.from_numpy(~allowed).to(device), float("-inf"))
+    return mask.repeat_interleave(query_rows, dim=0)
+
+
+def _plan(blocks: list[Block]) -> BlockPlan:
+    bounds = sorted({bound for block in blocks for key_range in block.key_ranges for bound in key_range})
+    piece_at = {bound: piece for piece, bound in enumerate(bounds)}
+    block_pieces = [
+        tuple(piece for start, stop in block.key_ranges for piece in range(piece_at[start], piece_at[stop]))
+        for block in blocks
+    ]
+    return BlockPlan(blocks, [right - left for left, right in pairwise(bounds)], block_pieces)

@@ -1,0 +1,160 @@
+"""Passes over the policy: scoring without gradient, and optimizer steps from accumulated micro-batches.
+
+Every process makes the same number of passes in each phase, and all sums are over processes, so that one process and
+many give the same update on the same rollouts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+
+from vpd.policy.objectives import Objective, Outputs, SequenceLogProbs
+from vpd.config import OptimSettings
+from vpd.packing import PackedBatch, pack, plan_micro_batches
+from vpd.policy.module import PolicyModule
+
+T = TypeVar("T")
+View: TypeAlias = Callable[[T], tuple[list[int], int]]
+"""From an item to one of its token sequences, and the index in it of the first completion token."""
+
+
+@dataclass
+class TokenCounts:
+    """Tokens of training passes: how many were computed, and how many padded batches would have held."""
+
+    computed: int = 0
+    padded: int = 0
+
+
+@dataclass
+class OptimizerStep:
+    """What one optimizer step did: its loss (summed over micro-batches and processes) and the gradient's norm."""
+
+    loss: float
+    grad_norm: float
+    clipped: bool
+
+
+@dataclass
+class Learner:
+    """The prepared policy with its optimizer.
+
+    Attributes:
+        policy: the accelerator's wrapping of a :class:`PolicyModule`.
+        optimizer: one for both steps.
+        temperature: of student and teacher in every loss.
+    """
+
+    policy: torch.nn.Module
+    optimizer: Optimizer
+    accelerator: Accelerator
+    settings: OptimSettings
+    temperature: float
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+
+    @property
+    def module(self) -> PolicyModule:
+        module = self.accelerator.unwrap_model(self.policy)
+        assert isinstance(module, PolicyModule)
+        return module
+
+    def total(self, *values: float) -> list[float]:
+        """Sum numbers over all processes."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def largest(self, value: float) -> float:
+        """The largest of a number over all processes."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        return float(torch.as_tensor(self.accelerator.gather(tensor)).max())
+
+    def micro_batches(self, items: Sequence[T], views: Sequence[View[T]]) -> list[list[T]]:
+        """Split items so that each view of a part stays within the token budget.
+
+        Every process gets the same number of parts; those without items left get empty ones.
+        """
+        sequences = [[view(item)[0] for view in views] for item in items]
+        parts = plan_micro_batches(
+            sequences, self.settings.micro_batch_tokens, share_prefixes=self.module.share_prefixes
+        )
+        most = int(self.largest(len(parts)))
+        return [[items[index] for index in part] for part in parts] + [[] for _ in range(most - len(parts))]
+
+    def pack(self, items: Sequence[T], view: View[T]) -> PackedBatch:
+        """Pack one view of some items for a forward pass, and count its tokens."""
+        sequences, starts = [], []
+        for item in items:
+            sequence, start = view(item)
+            sequences.append(sequence)
+            starts.append(start)
+        batch = pack(sequences, starts, share_prefixes=self.module.share_prefixes)
+        self.tokens.computed += batch.token_count
+        self.tokens.padded += batch.padded_token_count
+        return batch.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def score(self, batch: PackedBatch, objective: Objective) -> Outputs:
+        """One pass without gradient, dropout off."""
+        self.policy.eval()
+        return self.policy(batch, objective)
+
+    def sequence_log_probs(self, items: Sequence[T], view: View[T]) -> Tensor:
+        """log pi(y|.) of each completion behind one view's prompt, summed over tokens: [B], on the CPU."""
+        parts = []
+        for part in self.micro_batches(items, [view]):
+            outputs = self.score(self.pack(part, view), SequenceLogProbs(self.temperature))
+            if part:
+                parts.append(outputs.values["log_probs"].float().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def optimise(
+        self,
+        parts: Sequence[list[T]],
+        make_pass: Callable[[list[T]], tuple[PackedBatch, Objective]],
+        on_outputs: Callable[[list[T], Outputs], None] | None = None,
+    ) -> OptimizerStep:
+        """One optimizer step from the gradients of all parts.
+
+        Args:
+            parts: from :meth:`micro_batches`.
+            make_pass: called with each part, an empty one too, right before its pass.
+            on_outputs: called with each part that is not empty and what came out.
+        """
+        loss = 0.0
+        for index, part in enumerate(parts):
+            batch, objective = make_pass(part)
+            self.policy.train()
+            with self._synchronised(last=index == len(parts) - 1):
+                outputs = self.policy(batch, objective)
+                assert outputs.loss is not None
+                # DDP averages gradients over processes, while the losses are already divided by global counts.
+                self.accelerator.backward(outputs.loss * self.accelerator.num_processes)
+            loss += float(outputs.loss.detach())
+            if part and on_outputs is not None:
+                on_outputs(part, outputs)
+        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        norm = float("nan") if grad_norm is None else float(grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm)
+
+    @contextlib.contextmanager
+    def scaled_learning_rate(self, factor: float) -> Iterator[None]:
+        """Multiply the optimizer's learning rates by ``factor`` within the block."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        yield
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy)

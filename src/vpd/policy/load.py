@@ -1,0 +1,231 @@
+"""From a name to a network with its tokenizer, and back to a folder that transformers and vLLM read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from vpd.config import ConfigError
+from vpd.policy import gguf
+from vpd.policy.cache import whole_folder
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model and the tokenizer that belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where transformers finds a model, and whether it may look on the hub for it."""
+
+    location: str
+    local: bool
+
+
+def load_policy(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load a chat model from a hub id, a folder, a GGUF file, or the short name ``smollm2-135m-instruct``.
+
+    Local names never reach the network. A folder with a LoRA adapter loads its base model and merges the adapter into
+    it. The tokenizer has a chat template and a pad token (its end-of-sequence token where it had none) afterwards, and
+    ``model.name_or_path`` is ``name``.
+
+    Args:
+        name: what to load.
+        dtype: of the weights in memory.
+
+    Raises:
+        ConfigError: there is no such model, it cannot be reached, or it is of a kind that cannot be trained here:
+            vision-language, encoder-decoder, or without a chat template.
+    """
+    source = _find(name)
+    adapter = Path(source.location) / "adapter_config.json"
+    if source.local and adapter.is_file():
+        return _load_adapter(name, adapter, dtype)
+    try:
+        config = AutoConfig.from_pretrained(source.location, local_files_only=source.local)
+        _check_kind(name, config)
+        model = AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, local_files_only=source.local)
+        tokenizer = AutoTokenizer.from_pretrained(source.location, local_files_only=source.local)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(_not_loaded(name, source, error)) from error
+    model.config._name_or_path = model.name_or_path = name
+    tokenizer.name_or_path = name
+    loaded = LoadedModel(model, tokenizer)
+    check_chat_template(loaded)
+    _fill_pad_token(tokenizer)
+    _check_vocabulary(loaded)
+    return loaded
+
+
+def check_chat_template(loaded: LoadedModel) -> None:
+    """Raise ConfigError unless the tokenizer can write chats, which every prompt is."""
+    if not loaded.tokenizer.chat_template:
+        raise ConfigError(
+            f"{loaded.tokenizer.name_or_path or 'The tokenizer'} has no chat template, so it is probably of a base "
+            "model, not trained for chats: use the instruct version, or put a chat_template.jinja into the model's "
+            "folder."
+        )
+
+
+def save_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write model and tokenizer in Hugging Face layout; a PEFT model is written as its adapter.
+
+    The folder appears whole or not at all; where it holds a model already, it is replaced. To be called on one process.
+
+    Args:
+        model: a transformers model or a PEFT model.
+        tokenizer: saved beside it, chat template included.
+        folder: where to.
+        state_dict: the weights, where the model itself holds only a shard of them.
+
+    Raises:
+        OSError: the folder cannot be written, and nothing half-written is left behind; or it holds other things than a
+            model, which would be lost.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _is_model_folder(folder) and (folder.is_file() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and does not hold a model, so it is not replaced: choose another name.")
+    options: dict[str, Any] = {} if state_dict is None else {"state_dict": dict(state_dict)}
+    if hasattr(model, "peft_config"):
+        # The vocabulary is never resized here; left to itself, PEFT asks the hub whether it was.
+        options["save_embedding_layers"] = False
+    try:
+        with whole_folder(folder, replace=True) as fresh:
+            model.save_pretrained(fresh, **options)
+            tokenizer.save_pretrained(fresh)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"The model could not be written to {folder}: {error}. Nothing was left behind.") from error
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids that end a completion, sorted.
+
+    Three places know of them and often disagree: the generation config, the tokenizer, and the chat template, which
+    closes the assistant's turn with a token such as ``<|im_end|>``.
+    """
+    configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own: Any = tokenizer.eos_token_id
+    found = [*(configured if isinstance(configured, list | tuple) else [configured]), own, _end_of_turn(tokenizer)]
+    return tuple(sorted({token for token in found if token is not None}))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes right after an assistant's message, if it writes one."""
+    if not tokenizer.chat_template:
+        return None
+    answer = "vpd"
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert isinstance(text, str)
+    closing = tokenizer(text.rpartition(answer)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    return closing[0] if closing and closing[0] in tokenizer.added_tokens_decoder else None
+
+
+def _find(name: str) -> _Source:
+    if name.lower() == gguf.SMOLLM2:
+        return _Source(str(gguf.convert_once(gguf.smollm2_file())), local=True)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(f"{name} is a file, but not a GGUF file: name the folder that it is in, or a .gguf file.")
+        return _Source(str(gguf.convert_once(path.resolve())), local=True)
+    if path.is_dir():
+        return _Source(str(_model_folder(name, path)), local=True)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.lower().endswith(".gguf"):
+        raise ConfigError(f"There is no file or folder {name} (looked for {path.absolute()}).")
+    return _Source(name, local=False)
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+
+
+def _model_folder(name: str, folder: Path) -> Path:
+    """The folder itself if it is in Hugging Face layout, or the conversion of the one GGUF file in it."""
+    if _is_model_folder(folder):
+        return folder
+    match sorted(folder.glob("*.gguf")):
+        case [file]:
+            return gguf.convert_once(file.resolve())
+        case []:
+            raise ConfigError(f"The folder {name} holds no model: there is no config.json and no GGUF file in it.")
+        case files:
+            names = ", ".join(file.name for file in files)
+            raise ConfigError(f"The folder {name} holds several GGUF files ({names}): name one of them.")
+
+
+def _load_adapter(name: str, adapter: Path, dtype: torch.dtype) -> LoadedModel:
+    from peft import PeftModel
+
+    base_name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base_name:
+        raise ConfigError(f"{adapter} does not say which model it adapts: set its base_model_name_or_path.")
+    base = load_policy(base_name, dtype=dtype)
+    model = PeftModel.from_pretrained(base.model, str(adapter.parent)).merge_and_unload()
+    return LoadedModel(model, base.tokenizer)
+
+
+def _check_kind(name: str, config: Any) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{name} is an encoder-decoder model ({config.model_type}), and only decoder-only language models can be "
+            "trained: choose one of those."
+        )
+    for modality in ("vision", "audio"):
+        if hasattr(config, f"{modality}_config"):
+            raise ConfigError(
+                f"{name} is a model with {modality} input ({config.model_type}), and only text-only language models "
+                "can be trained: choose one, or save the language model of this one on its own."
+            )
+
+
+def _not_loaded(name: str, source: _Source, error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return f"{name} is not a causal language model that transformers can load: {error}"
+    if source.local:
+        return f"The model in {name} cannot be loaded: {error}"
+    return (
+        f"There is no folder {name} here, and a model of that name could not be fetched from the Hugging Face hub: "
+        f"{error}\nCheck the spelling and the connection, give the path of a folder or a GGUF file, or use "
+        f'"{gguf.SMOLLM2}", which needs no hub.'
+    )
+
+
+def _fill_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ConfigError(
+            f"The tokenizer of {tokenizer.name_or_path} has neither a pad token nor an end-of-sequence token: set one."
+        )
+    # A new token would need a resized embedding; a pad token is masked everywhere, so which one it is is the same.
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check_vocabulary(loaded: LoadedModel) -> None:
+    embedding = loaded.model.get_input_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and len(loaded.tokenizer) > embedding.num_embeddings:
+        raise ConfigError(
+            f"The tokenizer of {loaded.tokenizer.name_or_path} has {len(loaded.tokenizer)} tokens, but its network "
+            f"only {embedding.num_embeddings}: they do not belong together."
+        )

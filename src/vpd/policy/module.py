@@ -1,0 +1,44 @@
+"""The policy: a causal language model whose forward takes a packed batch and what to compute from it.
+
+Losses are computed inside this forward, so that the hooks of DDP and the sharding of FSDP see all uses of the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vpd.packing import PackedBatch, enable_packed_attention, hidden_states
+from vpd.policy.head import backbone_of, causal_lm_of, head_of
+from vpd.policy.objectives import Objective, Outputs
+
+
+class PolicyModule(nn.Module):
+    """Wraps the language model that plays student and teacher.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not.
+        share_prefixes: run batches packed; off for architectures that carry state across tokens, whose sequences are
+            then run one by one.
+    """
+
+    def __init__(self, model: nn.Module, share_prefixes: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.share_prefixes = share_prefixes
+        if share_prefixes:
+            enable_packed_attention(causal_lm_of(model))
+
+    def forward(self, batch: PackedBatch, objective: Objective) -> Outputs:
+        """Compute ``objective`` on ``batch``.
+
+        An empty batch runs one token and returns a zero loss joined to every weight: in a distributed run each process
+        makes the same number of passes, whether or not it has rollouts left.
+        """
+        backbone, head = backbone_of(self.model), head_of(self.model)
+        if batch.is_empty:
+            token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+            hidden = backbone(input_ids=token, use_cache=False).last_hidden_state
+            zero = 0.0 * (hidden.sum() + head.weight.sum() + (0.0 if head.bias is None else head.bias.sum()))
+            return Outputs(loss=zero)
+        return objective(hidden_states(backbone, batch), head, batch)

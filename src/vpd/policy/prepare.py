@@ -1,0 +1,89 @@
+"""From settings to the policy that is trained: loading, adapters, checkpointing, and the check that it may be packed."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from vpd.config import ConfigError, ModelSettings
+from vpd.packing import check_packed_equals_separate, enable_packed_attention, packable
+from vpd.policy.head import backbone_of, causal_lm_of, verify_head
+from vpd.policy.load import LoadedModel, check_chat_template, load_policy
+from vpd.policy.module import PolicyModule
+
+logger = logging.getLogger(__name__)
+
+# Packed and separate runs may differ by rounding alone, relative to the largest hidden value. A token that sees what
+# it must not, or a position off by one, shows as 0.1 and more.
+_PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def prepare_policy(
+    model: str | PreTrainedModel | PeftModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: ModelSettings,
+    peft_config: Any = None,
+) -> tuple[PolicyModule, PreTrainedTokenizerBase]:
+    """Load what is not given, wrap it for training, and check it.
+
+    Args:
+        model: a name, a loaded model, or None for ``settings.name``.
+        tokenizer: None for the model's own.
+        settings: of the model.
+        peft_config: a PEFT config; ``settings.lora`` by default.
+
+    Raises:
+        ConfigError: the model cannot be loaded or is of a kind that cannot be trained here.
+    """
+    if model is None or isinstance(model, str):
+        loaded = load_policy(model or settings.name, dtype=getattr(torch, settings.dtype))
+        network, tokenizer = loaded.model, tokenizer or loaded.tokenizer
+    else:
+        network = model
+        if tokenizer is None:
+            raise ConfigError("Give processing_class, the tokenizer, together with a loaded model.")
+        check_chat_template(LoadedModel(causal_lm_of(network), tokenizer))
+    if peft_config is None and settings.lora is not None:
+        peft_config = LoraConfig(task_type="CAUSAL_LM", **settings.lora.model_dump())
+    if peft_config is not None and not isinstance(network, PeftModel):
+        network = get_peft_model(network, peft_config)  # pyright: ignore[reportArgumentType]
+    if settings.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
+        if isinstance(network, PeftModel):
+            network.enable_input_require_grads()
+    verify_head(network)
+    return PolicyModule(network, share_prefixes=_may_share_prefixes(network)), tokenizer
+
+
+def _may_share_prefixes(network: torch.nn.Module) -> bool:
+    """Whether batches of this network may be packed; where not, the log says why and sequences run one by one."""
+    causal_lm = causal_lm_of(network)
+    possible, reason = packable(causal_lm)
+    if possible:
+        try:
+            enable_packed_attention(causal_lm)
+            difference = check_packed_equals_separate(backbone_of(network), *_small_group(causal_lm)).relative
+            tolerance = _PACKING_TOLERANCE[next(causal_lm.parameters()).dtype]
+            possible, reason = difference <= tolerance, f"packed and separate runs differ by {difference:.1e}."
+        except ValueError as error:
+            possible, reason = False, str(error)
+    if not possible:
+        logger.warning("Sequences are run one by one, without sharing prefixes: %s", reason)
+    return possible
+
+
+def _small_group(causal_lm: PreTrainedModel) -> tuple[list[list[int]], list[int]]:
+    """Four sequences of one prompt, longer than a sliding window where that is short enough to try."""
+    config = causal_lm.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    length = 24 + (window if window <= 1024 else 0)
+    draw = random.Random(0)
+    prompt = [draw.randrange(config.vocab_size) for _ in range(length)]
+    completions = [[draw.randrange(config.vocab_size) for _ in range(size)] for size in (3, 8, 12)]
+    completions.append([*completions[2][:6], *completions[1]])
+    return [prompt + completion for completion in completions], [length] * len(completions)

@@ -1,0 +1,120 @@
+"""What the page needs of a run, read from the run's folder; anything may be missing."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from vpd.runs import RolloutRecord, RunError, read_metrics, read_rollouts
+from vpd.runs.folder import read_json, rollout_files
+
+Entry = dict[str, Any]
+
+_SAMPLED_STEPS = 10
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of one run.
+
+    Attributes:
+        name: of the folder.
+        config: the resolved settings; empty where they are missing.
+        metrics: the lines of ``metrics.jsonl`` in their order.
+        result: None while the run has not finished.
+        samples: rollouts to show, in the order of their steps.
+    """
+
+    name: str
+    config: Entry
+    metrics: list[Entry]
+    result: Entry | None
+    samples: list[RolloutRecord]
+
+    @property
+    def success_threshold(self) -> float:
+        return threshold_of(self.config)
+
+    def of(self, event: str) -> list[Entry]:
+        """The metrics of one kind of event."""
+        return [entry for entry in self.metrics if entry.get("event") == event]
+
+    def setting(self, key: str) -> Any:
+        """The setting at a dotted key; None where it is missing."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def load_run(folder: Path, samples: int) -> RunData:
+    """Read the folder of a run, finished or not.
+
+    Raises:
+        RunError: the folder holds no run, or a file of it is broken.
+    """
+    config = read_json(folder / "config.json")
+    metrics = read_metrics(folder)
+    result = read_json(folder / "result.json")
+    if config is None and result is None and not metrics:
+        raise RunError(f"{folder} holds no run: there is no config.json, metrics.jsonl or result.json in it.")
+    return RunData(
+        name=folder.resolve().name,
+        config=config or {},
+        metrics=metrics,
+        result=result,
+        samples=sample_rollouts(rollout_files(folder), samples, threshold_of(config or {})),
+    )
+
+
+def threshold_of(config: Entry) -> float:
+    """The reward from which a rollout counts as a success."""
+    algorithm = config.get("algorithm")
+    threshold = number(algorithm.get("success_threshold")) if isinstance(algorithm, dict) else None
+    return 1.0 if threshold is None else threshold
+
+
+def sample_rollouts(files: dict[int, Path], count: int, threshold: float) -> list[RolloutRecord]:
+    """Up to ``count`` rollouts, spread evenly over the steps and over successes and failures; no randomness."""
+    steps = list(files)
+    if len(steps) > _SAMPLED_STEPS:
+        last = len(steps) - 1
+        steps = [steps[round(i * last / (_SAMPLED_STEPS - 1))] for i in range(_SAMPLED_STEPS)]
+    by_step = [_alternating(read_rollouts(files[step]), threshold) for step in steps]
+    rounds = (record for each in zip_longest(*by_step) for record in each if record is not None)
+    chosen = [record for record, _ in zip(rounds, range(count), strict=False)]
+    return sorted(chosen, key=lambda record: record.step)
+
+
+def _alternating(records: Iterable[RolloutRecord], threshold: float) -> list[RolloutRecord]:
+    """A success, a failure, a success, ...; of each kind, every group's first rollout before any group's second."""
+    seen: dict[tuple[int, bool], int] = defaultdict(int)
+    ranked: dict[bool, list[tuple[int, RolloutRecord]]] = {True: [], False: []}
+    for record in records:
+        success = record.reward is not None and record.reward >= threshold
+        ranked[success].append((seen[record.group, success], record))
+        seen[record.group, success] += 1
+    successes, failures = (
+        [record for _, record in sorted(ranked[kind], key=lambda pair: pair[0])] for kind in (True, False)
+    )
+    return [record for pair in zip_longest(successes, failures) for record in pair if record is not None]
+
+
+def number(value: Any) -> float | None:
+    """``value`` where it is a finite number."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def series(entries: Iterable[Entry], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric, where it is a finite number."""
+    points = [
+        (step, value)
+        for entry in entries
+        if (value := number(entry.get(key))) is not None and (step := number(entry.get("step"))) is not None
+    ]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,159 @@
+"""Key-value caches for the decode loop: rows that share storage, grow rarely, and leave cheaply."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+MIN_GROWTH = 64
+"""Tokens; below it the copy on growth would come too often to be worth the memory saved."""
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of one attention layer, written in place into storage that is larger than what is filled.
+
+    Sliding-window layers use it too: all positions are kept and the attention mask, which transformers builds from
+    the positions, hides those outside the window.
+
+    Args:
+        max_length: tokens that a sequence will ever have; storage never grows beyond it.
+    """
+
+    is_sliding = False
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length = max_length
+        self.rows = 0
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take over the prefill's own tensors: room to grow is allocated when the rows are expanded or extended."""
+        self.keys, self.values = key_states, value_states
+        self.rows, _, self.length, _ = key_states.shape
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[rows, heads, new, width]``; returns views of all that is filled, new tokens included."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        assert self.keys is not None
+        assert self.values is not None
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.keys.shape[-2]:
+            self.keys = self._enlarged(self.keys, start)
+            self.values = self._enlarged(self.values, start)
+        keys = self.keys[: self.rows, :, : self.length]
+        values = self.values[: self.rows, :, : self.length]
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
+        return keys, values
+
+    def _enlarged(self, storage: torch.Tensor, filled: int) -> torch.Tensor:
+        larger = self._allocate(storage, self.rows)
+        larger[:, :, :filled] = storage[: self.rows, :, :filled]
+        return larger
+
+    def _allocate(self, like: torch.Tensor, rows: int) -> torch.Tensor:
+        capacity = max(self.length, min(self.max_length, self.length + max(MIN_GROWTH, self.length // 2)))
+        return like.new_empty(rows, like.shape[1], capacity, like.shape[3])
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def expand(self, rows: torch.Tensor) -> None:
+        """Make row i a copy of row ``rows[i]``, with room to grow."""
+        if self.keys is None or self.values is None:
+            return
+        for name, storage in (("keys", self.keys), ("values", self.values)):
+            expanded = self._allocate(storage, len(rows))
+            # Straight into the new storage: a gathered copy in between would double the peak.
+            torch.index_select(storage[:, :, : self.length], 0, rows, out=expanded[:, :, : self.length])
+            setattr(self, name, expanded)
+        self.rows = len(rows)
+
+    def drop(self, count: int, holes: torch.Tensor, fillers: torch.Tensor) -> None:
+        """Keep ``count`` rows: copy rows ``fillers`` into ``holes``, and leave those from ``count`` on unused."""
+        if self.keys is None or self.values is None:
+            return
+        if len(holes):
+            for storage in (self.keys, self.values):
+                filled = storage[:, :, : self.length]
+                filled[holes] = filled[fillers]
+        self.rows = count
+
+
+class PreallocatedCache(Cache):
+    """A cache whose attention layers are :class:`PreallocatedLayer`; other layers hold nothing."""
+
+    def expand(self, rows: torch.Tensor) -> None:
+        """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""
+        for layer in self.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.expand(rows)
+
+    def drop(self, kept: list[int], device: torch.device) -> list[int]:
+        """Keep the given rows (ascending) and return their new order: entry i is the row that is now row i.
+
+        The last rows move into the holes, so that a row that leaves costs the copy of one row, not of the batch.
+        """
+        order, holes, fillers = compaction(kept)
+        hole_rows = torch.tensor(holes, dtype=torch.long, device=device)
+        filler_rows = torch.tensor(fillers, dtype=torch.long, device=device)
+        for layer in self.layers:
+            if isinstance(layer, PreallocatedLayer):
+                layer.drop(len(kept), hole_rows, filler_rows)
+        return order
+
+
+class StatefulCache(DynamicCache):
+    """transformers' own cache, for models with layers that carry a state from token to token."""
+
+    def expand(self, rows: torch.Tensor) -> None:
+        """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""
+        self.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+
+    def drop(self, kept: list[int], device: torch.device) -> list[int]:
+        """Keep the given rows and return their new order: entry i is the row that is now row i."""
+        self.expand(torch.tensor(kept, dtype=torch.long, device=device))
+        return kept
+
+
+def compaction(kept: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """The fewest moves that bring the ``kept`` rows (ascending) to the front.
+
+    Returns:
+        the order (entry i is the row that comes to place i), the places that get another row, and those rows.
+    """
+    count = len(kept)
+    fillers = [row for row in kept if row >= count]
+    in_place = set(kept)
+    holes = [place for place in range(count) if place not in in_place]
+    order = list(range(count))
+    for place, row in zip(holes, fillers, strict=True):
+        order[place] = row
+    return order, holes, fillers
+
+
+def make_cache(config: PreTrainedConfig, max_length: int) -> PreallocatedCache | StatefulCache:
+    """An empty cache for a model of this config, for sequences of at most ``max_length`` tokens, padding included.
+
+    A :class:`StatefulCache` means that rows must not be padded: their state would take the padding in.
+    """
+    dynamic = StatefulCache(config=config)
+    # Exact types: their subclasses hold more than keys and values.
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in dynamic.layers):
+        return dynamic
+    return PreallocatedCache(
+        layers=[layer if isinstance(layer, DummyLayer) else PreallocatedLayer(max_length) for layer in dynamic.layers]
+    )

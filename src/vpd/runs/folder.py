@@ -1,0 +1,267 @@
+"""The folder of a run: everything that is known about it, in files that other tools read.
+
+    config.json                    the resolved settings
+    metrics.jsonl                  one JSON object a line: {"step": 3, "event": "train", "reward": 0.4, ...}
+    rollouts/step-000012.parquet   sampled rollouts (see ``samples.py``)
+    checkpoints/checkpoint-12/     what a resume needs
+    result.json                    the final table
+    report.html                    the page made from the above
+
+In a distributed run only the main process opens the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from vpd.config import ConfigError
+from vpd.runs.files import (
+    TEMPORARY_PATTERN,
+    RunError,
+    atomic_write_text,
+    disk_full_as_run_error,
+    sync_folder,
+    sync_tree,
+)
+from vpd.runs.samples import RolloutRecord, write_rollouts
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ROLLOUTS = re.compile(r"step-(\d+)\.parquet")
+
+
+class RunFolder:
+    """Opens the folder of a run, new or to be resumed, and writes its files.
+
+    Args:
+        path: created where it is missing. Files that are no part of a run are left alone.
+        resume: go on with the run that the folder holds; a folder without one starts a new run.
+
+    Raises:
+        ConfigError: the folder holds a run and ``resume`` is off, or ``path`` is a file.
+    """
+
+    def __init__(self, path: str | Path, resume: bool = False) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"run.output_dir = {str(path)!r} is a file: choose another run.output_dir.")
+        if self.holds_a_run() and not resume:
+            raise ConfigError(
+                f"{self.path} already holds a run. Go on with it by --resume, or choose another run.output_dir."
+            )
+        self._rollouts.mkdir(parents=True, exist_ok=True)
+        self._checkpoints.mkdir(exist_ok=True)
+        self._mend_interrupted_writes()
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_path(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def _rollouts(self) -> Path:
+        return self.path / "rollouts"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def holds_a_run(self) -> bool:
+        return self.config_path.exists() or self.metrics_path.exists() or self.latest_checkpoint() is not None
+
+    def write_config(self, config: BaseModel | Mapping[str, Any]) -> None:
+        """Write the resolved settings."""
+        values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+        atomic_write_text(self.config_path, _json(values, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The settings that the folder's run began with; None where there are none yet."""
+        return read_json(self.config_path)
+
+    def log(self, step: int, event: str, values: Mapping[str, Any]) -> None:
+        """Append one line to ``metrics.jsonl``. Numbers that are not finite are written as null.
+
+        Args:
+            step: rollout batch, from 1; 0 for what happens before the first.
+            event: ``train``, ``eval``, ``preflight``, ``warning`` or ``warm_start``.
+            values: a flat mapping; zero-dimensional arrays and tensors count as numbers.
+        """
+        line = _json({"step": step, "event": event, **values}) + "\n"
+        with disk_full_as_run_error(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def write_rollouts(self, step: int, records: Sequence[RolloutRecord]) -> Path:
+        """Write the step's sampled rollouts, in place of earlier ones of the same step."""
+        path = self._rollouts / f"step-{step:06d}.parquet"
+        write_rollouts(path, records)
+        return path
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write the final table: ``{"rows": [{"name", "accuracy", "low", "high", "n", "seconds"}], ...}``."""
+        atomic_write_text(self.result_path, _json(result, indent=2) + "\n")
+
+    def rewind(self, step: int | None) -> None:
+        """Forget what was written after ``step``, the one that the run resumes from (None: before everything).
+
+        Lines of ``step`` itself stay: write them before its checkpoint is committed.
+        """
+        if self.metrics_path.exists():
+            kept = [entry for entry in read_metrics(self.path) if step is not None and entry.get("step", 0) <= step]
+            atomic_write_text(self.metrics_path, "".join(_json(entry) + "\n" for entry in kept))
+        for of_step, path in rollout_files(self.path).items():
+            if step is None or of_step > step:
+                path.unlink()
+        self.result_path.unlink(missing_ok=True)
+
+    def latest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the highest step; None where there is none."""
+        checkpoints = _numbered(self._checkpoints, _CHECKPOINT)
+        return checkpoints[max(checkpoints)] if checkpoints else None
+
+    def commit_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
+        """Let ``write`` fill a folder, make it ``checkpoints/checkpoint-{step}``, and keep the newest ``keep`` of all.
+
+        A checkpoint under its final name is complete, whenever the process was killed.
+
+        Args:
+            step: the step that a resume from it goes on after.
+            write: is given an empty folder; what it raises is raised after the folder is removed.
+            keep: at least 1; the new checkpoint always stays.
+
+        Raises:
+            RunError: the disk is full. Earlier checkpoints are untouched.
+        """
+        final = self._checkpoints / f"checkpoint-{step}"
+        new = self._checkpoints / f".new-{final.name}.tmp"
+        _remove(new)
+        try:
+            with disk_full_as_run_error(final):
+                new.mkdir()
+                write(new)
+                sync_tree(new)
+        except BaseException:
+            _remove(new)
+            raise
+        if final.exists():
+            final.rename(self._old(final))
+        new.rename(final)
+        sync_folder(self._checkpoints)
+        _remove(self._old(final))
+        self._prune(final, keep)
+        return final
+
+    def _prune(self, newest: Path, keep: int) -> None:
+        others = _numbered(self._checkpoints, _CHECKPOINT)
+        del others[checkpoint_step(newest)]
+        for step in sorted(others, reverse=True)[max(keep - 1, 0) :]:
+            # Renamed first, so that a folder whose removal is interrupted is not taken for a checkpoint.
+            doomed = others[step].rename(self._checkpoints / f".pruned-{others[step].name}.tmp")
+            _remove(doomed)
+
+    def _mend_interrupted_writes(self) -> None:
+        for old in self._checkpoints.glob(".old-*.tmp"):
+            final = self._checkpoints / old.name.removeprefix(".old-").removesuffix(".tmp")
+            if not final.exists():
+                old.rename(final)
+        for folder in (self.path, self._rollouts, self._checkpoints):
+            for leftover in folder.glob(TEMPORARY_PATTERN):
+                _remove(leftover)
+
+    def _old(self, checkpoint: Path) -> Path:
+        return self._checkpoints / f".old-{checkpoint.name}.tmp"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    if match is None:
+        raise RunError(f"{path} is not a checkpoint: its name should be checkpoint-<step>.")
+    return int(match[1])
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file.
+
+    Raises:
+        RunError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{path} should hold a JSON object, not a {type(values).__name__}.")
+    return values
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The entries of ``metrics.jsonl`` in their order; a line that was cut off by an interruption is skipped."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            entries.append(entry)
+    return entries
+
+
+def rollout_files(folder: str | Path) -> dict[int, Path]:
+    """The files of sampled rollouts by step, in the steps' order."""
+    return _numbered(Path(folder) / "rollouts", _ROLLOUTS)
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    if not folder.is_dir():
+        return {}
+    found = {int(match[1]): path for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _json(values: Any, indent: int | None = None) -> str:
+    return json.dumps(_plain(values), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as what JSON can hold: no NaN or infinity, which other tools' parsers refuse, and no array types."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, str | bool | int | None):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "ndim", None) == 0:
+        return _plain(value.item())
+    if isinstance(value, Iterable):
+        return [_plain(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no place in a run's JSON files: {value!r}")

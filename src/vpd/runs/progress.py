@@ -1,0 +1,117 @@
+"""What a person sees while a run trains: a live line on a terminal, one plain line a step elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+_SHOWN = (
+    ("reward", "reward", "{:.3g}"),
+    ("active", "active_share", "{:.2f}"),
+    ("margin", "margin_before", "{:+.2f}"),
+    ("margin after E-step", "margin_after", "{:+.2f}"),
+    ("divergence", "divergence", "{:.3g}"),
+    ("grad norm", "grad_norm", "{:.3g}"),
+    ("length", "length_mean", "{:.0f}"),
+    ("tok/s", "tokens_per_second_rollout", "{:,.0f}"),
+    ("trained tok/s", "tokens_per_second_train", "{:,.0f}"),
+)
+_SHOWN_LIVE = ("reward", "margin", "tok/s")
+"""What fits into 80 columns."""
+
+
+class Progress:
+    """Shows the steps of a training run. Also a context manager that stops on leaving.
+
+    Args:
+        console: where to write; standard output by default. Live where it is a terminal.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._began = time.monotonic()
+        self._started_at = self._began
+        self._total = 0
+        self._first = 0
+        self._done = 0
+        self._bar: Bar | None = None
+
+    def start(self, total_steps: int, completed: int = 0) -> None:
+        """Begin training; ``completed`` steps of ``total_steps`` were done before, by a run that is resumed."""
+        self.stop()
+        self._total, self._first, self._done = total_steps, completed, completed
+        self._started_at = time.monotonic()
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=18),
+                TextColumn("{task.fields[numbers]}", markup=False),
+                TextColumn("{task.fields[left]}", markup=False),
+                console=self._console,
+                refresh_per_second=2,
+            )
+            self._bar.add_task("train", total=total_steps, completed=completed, numbers="", left="")
+            self._bar.start()
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Show one more step done; a metric that is missing or None is left out."""
+        self._done = int(metrics.get("step") or self._done + 1)
+        if self._bar is not None:
+            numbers = _numbers(metrics, _SHOWN_LIVE)
+            self._bar.update(self._bar.task_ids[0], completed=self._done, numbers=numbers, left=self._left())
+        else:
+            parts = (f"step {self._done}/{self._total}", _numbers(metrics), self._left())
+            self.message(" ".join(part for part in parts if part))
+
+    def message(self, text: str) -> None:
+        """Show a line that stays."""
+        # Brackets in the text are text, not rich's markup, and a log file's lines are not wrapped.
+        elapsed = time.monotonic() - self._began
+        self._console.print(f"[{elapsed:6.1f}s] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """End the live display; may be called more than once."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _left(self) -> str:
+        here = self._done - self._first
+        remaining = self._total - self._done
+        if here <= 0 or remaining <= 0:
+            return ""
+        return f"{duration((time.monotonic() - self._started_at) / here * remaining)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``42s``, ``3m 20s``, ``5h 02m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+def _numbers(metrics: Mapping[str, Any], labels: tuple[str, ...] | None = None) -> str:
+    parts = []
+    for label, key, form in _SHOWN:
+        value = metrics.get(key)
+        if (labels is None or label in labels) and isinstance(value, int | float) and math.isfinite(value):
+            parts.append(f"{label} {form.format(value)}")
+    return " ".join(parts)

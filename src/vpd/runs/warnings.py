@@ -1,0 +1,32 @@
+"""What a run should say by name when a batch teaches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> dict[str, str]:
+    """Warnings, name to text, for the metrics of one training step."""
+    warnings = {}
+    if metrics.get("active_share") == 0:
+        if metrics.get("success_rate") == 0:
+            cause = (
+                'every rollout failed, and siblings need a success to show. Add the source "environment", make the '
+                "tasks easier, or warm-start"
+                if sources == ["sibling"]
+                else 'the environment gave no text. Let it give one, or add the source "sibling"'
+            )
+        else:
+            cause = "no rollout got feedback"
+        warnings["nothing_to_learn"] = f"Nothing to learn from this batch: {cause}."
+    elif metrics.get("e_step") == 0:
+        cause = "the active rollouts all succeeded or all failed"
+        if sources == ["sibling"] and metrics.get("lone_success_groups") == 1:
+            cause = "every group has exactly one success, which has no sibling, so that only failures are active"
+        warnings["e_step_skipped"] = f"The E-step was skipped: {cause}."
+    if metrics.get("clipped_share") == 1 and (metrics.get("grad_norm") or 0) > 100:
+        warnings["clipped"] = (
+            "The gradient's norm is above 100 and clipped at every update: the step's length is set by "
+            "optim.learning_rate alone. Lower it if the reward falls."
+        )
+    return warnings

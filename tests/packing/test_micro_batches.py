@@ -1,0 +1,70 @@
+"""Micro-batches keep the order and the budget, and divide no group that fits."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpd.packing import plan_micro_batches
+from vpd.packing.trie import build_trie
+
+# Few examples and no deadline: the suite shares its cores.
+few = settings(max_examples=40, deadline=None)
+
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=8)
+rollouts = st.lists(st.tuples(tokens, st.none() | tokens), max_size=10)
+
+
+def packed_tokens(views: list, share_prefixes: bool = True) -> int:
+    """Of the larger view."""
+    columns = [[sequence[:-1] for sequence in view if sequence is not None] for view in zip(*views, strict=True)]
+    return max(len(build_trie(column, share_prefixes=share_prefixes).tokens) for column in columns)
+
+
+@few
+@given(rollouts, st.integers(1, 20), st.booleans())
+def test_the_order_and_the_budget_are_kept_and_batches_are_full(views, budget, share_prefixes):
+    plan = plan_micro_batches(views, budget, share_prefixes=share_prefixes)
+    assert [i for batch in plan for i in batch] == list(range(len(views)))
+    for batch in plan:
+        assert len(batch) == 1 or packed_tokens([views[i] for i in batch], share_prefixes) <= budget
+    for batch, following in pairwise(plan):
+        assert packed_tokens([views[i] for i in [*batch, following[0]]], share_prefixes) > budget
+
+
+@few
+@given(rollouts, st.integers(1, 20), st.data())
+def test_a_group_that_fits_is_not_divided(views, budget, data):
+    groups = sorted(data.draw(st.lists(st.integers(0, 3), min_size=len(views), max_size=len(views))))
+    plan = plan_micro_batches(views, budget, groups=groups)
+    assert [i for batch in plan for i in batch] == list(range(len(views)))
+    for batch in plan:
+        assert len(batch) == 1 or packed_tokens([views[i] for i in batch]) <= budget
+    for group in set(groups):
+        members = [i for i, name in enumerate(groups) if name == group]
+        if packed_tokens([views[i] for i in members]) <= budget:
+            assert any(set(members) <= set(batch) for batch in plan)
+
+
+def test_a_group_above_the_budget_is_divided_and_a_rollout_above_it_stands_alone():
+    prompt = list(range(10))
+    views = [[prompt + [50 + i] * 5] for i in range(4)] + [[list(range(100, 140))]]
+    # The prompt and two completions of 4 computed tokens each fit; the last rollout alone is above the budget.
+    assert plan_micro_batches(views, 18, groups=[0, 0, 0, 0, 1]) == [[0, 1], [2, 3], [4]]
+
+
+def test_hundreds_of_rollouts_are_planned_at_once():
+    generator = np.random.default_rng(0)
+    prompts = generator.integers(0, 1000, (8, 200))
+    views = [[np.concatenate([prompts[i // 32], generator.integers(0, 1000, 300)])] for i in range(256)]
+    plan = plan_micro_batches(views, 8192, groups=[i // 32 for i in range(256)])
+    assert sum(map(len, plan)) == 256
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        plan_micro_batches([[[1, 2]]], 0)
+    with pytest.raises(ValueError, match="same number of views"):
+        plan_micro_batches([[[1, 2]], [[1, 2], [3]]], 4)

@@ -1,0 +1,126 @@
+"""A packed batch gives what separate sequences give: hidden states, loss, and gradients of every parameter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import attention_configs, build, grouped_sequences
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vpd.packing import IMPLEMENTATION, PackedBatch, blocks, enable_packed_attention, hidden_states, pack
+
+CONFIGS = attention_configs()
+# float32 sums in another order: a few hundred roundings of 1e-7 in a network of this size.
+RELATIVE = 1e-5
+
+
+def loss_and_gradients(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The predicting hidden states [S, H], the mean cross-entropy, and the gradient of each parameter."""
+    model.zero_grad()
+    hidden = hidden_states(model.model, batch)[batch.predictor]
+    loss = F.cross_entropy(model.lm_head(hidden), batch.targets)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return hidden.detach(), loss.detach(), gradients
+
+
+def assert_close(packed: Tensor, separate: Tensor) -> None:
+    assert (packed - separate).abs().max() <= RELATIVE * separate.abs().max()
+
+
+@pytest.mark.parametrize(("checkpointing", "divided"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_equals_separate(name, checkpointing, divided, monkeypatch):
+    if divided:
+        monkeypatch.setattr(blocks, "KEY_COST", 0)
+        monkeypatch.setattr(blocks, "CALL_COST", 1)
+        monkeypatch.setattr(blocks, "CHAIN_ROWS", 4)
+    sequences, starts = grouped_sequences()
+    model = build(CONFIGS[name]).train()
+    separate = loss_and_gradients(model, pack(sequences, starts, share_prefixes=False))
+
+    enable_packed_attention(model)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    packed = loss_and_gradients(model, pack(sequences, starts))
+
+    assert_close(packed[0], separate[0])
+    assert_close(packed[1], separate[1])
+    for parameter, gradient in separate[2].items():
+        assert gradient.abs().max() > 0, parameter
+        assert_close(packed[2][parameter], gradient)
+
+
+def test_an_unshared_batch_may_be_run_packed_too():
+    sequences, starts = grouped_sequences()
+    model = build(CONFIGS["olmo3"])
+    enable_packed_attention(model)
+    batch = pack(sequences, starts, share_prefixes=False)
+    with torch.no_grad():
+        assert_close(model.model(**batch.model_inputs()).last_hidden_state[0], hidden_states(model.model, batch))
+
+
+def test_bfloat16_autocast_stays_near_separate():
+    sequences, starts = grouped_sequences()
+    model = build(CONFIGS["llama"])
+    enable_packed_attention(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        packed, separate = (
+            hidden_states(model.model, batch)[batch.predictor]
+            for batch in (pack(sequences, starts, share_prefixes=share) for share in (True, False))
+        )
+    # bfloat16 keeps 8 bits; three layers round a handful of times each.
+    assert (packed - separate).abs().max() <= 0.03 * separate.abs().max()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_a_layout_it_is_sdpa(name):
+    model = build(CONFIGS[name])
+    torch.manual_seed(3)
+    input_ids = torch.randint(3, model.config.vocab_size, (3, 12))
+    # Left padding, as in generation.
+    attention_mask = (torch.arange(12) >= torch.tensor([[0], [2], [5]])).long()
+    arguments = {"attention_mask": attention_mask, "max_new_tokens": 12, "do_sample": False, "output_logits": True}
+    expected = model.generate(input_ids, **arguments, return_dict_in_generate=True)
+    enable_packed_attention(model)
+    assert model.config._attn_implementation == IMPLEMENTATION
+    generated = model.generate(input_ids, **arguments, return_dict_in_generate=True)
+    assert torch.equal(generated.sequences, expected.sequences)
+    assert all(torch.equal(new, old) for new, old in zip(generated.logits, expected.logits, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"softcap": 30.0}, "soft-capped"),
+        ({"s_aux": torch.zeros(4)}, "sinks"),
+        ({"is_causal": False}, "not causal"),
+    ],
+)
+def test_what_is_not_computed_is_refused(extra, message):
+    model = build(CONFIGS["llama"])
+    enable_packed_attention(model)
+    with pytest.raises(ValueError, match=message):
+        model.model(**pack([[3, 4, 5]], [1]).model_inputs(), **extra)
+
+
+def test_a_layout_of_another_batch_is_refused():
+    model = build(CONFIGS["llama"])
+    enable_packed_attention(model)
+    inputs = pack([[3, 4, 5]], [1]).model_inputs() | {"packed": pack([[3, 4, 5, 6]], [1]).layout}
+    with pytest.raises(ValueError, match="packed batch of 3 tokens"):
+        model.model(**inputs)
+
+
+def test_a_layout_lost_on_the_way_is_noticed():
+    model = build(CONFIGS["llama"])
+    enable_packed_attention(model)
+    inputs = pack([[3, 4, 5]], [1]).model_inputs()
+    del inputs["packed"]
+    with pytest.raises(ValueError, match="did not hand the keyword"):
+        model.model(**inputs)
+
+
+def test_an_empty_batch_is_not_run():
+    with pytest.raises(ValueError, match="is empty"):
+        hidden_states(build(CONFIGS["llama"]).model, pack([], []))

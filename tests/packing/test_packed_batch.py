@@ -1,0 +1,76 @@
+"""What is scored in a packed batch, and where its predictions stand."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpd.packing import pack
+
+# Few examples and no deadline: the suite shares its cores.
+few = settings(max_examples=40, deadline=None)
+
+
+@st.composite
+def scored_sequences(draw):
+    sequences = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=8))
+    return sequences, [draw(st.integers(1, len(sequence))) for sequence in sequences]
+
+
+@few
+@given(scored_sequences(), st.booleans())
+def test_every_completion_token_has_its_predictor(sequences_and_starts, share_prefixes):
+    sequences, starts = sequences_and_starts
+    batch = pack(sequences, starts, share_prefixes=share_prefixes)
+    expected = [
+        (i, sequence[p], p - 1, sequence[p - 1])
+        for i, (sequence, start) in enumerate(zip(sequences, starts, strict=True))
+        for p in range(start, len(sequence))
+    ]
+    scored = zip(
+        batch.sequence.tolist(),
+        batch.targets.tolist(),
+        batch.position_ids[batch.predictor].tolist(),
+        batch.input_ids[batch.predictor].tolist(),
+        strict=True,
+    )
+    assert list(scored) == expected
+
+
+@few
+@given(scored_sequences())
+def test_the_computed_tokens_are_the_distinct_ones_but_the_last(sequences_and_starts):
+    sequences, starts = sequences_and_starts
+    scored = [sequence for sequence, start in zip(sequences, starts, strict=True) if start < len(sequence)]
+    prefixes = {tuple(sequence[:end]) for sequence in scored for end in range(1, len(sequence))}
+    batch = pack(sequences, starts)
+    assert batch.token_count == len(prefixes)
+    assert batch.is_empty == (not scored)
+    assert batch.padded_token_count == len(sequences) * max(map(len, sequences), default=0)
+
+
+@few
+@given(scored_sequences())
+def test_rows_are_the_sequences_but_the_last_token(sequences_and_starts):
+    sequences, starts = sequences_and_starts
+    batch = pack(sequences, starts, share_prefixes=False)
+    scored = [sequence for sequence, start in zip(sequences, starts, strict=True) if start < len(sequence)]
+    assert [row.input_ids[0].tolist() for row in batch.rows()] == [sequence[:-1] for sequence in scored]
+    assert all(row.position_ids[0].tolist() == list(range(row.stop - row.start)) for row in batch.rows())
+
+
+def test_no_sequences_make_an_empty_batch():
+    batch = pack([], [])
+    assert batch.is_empty
+    assert batch.to("cpu").input_ids.shape == (0,)
+    assert batch.targets.shape == batch.predictor.shape == batch.sequence.shape == (0,)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_completion_outside_its_sequence_is_refused(start):
+    with pytest.raises(ValueError, match="must start between 1"):
+        pack([[1, 2, 3]], [start])
+
+
+def test_a_shared_batch_has_no_rows():
+    with pytest.raises(ValueError, match="share_prefixes=False"):
+        next(pack([[1, 2, 3]], [1]).rows())
