@@ -18,7 +18,9 @@ class ToyEnvironment(Environment):
 
     def tasks(self, split):
         count, first = {"train": (40, 0), "selection": (12, 100), "final": (8, 200)}[split]
-        return [Task(f"{split}-{i}", [{"role": "user", "content": f"Number {i}."}]) for i in range(first, first + count)]
+        return [
+            Task(f"{split}-{i}", [{"role": "user", "content": f"Number {i}."}]) for i in range(first, first + count)
+        ]
 
     def judge(self, task, completion):
         is_even = bool(completion) and ord(completion[-1]) % 2 == 0
@@ -48,7 +50,8 @@ def toy_config(output_dir, **sections: dict[str, Any]) -> VPDConfig:
         "run": {"output_dir": str(output_dir), "max_steps": 2},
     }
     for name, settings in sections.items():
-        values[name] = {**values.get(name, {}), **settings}
+        is_other_kind = settings.get("type", "vpd") != "vpd"
+        values[name] = settings if is_other_kind else {**values.get(name, {}), **settings}
     return VPDConfig.parse(values)
 
 

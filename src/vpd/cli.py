@@ -40,8 +40,11 @@ def train(
 ) -> None:
     """Train as the config says; results are in its run.output_dir."""
     settings = VPDConfig.load(config, overrides)
+    from transformers.utils.logging import disable_progress_bar
+
     from vpd.trainer import VPDTrainer
 
+    disable_progress_bar()
     trainer = VPDTrainer(args=settings)
     if dry_run:
         from vpd.dry_run import show_one_group
@@ -66,7 +69,8 @@ def evaluate_model(
     env: Annotated[
         str,
         typer.Option(
-            "--env", help="A config file whose [data] section to use, or an environment's name with --set data.key=value."
+            "--env",
+            help="A config file whose [data] section to use, or an environment's name with --set data.key=value.",
         ),
     ],
     k: Annotated[int, typer.Option("--k", min=1, help="Completions a question; accuracy is their mean.")] = 1,
@@ -84,8 +88,11 @@ def evaluate_model(
         settings = VPDConfig.load(env, changes)
     else:
         settings = VPDConfig.from_overrides([f"data.environment={env}", *changes])
+    from transformers.utils.logging import disable_progress_bar
+
     from vpd.evaluation.standalone import evaluate_standalone
 
+    disable_progress_bar()
     evaluation = evaluate_standalone(settings, split, tasks)
     Console().print(_result_table([{"name": model, **evaluation.summary()}]))
 

@@ -21,11 +21,11 @@ class Section(BaseModel):
 
 
 class LoraSettings(Section):
-    r: int = Field(16, ge=1)
+    r: int = Field(default=16, ge=1)
     """Rank of the adapters."""
-    lora_alpha: int = Field(32, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
     """Scale of the adapters; PEFT multiplies by ``lora_alpha / r``."""
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout inside the adapters, off in every scoring pass that is frozen."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the layers that get an adapter."""
@@ -41,7 +41,7 @@ class ModelSettings(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """For ``apply_chat_template``, the same in the student's and the teacher's prompt, e.g. ``enable_thinking = false``."""
+    """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
     lora: LoraSettings | None = None
     """Train adapters instead of the whole network."""
 
@@ -56,9 +56,9 @@ class ReasoningGymData(Section):
     """Ask for the steps, one a line, and judge them too (datasets with steps: see the environment's page)."""
     feedback: Literal["outcome", "location", "reference"] = "location"
     """What the text says: right or wrong; where the first error stands; the right answer."""
-    train_size: int = Field(2000, ge=1)
-    selection_size: int = Field(100, ge=1)
-    final_size: int = Field(300, ge=1)
+    train_size: int = Field(default=2000, ge=1)
+    selection_size: int = Field(default=100, ge=1)
+    final_size: int = Field(default=300, ge=1)
     seed: int = 0
     """Of the task generator; the run's own seed does not change the tasks."""
 
@@ -69,7 +69,7 @@ class McqData(Section):
     """A folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, or a Hugging Face dataset id."""
     feedback: Literal["outcome", "reference"] = "outcome"
     """What the text says: right or wrong (and format errors); or the right letter too."""
-    selection_size: int = Field(100, ge=1)
+    selection_size: int = Field(default=100, ge=1)
     """Taken from the training questions."""
     final_size: int | None = None
     """Of the test questions (all of them by default); taken from the training questions where there is no test file."""
@@ -84,8 +84,8 @@ class PromptData(Section):
     reward_funcs: list[str] = Field(min_length=1)
     """Functions with TRL's signature, as ``package.module:function``."""
     reward_weights: list[float] | None = None
-    selection_size: int = Field(100, ge=1)
-    final_size: int = Field(300, ge=1)
+    selection_size: int = Field(default=100, ge=1)
+    final_size: int = Field(default=300, ge=1)
     seed: int = 0
 
 
@@ -93,22 +93,22 @@ DataSettings: TypeAlias = Annotated[ReasoningGymData | McqData | PromptData, Fie
 
 
 class RolloutSettings(Section):
-    prompts_per_step: int = Field(32, ge=1)
+    prompts_per_step: int = Field(default=32, ge=1)
     """Prompts in a rollout batch, over all processes."""
-    num_generations: int = Field(8, ge=1)
+    num_generations: int = Field(default=8, ge=1)
     """N, rollouts of one prompt."""
-    max_prompt_length: int = Field(2048, ge=1)
+    max_prompt_length: int = Field(default=2048, ge=1)
     """Limit of the student's prompt; a longer prompt is an error, never cut."""
-    max_completion_length: int = Field(256, ge=1)
-    temperature: float = Field(1.0, gt=0)
+    max_completion_length: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
     """Of the rollouts, and of the student's and teacher's distributions in the losses."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     """0 keeps the whole vocabulary."""
-    min_p: float = Field(0.0, ge=0, lt=1)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
     stop_strings: list[str] = Field(default_factory=list)
     """A completion ends with the first of them that it writes."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Sequences decoded at the same time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights that sample; ``auto`` makes a bfloat16 copy where the processor computes it natively."""
@@ -122,9 +122,7 @@ class Templates(Section):
 
     prompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
     solution: str = "\n\nCorrect solution:\n\n{text}"
-    feedback_on_failure: str = (
-        "\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n{text}"
-    )
+    feedback_on_failure: str = "\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n{text}"
     feedback_on_success: str = "\n\nThe following is feedback from your successful earlier attempt:\n\n{text}"
 
     @model_validator(mode="after")
@@ -146,7 +144,7 @@ class FeedbackSettings(Section):
     """In order of preference; each group takes the first that it has."""
     feedback_only_without_solution: bool = False
     """Where a sibling's solution is shown, leave the environment's text out."""
-    max_prompt_length: int = Field(10240, ge=1)
+    max_prompt_length: int = Field(default=10240, ge=1)
     """Limit of the teacher's prompt; only the solution and feedback texts are shortened to meet it."""
     permute: bool = False
     """Control: give each rollout the feedback of another task. Training on it should do clearly worse."""
@@ -156,10 +154,10 @@ class FeedbackSettings(Section):
 class MStepSettings(Section):
     divergence: Literal["reverse_kl", "forward_kl", "js"] = "reverse_kl"
     """Between student and teacher at each completion token."""
-    alpha: float = Field(0.5, ge=0, le=1)
+    alpha: float = Field(default=0.5, ge=0, le=1)
     """Mixing weight of ``js``; 0 is the forward KL, 1 the reverse."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
-    m_minibatch_prompts: int | None = Field(None, ge=1)
+    m_minibatch_prompts: int | None = Field(default=None, ge=1)
     """Prompts, with all their rollouts, per optimizer step of the M-step; the whole batch by default."""
     success_threshold: float = 1.0
     """A rollout whose reward reaches it is a success."""
@@ -171,13 +169,13 @@ class VPD(MStepSettings):
     """Variational Policy Distillation: the teacher is refined on outcomes every F batches, then distilled."""
 
     type: Literal["vpd"] = "vpd"
-    e_step_every: int = Field(5, ge=1)
+    e_step_every: int = Field(default=5, ge=1)
     """F: one E-step every F rollout batches, the first batch included."""
-    bco_beta: float = Field(0.1, gt=0)
+    bco_beta: float = Field(default=0.1, gt=0)
     """Temperature of the implicit reward."""
-    e_minibatch_prompts: int | None = Field(None, ge=1)
+    e_minibatch_prompts: int | None = Field(default=None, ge=1)
     """Prompts, with all their rollouts, per optimizer step of the E-step; the whole batch by default."""
-    e_learning_rate_factor: float = Field(1.0, ge=0)
+    e_learning_rate_factor: float = Field(default=1.0, ge=0)
     """The E-step's learning rate is the run's times this."""
 
 
@@ -191,13 +189,13 @@ AlgorithmSettings: TypeAlias = Annotated[VPD | SDPO, Field(discriminator="type")
 
 
 class WarmStartSettings(Section):
-    demonstrations: int = Field(0, ge=0)
+    demonstrations: int = Field(default=0, ge=0)
     """How many of the environment's demonstrations to learn from; 0 skips the warm start."""
-    epochs: int = Field(2, ge=1)
-    learning_rate: float = Field(3e-5, gt=0)
-    batch_size: int = Field(16, ge=1)
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=3e-5, gt=0)
+    batch_size: int = Field(default=16, ge=1)
     """Sequences per optimizer step; each demonstration makes a plain and a feedback-conditioned one."""
-    max_seconds: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(default=None, gt=0)
     """Stop after this many seconds, whatever ``epochs`` says."""
     seed: int = 0
     """Of the order of the demonstrations; apart from the run's seed, so that runs of several seeds share one start."""
@@ -206,47 +204,47 @@ class WarmStartSettings(Section):
 
 
 class OptimSettings(Section):
-    learning_rate: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     lr_scheduler_type: str = "constant_with_warmup"
     """A name that ``transformers.get_scheduler`` knows; it advances once a rollout batch."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """In rollout batches."""
-    micro_batch_tokens: int = Field(4096, ge=1)
+    micro_batch_tokens: int = Field(default=4096, ge=1)
     """Computed tokens of one forward pass; a larger minibatch is accumulated over several."""
 
 
 class EvalSettings(Section):
-    eval_steps: int | None = Field(None, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
     """Evaluate on the selection split every so many steps."""
-    k: int = Field(1, ge=1)
+    k: int = Field(default=1, ge=1)
     """Completions per question; accuracy is their mean (avg@k)."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    final_tasks: int | None = Field(None, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    final_tasks: int | None = Field(default=None, ge=0)
     """Questions of the final split to report on; all by default, 0 skips the final table."""
-    preflight_tasks: int = Field(32, ge=0)
+    preflight_tasks: int = Field(default=32, ge=0)
     """Selection questions on which teacher and student are compared before training; 0 skips it."""
-    margin_tasks: int = Field(0, ge=0)
+    margin_tasks: int = Field(default=0, ge=0)
     """Selection questions on whose fresh rollouts the margin is measured around each E-step; 0 skips it."""
 
 
 class RunSettings(Section):
     output_dir: str = "runs/vpd"
-    max_steps: int = Field(100, ge=0)
+    max_steps: int = Field(default=100, ge=0)
     """Rollout batches."""
-    max_seconds: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(default=None, gt=0)
     """Stop training (evaluations left aside) after this many seconds."""
     seed: int = 0
-    save_steps: int | None = Field(None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
     """A checkpoint every so many steps; besides, one whenever training is interrupted."""
-    save_total_limit: int = Field(2, ge=1)
-    logged_samples: int = Field(64, ge=0)
+    save_total_limit: int = Field(default=2, ge=1)
+    logged_samples: int = Field(default=64, ge=0)
     """Rollouts per step that are written to the run's folder."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     """Trackers that accelerate brings, besides the run's own metrics.jsonl."""
@@ -277,8 +275,8 @@ class VPDConfig(Section):
     def _no_contradictions(self) -> VPDConfig:
         if self.feedback.sources == ["sibling"] and self.rollout.num_generations < 2:
             raise ValueError(
-                "feedback.sources = [\"sibling\"] needs another rollout of the same prompt: "
-                "set rollout.num_generations to 2 or more, or add the source \"environment\""
+                'feedback.sources = ["sibling"] needs another rollout of the same prompt: '
+                'set rollout.num_generations to 2 or more, or add the source "environment"'
             )
         for name in ("m_minibatch_prompts", "e_minibatch_prompts"):
             size = getattr(self.algorithm, name, None)

@@ -19,7 +19,7 @@ def show_one_group(trainer: VPDTrainer, console: Console) -> None:
     rollouts = trainer.sampler.sample([task], trainer.args.rollout.num_generations, seed=trainer.args.run.seed)
     batch = trainer.with_feedback(rollouts)
     student = rollouts[0].prompt_ids
-    show(f"student's prompt, {len(student)} tokens", trainer.tokenizer.decode(student))
+    show(f"student's prompt, {len(student)} tokens", str(trainer.tokenizer.decode(student)))
     show("as tokens", str(trainer.tokenizer.convert_ids_to_tokens(student)))
     for index, (rollout, success, view) in enumerate(zip(rollouts, batch.is_success, batch.views, strict=True)):
         verdict = rollout.verdict

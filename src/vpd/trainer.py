@@ -30,7 +30,7 @@ from vpd.evaluation import Evaluation, evaluate, measure_gap
 from vpd.evaluation.statistics import batch_statistics
 from vpd.feedback import PromptBuilder, build_views
 from vpd.policy.learner import Learner, TokenCounts
-from vpd.policy.load import eos_token_ids, save_policy
+from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
 from vpd.policy.prepare import prepare_policy
 from vpd.report import write_report
 from vpd.rollout.local import LocalEngine, computes_bfloat16
@@ -162,7 +162,6 @@ class VPDTrainer:
             self.accelerator.is_main_process,
         )
         self.folder: RunFolder | None = None
-
 
     def train(self, resume_from_checkpoint: bool = False) -> dict[str, Any]:
         """Run everything: warm start, pre-flight, the EM loop, the final evaluation.
@@ -298,17 +297,14 @@ class VPDTrainer:
         stop = guard.signal_number is not None or out_of_time or self.callbacks.control.should_training_stop
         return self.state.step >= self.args.run.max_steps or bool(self.learner.total(stop)[0])
 
-
     def _before_training(self) -> None:
         settings = self.args.warm_start
         self.sampler.engine.sync()
         self._add_row("base model")
         if settings.demonstrations:
             threshold = self.args.algorithm.success_threshold
-            eos = self.tokenizer.eos_token_id
-            sequences = demonstration_sequences(
-                self.environment, self.prompts, eos, settings.demonstrations, threshold
-            )
+            eos = end_of_turn(self.tokenizer)
+            sequences = demonstration_sequences(self.environment, self.prompts, eos, settings.demonstrations, threshold)
             result = warm_start(self.learner, sequences, settings, self.tokenizer)
             self.sampler.engine.sync()
             how = f"{result.steps} steps, loss {result.loss:.3f}" if result.steps else f"found in {result.folder}"
@@ -380,7 +376,6 @@ class VPDTrainer:
         )
         self.sampler.timer = timer
         return evaluation
-
 
     def _open_folder(self, resume: bool) -> bool:
         """Open ``run.output_dir`` and load its newest checkpoint; whether there was one."""
@@ -484,9 +479,7 @@ def _choose_environment(
 
 def _make_accelerator(args: VPDConfig) -> Accelerator:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wants_bfloat16 = args.model.autocast == "bfloat16" or (
-        args.model.autocast == "auto" and computes_bfloat16(device)
-    )
+    wants_bfloat16 = args.model.autocast == "bfloat16" or (args.model.autocast == "auto" and computes_bfloat16(device))
     return Accelerator(
         mixed_precision="bf16" if wants_bfloat16 and args.model.dtype == "float32" else "no",
         log_with=list(args.run.report_to) or None,

@@ -59,7 +59,7 @@ RIGHT = "47 + 38 = 85\n85 + 56 = 141\nAnswer: 141"
         ("38 + 47 = 85\n\n 85+56=141.\n**Answer: 141**", 1.0, "The final answer matches the last line."),
         (
             "47 + 38 = 95\n95 + 56 = 141\nAnswer: 141",
-            1.0,
+            0.0,
             'Line 1, "47 + 38 = 95", is wrong: in the result of its arithmetic, the tens digit is wrong.',
         ),
         (

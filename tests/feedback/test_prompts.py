@@ -35,8 +35,8 @@ def test_the_teacher_prompt_is_the_chat_with_the_sections_in_the_last_user_messa
             PROMPT[0],
             {
                 "role": "user",
-                "content": "What is 2 + {prompt}?\n\nCorrect solution:\n\nIt is 4.\n\nThe following is feedback from your "
-                "unsuccessful earlier attempt:\n\nToo low.\n\nCorrectly solve the original question.\n",
+                "content": "What is 2 + {prompt}?\n\nCorrect solution:\n\nIt is 4.\n\nThe following is feedback from "
+                "your unsuccessful earlier attempt:\n\nToo low.\n\nCorrectly solve the original question.\n",
             },
         ],
         tokenize=False,

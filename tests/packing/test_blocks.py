@@ -41,7 +41,7 @@ def attended_pairs(packed: PackedLayout, window: int | None) -> np.ndarray:
 
 
 @few
-@given(sequence_lists, windows, st.booleans(), st.sampled_from([(0, 0), (0, 8), (64, 1024)]))
+@given(sequence_lists, windows, st.booleans(), st.sampled_from([(0, 0), (0, 8), (96, 1024)]))
 def test_blocks_attend_to_exactly_the_right_pairs(sequences, window, share_prefixes, costs):
     trie = build_trie(sequences, share_prefixes=share_prefixes)
     with pytest.MonkeyPatch.context() as patch:

@@ -48,6 +48,12 @@ def test_a_group_that_fits_is_not_divided(views, budget, data):
             assert any(set(members) <= set(batch) for batch in plan)
 
 
+def test_a_group_that_no_longer_fits_starts_a_micro_batch():
+    views = [[[1, 2, 3, 4, 0]], [[5, 6, 7, 8, 0]], [[5, 6, 7, 9, 0]]]
+    assert plan_micro_batches(views, 8, groups=["a", "b", "b"]) == [[0], [1, 2]]
+    assert plan_micro_batches(views, 8) == [[0, 1], [2]]
+
+
 def test_a_group_above_the_budget_is_divided_and_a_rollout_above_it_stands_alone():
     prompt = list(range(10))
     views = [[prompt + [50 + i] * 5] for i in range(4)] + [[list(range(100, 140))]]

@@ -1,4 +1,6 @@
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from vpd.rollout.stopping import StopCondition
 
@@ -23,6 +25,13 @@ def test_ends_with_the_first_token_after_which_the_text_contains_a_stop_string(t
     token_ids = tokenizer.encode(text)
     length = end(StopCondition(tokenizer, [], stops), token_ids)
     assert (None if length is None else tokenizer.decode(token_ids[:length])) == kept
+
+
+def test_a_space_that_the_decoder_drops_at_the_beginning_still_ends():
+    backend = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert end(StopCondition(tokenizer, [], [" "]), [0, 2, 2, 1, 0]) == 4
 
 
 def test_a_stop_string_may_begin_far_behind_the_window_of_short_ones(tokenizer):

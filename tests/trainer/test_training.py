@@ -116,9 +116,25 @@ def test_metrics_of_an_e_iteration_name_its_effects(tmp_path):
     first, second = losses(tmp_path / "run")
     assert first["e_step"] == 1
     assert second["e_step"] is None
-    for name in ("margin_before", "margin_after", "margin_fresh_before", "margin_fresh_after", "reward_shift", "e_loss"):
+    for name in (
+        "margin_before",
+        "margin_after",
+        "margin_fresh_before",
+        "margin_fresh_after",
+        "reward_shift",
+        "e_loss",
+    ):
         assert isinstance(first[name], float), name
-    for name in ("reward", "active_share", "margin", "divergence", "entropy", "grad_norm", "length_mean", "truncated_share"):
+    for name in (
+        "reward",
+        "active_share",
+        "margin",
+        "divergence",
+        "entropy",
+        "grad_norm",
+        "length_mean",
+        "truncated_share",
+    ):
         assert isinstance(second[name], float), name
     assert first["margin_after"] > first["margin_before"]
 
@@ -153,7 +169,7 @@ def test_every_minibatch_is_an_optimizer_step(tmp_path):
 
 
 def test_sdpo_never_takes_an_e_step(tmp_path):
-    trainer = toy_trainer(tmp_path / "run", algorithm={"type": "sdpo", "e_step_every": None})
+    trainer = toy_trainer(tmp_path / "run", algorithm={"type": "sdpo"})
     trainer.train()
     assert all("e_step" not in line for line in losses(tmp_path / "run"))
     assert all(isinstance(line["margin"], float) for line in losses(tmp_path / "run"))
@@ -236,6 +252,8 @@ def test_warm_start_is_cached_and_shared(tmp_path, monkeypatch):
         assert [row["name"] for row in result["rows"]] == ["base model", "after warm start"]
     assert not torch.equal(before["model.norm.weight"], trained[0]["model.norm.weight"])
     assert_same_weights(*trained)
-    steps = [line["steps"] for seed in (0, 1) for line in read_metrics(tmp_path / str(seed)) if line["event"] == "warm_start"]
+    steps = [
+        line["steps"] for seed in (0, 1) for line in read_metrics(tmp_path / str(seed)) if line["event"] == "warm_start"
+    ]
     assert steps[0] > 0
     assert steps[1] == 0

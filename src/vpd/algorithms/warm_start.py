@@ -3,7 +3,8 @@
 Half of the sequences are plain (prompt, answer), half feedback-conditioned (teacher's prompt, answer): a small model
 cannot read feedback at first, and a teacher that cannot read is worse than its student. The feedback of a demonstration
 is what a rollout would have got: a wrong attempt and the demonstrated answer are judged as a group of two, and the
-answer is learned behind the attempt's teacher prompt.
+answer is learned behind the attempt's teacher prompt. Every other attempt stands alone, as in a group that all failed, so
+that the kinds of feedback that such groups get are learned too.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def demonstration_sequences(
         rollout.verdict = verdict if isinstance(verdict, Verdict) else None
     is_success = [r.verdict is not None and r.verdict.reward >= success_threshold for r in rollouts]
     views = build_views(rollouts, is_success, prompts)
+    failed = [2 * index for index, demonstration in enumerate(demonstrations) if index % 2 and demonstration.attempt]
+    alone = build_views([rollouts[i] for i in failed], [False] * len(failed), prompts)
+    views = [dict(zip(failed, alone, strict=True)).get(index) or view for index, view in enumerate(views)]
     sequences = []
     for index, demonstration in enumerate(demonstrations):
         attempt, answer = 2 * index, 2 * index + 1
@@ -104,7 +108,7 @@ def warm_start(
         return WarmStartResult(len(sequences), 0, float("nan"), time.perf_counter() - start, folder)
     losses = _train(learner, sequences, settings)
     if folder is not None and learner.accelerator.is_main_process:
-        save_policy(learner.module.model, tokenizer, folder)
+        save_policy(learner.module.model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
     learner.accelerator.wait_for_everyone()
     return WarmStartResult(len(sequences), len(losses), losses[-1], time.perf_counter() - start, folder)
 

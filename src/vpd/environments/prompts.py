@@ -37,7 +37,7 @@ class PromptDataset(Environment):
         reward_funcs: one or several functions, plain or async, or their names as ``package.module:function``.
         eval_dataset: held-out rows, in the same forms.
         reward_weights: one number for each function; 1 by default.
-        selection_size, final_size: prompts taken from training.
+        selection_size, final_size: prompts taken from training; a tenth of it each by default, at most 100 and 300.
         seed: of the split.
 
     Raises:
@@ -51,11 +51,14 @@ class PromptDataset(Environment):
         *,
         eval_dataset: Rows | str | Path | None = None,
         reward_weights: Sequence[float] | None = None,
-        selection_size: int = 100,
-        final_size: int = 300,
+        selection_size: int | None = None,
+        final_size: int | None = None,
         seed: int = 0,
     ) -> None:
         train, test = _load(train_dataset, eval_dataset)
+        tenth = max(1, len(train) // 10)
+        selection_size = min(100, tenth) if selection_size is None else selection_size
+        final_size = min(300, tenth) if final_size is None else final_size
         self._tasks = cut_splits(
             [_task(row) for row in train],
             None if test is None else [_task(row) for row in test],

@@ -90,10 +90,10 @@ class ReasoningGym(Environment):
         if score is None:
             text = f"Your answer, {quoted(answer)}, is wrong: it does not have the form that the question asks for."
             return Verdict(0.0, self._with_steps(task, completion, text), {"answer": answer})
-        reward = score if self._form is None else float(score == 1.0)
-        return Verdict(
-            reward, self._with_steps(task, completion, self._outcome(task, answer, score)), {"answer": answer}
-        )
+        outcome = self._outcome(task, answer, score)
+        if self._form is not None:
+            score = float(score == 1.0 and read(task.data["steps"], completion).is_right)
+        return Verdict(score, self._with_steps(task, completion, outcome), {"answer": answer})
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
         """Worked answers with one wrong digit in the attempt, or plain answers with a changed number as the attempt.
@@ -143,7 +143,7 @@ class ReasoningGym(Environment):
     def _with_steps(self, task: Task, completion: str, text: str) -> str:
         """The text, and what the level of feedback adds to it: the reading of the steps, the right answer."""
         if self._form is not None and self.feedback != "outcome":
-            text = f"{text} {read(task.data['steps'], completion)}"
+            text = f"{text} {read(task.data['steps'], completion).text}"
         if self.feedback == "reference" and task.reference is not None:
             separator = "\n" if "\n" in task.reference else " "
             text = f"{text} The right answer is:{separator}{task.reference}"

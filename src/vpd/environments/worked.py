@@ -1,6 +1,7 @@
 """Questions that are answered step by step, one step a line, and a reader that finds the first wrong line.
 
-The reward looks at the final answer alone; the lines are read for the feedback. Two datasets of reasoning-gym have
+A worked answer succeeds where every line and the final answer are right: an answer that is right by luck behind wrong
+lines would be a bad example to learn from. Two datasets of reasoning-gym have
 steps that are the same for everybody: ``chain_sum`` (terms added and subtracted from left to right) and ``products``
 of two factors (by the digits of the second factor, ones first, then the partial results added up).
 """
@@ -11,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vpd.environments.answers import first_line, parse_integer, quoted, split_at_answer, wrong_digits
 
@@ -126,8 +128,20 @@ def change_digit(number: int, rng: random.Random) -> int:
     return int("".join(digits)) * (-1 if number < 0 else 1)
 
 
-def read(steps: list[Step], completion: str) -> str:
-    """What the lines of a worked answer are worth: each right line up to the first wrong one, and what is wrong there.
+class Reading(NamedTuple):
+    """What the steps of a worked answer are worth.
+
+    Attributes:
+        is_right: every step is there and right, and the final answer is the last line's result.
+        text: each right line up to the first wrong one, and what is wrong there.
+    """
+
+    is_right: bool
+    text: str
+
+
+def read(steps: list[Step], completion: str) -> Reading:
+    """Read the lines of a worked answer up to the first wrong one.
 
     The text quotes the completion and names places of digits. It never states a number that the completion did not
     write.
@@ -140,16 +154,18 @@ def read(steps: list[Step], completion: str) -> str:
         name = f"Line {index + 1}, {quoted(line)},"
         error = _line_error(steps, index, line, results)
         if error:
-            return " ".join([*checked, f"{name} is wrong: {error}."])
+            return Reading(False, " ".join([*checked, f"{name} is wrong: {error}."]))
         checked.append(f"{name} is right.")
     if len(lines) < len(steps):
         stop = f"after line {len(lines)}" if lines else "before the first line"
-        return " ".join([*checked, f"The steps stop {stop}: {'some are' if lines else 'all are'} missing."])
+        missing = f"The steps stop {stop}: {'some are' if lines else 'all are'} missing."
+        return Reading(False, " ".join([*checked, missing]))
     if answer is None:
-        return " ".join(checked)
+        return Reading(False, " ".join(checked))
     if parse_integer(first_line(answer)) != results[-1]:
-        return " ".join([*checked, f"The final answer, {quoted(first_line(answer))}, does not match the last line."])
-    return " ".join([*checked, "Every step was checked. The final answer matches the last line."])
+        mismatch = f"The final answer, {quoted(first_line(answer))}, does not match the last line."
+        return Reading(False, " ".join([*checked, mismatch]))
+    return Reading(True, " ".join([*checked, "Every step was checked. The final answer matches the last line."]))
 
 
 def _line_error(steps: list[Step], index: int, line: str, results: list[int]) -> str | None:

@@ -1,4 +1,4 @@
-"""Chat prompts as token ids, with feedback inserted as data: it can neither open a chat turn nor push the question out."""
+"""Chat prompts as token ids. Feedback is data: it can neither open a chat turn nor push the question out."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class PromptBuilder:
         for index, share in zip(slots, fair_shares([len(encoded[i]) for i in slots], room), strict=True):
             encoded[index] = elide_middle(encoded[index], share, elision)
         ids = [token for piece in encoded for token in piece]
-        return TeacherView(ids, self.tokenizer.decode(ids), texts.source)
+        return TeacherView(ids, str(self.tokenizer.decode(ids)), texts.source)
 
     def completion(self, text: str, end_of_sequence: int) -> list[int]:
         """An answer as the token ids that the policy would write, closed by ``end_of_sequence``."""

@@ -82,9 +82,7 @@ def _sibling_texts(
     return texts
 
 
-def permute_across_groups(
-    texts: Sequence[FeedbackTexts | None], groups: Sequence[int]
-) -> list[FeedbackTexts | None]:
+def permute_across_groups(texts: Sequence[FeedbackTexts | None], groups: Sequence[int]) -> list[FeedbackTexts | None]:
     """Give each rollout the texts of a rollout of another group: the control that a reading teacher must fail.
 
     The number of rollouts with feedback stays the same, unless one group alone has feedback: then nobody can get

@@ -17,7 +17,7 @@ from vpd.packing.trie import Trie
 # The cost of a block in units of one query-key pair: keys * (queries + KEY_COST) + CALL_COST. Merging branches computes
 # pairs that the mask throws away, and spares calls and second copies of their ancestors' keys. Gathering a key and its
 # gradient costs as much as this many queries of it: measured on CPU in float32 and bfloat16, forward and backward.
-KEY_COST = 64
+KEY_COST = 96
 CALL_COST = 1024
 
 # Bounds the mask of one block, and with it the scores that a kernel without tiling would hold.

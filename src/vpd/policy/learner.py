@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vpd.policy.objectives import Objective, Outputs, SequenceLogProbs
 from vpd.config import OptimSettings
 from vpd.packing import PackedBatch, pack, plan_micro_batches
 from vpd.policy.module import PolicyModule
+from vpd.policy.objectives import Objective, Outputs, SequenceLogProbs
 
 T = TypeVar("T")
 View: TypeAlias = Callable[[T], tuple[list[int], int]]

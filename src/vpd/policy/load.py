@@ -129,6 +129,19 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return tuple(sorted({token for token in found if token is not None}))
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that closes an assistant's answer: the chat template's, else the tokenizer's end of sequence.
+
+    Raises:
+        ConfigError: the tokenizer has neither.
+    """
+    token: Any = _end_of_turn(tokenizer)
+    token = tokenizer.eos_token_id if token is None else token
+    if token is None:
+        raise ConfigError(f"The tokenizer of {tokenizer.name_or_path} has no end-of-sequence token: set its eos_token.")
+    return token
+
+
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes right after an assistant's message, if it writes one."""
     if not tokenizer.chat_template:

@@ -1,7 +1,7 @@
 """What to compute from a packed batch's hidden states, inside the policy module's forward.
 
 Each objective is called with the hidden states [T, H] of the packed tokens, the model's head and the batch, and returns
-:class:`Outputs`. Scored tokens (S of them) that share the same packed row are computed once: completions of a group often
+:class:`Outputs`. Scored tokens (S of them) that share a packed row are computed once, since completions of a group often
 begin alike.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vpd.losses import Head, bco_loss, divergence, token_log_probs
+from vpd.losses import DivergenceKind, Head, bco_loss, divergence, token_log_probs
 from vpd.packing import PackedBatch
 
 
@@ -127,7 +127,7 @@ class Distil:
     teacher_hidden: Tensor
     teacher_rows: Tensor
     token_weights: Tensor
-    kind: str
+    kind: DivergenceKind
     alpha: float
     temperature: float
 

@@ -1,4 +1,4 @@
-"""From settings to the policy that is trained: loading, adapters, checkpointing, and the check that it may be packed."""
+"""From settings to the policy that is trained: loading, adapters, checkpointing, and whether it may be packed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def prepare_policy(
     if peft_config is not None and not isinstance(network, PeftModel):
         network = get_peft_model(network, peft_config)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
+        causal_lm_of(network).activation_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
     verify_head(network)

@@ -44,6 +44,7 @@ def margins(run: RunData) -> Figure | None:
         step, low, high = (number(entry.get(key)) for key in ("step", "margin_before", "margin_after"))
         if step is not None and low is not None and high is not None:
             axes.plot([step, step], [low, high], color=GREEN, linewidth=1, alpha=0.6)
+    _line(axes, train, "margin", "in the M-step", RED, noisy=True)
     _line(axes, train, "margin_before", "before the E-step", ORANGE)
     _line(axes, train, "margin_after", "after", GREEN)
     _line(axes, train, "margin_fresh_before", "fresh rollouts, before", ORANGE, style="--")

@@ -112,7 +112,7 @@ class RolloutSampler:
             completion_ids=sample.token_ids,
             log_probs=sample.log_probs,
             truncated=sample.truncated,
-            text=self.tokenizer.decode(sample.token_ids, skip_special_tokens=True),
+            text=str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)),
         )
 
     def _judged(self, rollouts: list[Rollout]) -> list[Rollout]:

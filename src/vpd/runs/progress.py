@@ -15,8 +15,8 @@ from rich.progress import Progress as Bar
 _SHOWN = (
     ("reward", "reward", "{:.3g}"),
     ("active", "active_share", "{:.2f}"),
-    ("margin", "margin_before", "{:+.2f}"),
-    ("margin after E-step", "margin_after", "{:+.2f}"),
+    ("margin", "margin", "{:+.2f}"),
+    ("after E-step", "margin_after", "{:+.2f}"),
     ("divergence", "divergence", "{:.3g}"),
     ("grad norm", "grad_norm", "{:.3g}"),
     ("length", "length_mean", "{:.0f}"),

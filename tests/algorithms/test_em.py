@@ -1,0 +1,126 @@
+"""What the two steps do, and what they leave alone."""
+
+from __future__ import annotations
+
+import torch
+from toy import toy_trainer
+
+from vpd.algorithms.e_step import measure_margin, refine_teacher
+from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view
+from vpd.algorithms.m_step import token_weights
+from vpd.evaluation import measure_gap
+from vpd.packing import pack
+from vpd.policy.objectives import Distil, PredictorStates, Refine
+
+
+def examples_of(trainer, step, split="train"):
+    tasks = trainer.tasks_of_step(step) if split == "train" else list(trainer.environment.tasks(split))
+    batch = trainer.with_feedback(trainer.sampler.sample(tasks, 4, seed=step))
+    return make_examples(batch.rollouts, batch.is_success, batch.views)
+
+
+def gradients(trainer):
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_the_m_step_sends_no_gradient_through_the_teacher(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    examples = examples_of(trainer, 1)
+    module, learner = trainer.learner.module, trainer.learner
+    teacher = module(learner.pack(examples, teacher_view), PredictorStates()).values
+    weights = token_weights(examples, "token_mean", 10, len(examples))
+
+    def student_gradients(teacher_hidden):
+        trainer.model.zero_grad()
+        objective = Distil(teacher_hidden, teacher["rows"], weights, "reverse_kl", 0.5, 1.0)
+        module(learner.pack(examples, student_view), objective).loss.backward()
+        return gradients(trainer)
+
+    # With the graph of the teacher's pass still attached, the gradient is that of a constant teacher.
+    assert teacher["hidden"].requires_grad
+    attached, detached = student_gradients(teacher["hidden"]), student_gradients(teacher["hidden"].detach())
+    assert attached
+    assert all(torch.equal(attached[name], value) for name, value in detached.items())
+
+
+def test_the_e_step_sends_no_gradient_through_the_prior_and_only_the_teacher_prompt_is_run_with_gradient(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    examples = examples_of(trainer, 1)
+    learner = trainer.learner
+    prior = learner.sequence_log_probs(examples, student_view)
+    assert not prior.requires_grad
+    with_gradient = []
+    trainer.model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: with_gradient.append(inputs[0].numel()) if torch.is_grad_enabled() else None
+    )
+    refine_teacher(learner, examples, trainer.args.algorithm, 2)
+    teacher_tokens = pack(*zip(*map(teacher_view, examples), strict=True)).token_count
+    assert with_gradient == [teacher_tokens]
+
+
+def test_the_e_loss_is_the_bco_loss_of_the_implicit_rewards(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    examples = examples_of(trainer, 1)
+    learner = trainer.learner
+    is_success = torch.tensor([e.is_success for e in examples])
+    assert 0 < is_success.sum() < len(examples)
+    prior = learner.sequence_log_probs(examples, student_view)
+    rewards = 0.1 * (learner.sequence_log_probs(examples, teacher_view) - prior)
+    shift = 0.5 * (rewards[is_success].mean() + rewards[~is_success].mean())
+    by_hand = (
+        -(rewards[is_success] - shift).sigmoid().log().mean() - (shift - rewards[~is_success]).sigmoid().log().mean()
+    )
+    objective = Refine(prior, is_success, float(shift), int(is_success.sum()), int((~is_success).sum()), 0.1, 1.0)
+    loss = learner.module(learner.pack(examples, teacher_view), objective).loss
+    torch.testing.assert_close(loss.float(), by_hand, rtol=1e-4, atol=1e-5)
+    assert abs(measure_margin(learner, rewards, is_success).reward_shift - float(shift)) < 1e-6
+
+
+def test_e_steps_alone_raise_the_margin_on_fresh_rollouts_and_do_not_spoil_the_teacher(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    learner, settings = trainer.learner, trainer.args.algorithm
+    fresh = examples_of(trainer, 99, split="selection")
+    is_success = torch.tensor([e.is_success for e in fresh])
+    prior = learner.sequence_log_probs(fresh, student_view)
+    selection = trainer.environment.tasks("selection")
+
+    def margin():
+        rewards = settings.bco_beta * (learner.sequence_log_probs(fresh, teacher_view) - prior)
+        return measure_margin(learner, rewards, is_success).margin
+
+    before, gap_before = margin(), measure_gap(trainer.sampler, selection, 4, 1.0, seed=5)
+    for step in range(1, 9):
+        metrics = refine_teacher(learner, examples_of(trainer, step), settings, 2)
+        assert metrics["e_step"] == 1
+        trainer.sampler.engine.sync()
+    after, gap_after = margin(), measure_gap(trainer.sampler, selection, 4, 1.0, seed=5)
+    # Completions have about three tokens and beta is 0.1, so that margins are small.
+    assert after > before + 0.004
+    assert gap_after.teacher_accuracy >= gap_before.teacher_accuracy
+
+
+def test_a_batch_of_one_class_skips_the_e_step(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    failures = [e for e in examples_of(trainer, 1) if not e.is_success]
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    assert refine_teacher(trainer.learner, failures, trainer.args.algorithm, 2) == {"e_step": 0.0}
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_minibatches_count_prompts_with_all_their_rollouts(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    examples = examples_of(trainer, 1)
+    parts = minibatches(examples, 1, 2)
+    assert [{e.group for e in part} for part in parts] == [{0}, {1}]
+    assert minibatches(examples, None, 2) == [examples]
+
+
+def test_aggregations_weigh_tokens_as_they_say(tmp_path):
+    examples = examples_of(toy_trainer(tmp_path / "run"), 1)
+    tokens = sum(len(e.completion) for e in examples)
+    assert torch.allclose(token_weights(examples, "token_mean", tokens, 8), torch.full((tokens,), 1 / tokens))
+    by_sequence = token_weights(examples, "sequence_mean", tokens, len(examples)).split(
+        [len(e.completion) for e in examples]
+    )
+    assert all(torch.isclose(part.sum(), torch.tensor(1 / len(examples))) for part in by_sequence)
+    assert torch.equal(token_weights(examples, "sum", tokens, 8), torch.ones(tokens))

@@ -1,0 +1,44 @@
+"""One process of a distributed update on recorded rollouts; started by the test of the same name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from toy import ToyEnvironment, toy_trainer
+
+from vpd.types import Rollout
+
+
+def recorded(trainer, scenario: str) -> list[Rollout]:
+    """Two prompts of four rollouts; in ``one_rank_idle`` those of the second prompt are ungraded."""
+    environment, generator = ToyEnvironment(), torch.Generator().manual_seed(0)
+    rollouts = []
+    for group, task in enumerate(environment.tasks("train")[:2]):
+        prompt = trainer.prompts.student(task.prompt)
+        for index in range(4):
+            text = "".join(chr(int(c)) for c in torch.randint(97, 123, (3 + index,), generator=generator))
+            ids = trainer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            # Both outcomes in both groups, whatever the letters say.
+            verdict = environment.judge(task, "b" if index % 2 else "a")
+            graded = scenario == "all_active" or group == 0
+            rollouts.append(
+                Rollout(task, group, prompt, ids, [0.0] * len(ids), False, text, verdict if graded else None)
+            )
+    return rollouts
+
+
+def main(folder: Path, scenario: str) -> None:
+    trainer = toy_trainer(folder / "run")
+    process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    mine = [rollout for rollout in recorded(trainer, scenario) if rollout.group % processes == process]
+    metrics, _ = trainer.update(trainer.with_feedback(mine), step=1)
+    if trainer.accelerator.is_main_process:
+        torch.save({"metrics": metrics, "weights": trainer.model.state_dict(), "before": before}, folder / "result.pt")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

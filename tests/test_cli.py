@@ -1,0 +1,124 @@
+"""The real command, on a tiny model in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import tokenizer
+from toy import ALPHABET, toy_model
+
+CONFIG = """
+[model]
+name = "{model}"
+autocast = "none"
+[data]
+environment = "prompts"
+path = "{data}"
+reward_funcs = ["toy_rewards:ends_even"]
+selection_size = 4
+final_size = 4
+[rollout]
+prompts_per_step = 2
+num_generations = 4
+max_completion_length = 8
+dtype = "float32"
+stop_strings = {stops}
+[algorithm]
+e_step_every = 1
+[eval]
+preflight_tasks = 2
+[run]
+output_dir = "{output}"
+max_steps = 2
+"""
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    model = tmp_path / "tiny-model"
+    toy_model().save_pretrained(model)
+    tokenizer().save_pretrained(model)
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"Number {i}."}) + "\n" for i in range(20)))
+    (tmp_path / "toy_rewards.py").write_text(
+        "def ends_even(completions, **kwargs):\n"
+        "    ends = [c if isinstance(c, str) else c[0]['content'] for c in completions]\n"
+        "    return [(float(bool(e) and ord(e[-1]) % 2 == 0), f'It ends with {e[-1:]}.') for e in ends]\n"
+    )
+    stops = json.dumps(list(ALPHABET))
+    config = CONFIG.format(model=model, data=data, output=tmp_path / "run", stops=stops)
+    (tmp_path / "config.toml").write_text(config)
+    return tmp_path
+
+
+def vpd(workspace, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "vpd.cli", *arguments],
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(workspace), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_train_evaluate_report(workspace):
+    trained = vpd(workspace, "train", "config.toml")
+    assert trained.returncode == 0, trained.stderr
+    assert "after VPD" in trained.stdout
+    assert "report.html" in trained.stdout
+    page = (workspace / "run" / "report.html").read_text()
+    assert "after VPD" in page
+
+    evaluated = vpd(workspace, "eval", "run/model", "--env", "config.toml", "--k", "2")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "run/model" in evaluated.stdout
+
+    again = vpd(workspace, "train", "config.toml")
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+
+
+def test_dry_run_shows_both_prompts_and_trains_nothing(workspace):
+    shown = vpd(workspace, "train", "config.toml", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "student's prompt" in shown.stdout
+    assert "Correctly solve the original question." in shown.stdout
+    assert not (workspace / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--set", "algorithm.e_stp=1"], "e_stp"),
+        (["--set", "rollout.top_p=3"], "rollout.top_p"),
+        (["--set", "algorithm.m_minibatch_prompts=3"], "prompts_per_step = 2"),
+        (["--set", "rollout.max_prompt_length=3"], "rollout.max_prompt_length = 3"),
+        (["--set", "model.name=no/such-folder/at-all"], "no/such-folder/at-all"),
+        (["--set", "data.path=missing.jsonl"], "missing.jsonl"),
+        (["--set", "data.path=broken.jsonl"], "broken.jsonl"),
+        (["--set", "data.path=empty.jsonl"], "empty.jsonl"),
+        (["--set", "data.reward_funcs=['toy_rewards:nothing']"], "nothing"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(workspace, change, message):
+    (workspace / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (workspace / "empty.jsonl").write_text("")
+    result = vpd(workspace, "train", "config.toml", *change)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (workspace / "run" / "model").exists()
+    if "broken" in message:
+        assert "2" in result.stderr
+
+
+def test_a_missing_config_is_named(workspace):
+    result = vpd(workspace, "train", "nowhere.toml")
+    assert result.returncode == 2
+    assert "nowhere.toml" in result.stderr
