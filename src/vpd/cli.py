@@ -73,7 +73,10 @@ def evaluate_model(
             help="A config file whose [data] section to use, or an environment's name with --set data.key=value.",
         ),
     ],
-    k: Annotated[int, typer.Option("--k", min=1, help="Completions a question; accuracy is their mean.")] = 1,
+    k: Annotated[
+        int,
+        typer.Option("--k", min=1, help="Completions a question: 1 greedy, or more at temperature 0.6, top-p 0.95."),
+    ] = 1,
     split: Annotated[str, typer.Option(help="selection or final.")] = "final",
     tasks: Annotated[int | None, typer.Option(min=1, help="Questions to ask; all by default.")] = None,
     overrides: Overrides = None,
@@ -82,7 +85,7 @@ def evaluate_model(
     if split not in ("selection", "final"):
         raise ConfigError(f"--split is selection or final, got {split!r}.")
     # Several greedy completions would be the same one k times.
-    sampling = ["eval.temperature=0.6", "eval.top_p=0.95"] if k > 1 else []
+    sampling = ["eval.temperature=0.6", "eval.top_p=0.95"] if k > 1 else ["eval.temperature=0.0"]
     changes = [*sampling, *(overrides or []), f"eval.k={k}", f'model.name="{model}"']
     if env.endswith(".toml") or "/" in env:
         settings = VPDConfig.load(env, changes)

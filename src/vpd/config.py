@@ -285,6 +285,11 @@ class VPDConfig(Section):
                     f"algorithm.{name} = {size} is more than the batch holds "
                     f"(rollout.prompts_per_step = {self.rollout.prompts_per_step}): lower it or leave it out"
                 )
+        if self.eval.k > 1 and self.eval.temperature == 0:
+            raise ValueError(
+                f"eval.k = {self.eval.k} greedy completions would be the same: set eval.temperature (0.6, say), "
+                "or eval.k to 1"
+            )
         if self.feedback.max_prompt_length < self.rollout.max_prompt_length:
             raise ValueError(
                 f"feedback.max_prompt_length = {self.feedback.max_prompt_length} is below rollout.max_prompt_length "
@@ -304,6 +309,8 @@ class VPDConfig(Section):
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(f"There is no config file {path}.") from None
+        except OSError as error:
+            raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}.") from None
         for override in overrides or []:

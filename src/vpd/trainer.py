@@ -25,10 +25,10 @@ from vpd.algorithms.example import Example, make_examples
 from vpd.algorithms.m_step import TokenNumbers
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
 from vpd.config import ConfigError, VPDConfig
-from vpd.environments import Environment, PromptDataset, make_environment
+from vpd.environments import SPLITS, Environment, PromptDataset, make_environment
 from vpd.evaluation import Evaluation, evaluate, measure_gap
 from vpd.evaluation.statistics import batch_statistics
-from vpd.feedback import PromptBuilder, build_views
+from vpd.feedback import FeedbackTexts, PromptBuilder, build_views
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
 from vpd.policy.prepare import prepare_policy
@@ -36,6 +36,7 @@ from vpd.report import write_report
 from vpd.rollout.local import LocalEngine, computes_bfloat16
 from vpd.rollout.sampler import RolloutSampler
 from vpd.runs.callbacks import Callbacks, training_arguments
+from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder
 from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.memory import peak_memory_bytes
@@ -112,21 +113,16 @@ class VPDTrainer:
         peft_config: Any = None,
     ) -> None:
         self.args = args or VPDConfig()
+        set_seed(self.args.run.seed)
         self.progress = Progress()
         policy, self.tokenizer = prepare_policy(model, processing_class, self.args.model, peft_config)
         self.environment = _choose_environment(self.args, environment, train_dataset, reward_funcs, eval_dataset)
         training_args = training_arguments(self.args)
         self.accelerator = _make_accelerator(self.args)
-        set_seed(self.args.run.seed)
 
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = optimizers[0] or _make_optimizer(self.args, trainable)
-        self.scheduler = optimizers[1] or get_scheduler(
-            self.args.optim.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=self.args.optim.warmup_steps,
-            num_training_steps=self.args.run.max_steps,
-        )
+        self.scheduler = optimizers[1] or _make_scheduler(self.args, optimizer)
         prepared, prepared_optimizer = self.accelerator.prepare(policy, optimizer)
         self.learner = Learner(
             prepared, prepared_optimizer, self.accelerator, self.args.optim, self.args.rollout.temperature
@@ -147,9 +143,9 @@ class VPDTrainer:
             self.prompts,
             self.args.rollout,
             eos,
-            truncated_is_failure=self.args.algorithm.truncated == "failure",
         )
         self.train_tasks = list(self.environment.tasks("train"))
+        self._check_prompts()
         self.state = TrainingState()
         self.accelerator.register_for_checkpointing(self.state, self.scheduler)
         self.callbacks = Callbacks(
@@ -179,10 +175,12 @@ class VPDTrainer:
             self._before_training()
         self.callbacks.train_begin()
         with self.progress, InterruptGuard() as guard:
-            self.progress.start(self.args.run.max_steps, self.state.step)
+            if self.accelerator.is_main_process:
+                self.progress.start(self.args.run.max_steps, self.state.step)
             while not self._is_finished(guard):
                 self._iterate()
-            interrupted = guard.signal_number
+            # The signal may have reached one process alone; all must save together.
+            interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
             if interrupted is not None:
                 self._save_checkpoint()
         self.callbacks.train_end()
@@ -191,7 +189,7 @@ class VPDTrainer:
         result = {
             "rows": self.state.rows,
             "environment": self.args.data.environment if self.args.data else type(self.environment).__name__,
-            "model": self.args.model.name,
+            "model": self.model.name_or_path or self.args.model.name,
             "algorithm": self.args.algorithm.type,
             "steps": self.state.step,
             "train_seconds": self.state.train_seconds,
@@ -226,9 +224,12 @@ class VPDTrainer:
         metrics |= self._speed(timer, seconds)
         self._log_step(step, metrics, batch, numbers)
         self.callbacks.step_end(step)
-        if self.callbacks.control.should_evaluate:
+        control = self.callbacks.control
+        # A callback may have asked on one process alone, and what follows needs all of them.
+        evaluates, saves = self.learner.total(control.should_evaluate, control.should_save)
+        if evaluates:
             self._evaluate_selection()
-        if self.callbacks.control.should_save:
+        if saves:
             self._save_checkpoint()
 
     def sample(self, step: int) -> Batch:
@@ -248,7 +249,10 @@ class VPDTrainer:
         """Decide successes and build the teacher's prompts of judged rollouts."""
         threshold = self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
-        return Batch(rollouts, is_success, build_views(rollouts, is_success, self.prompts))
+        views = build_views(rollouts, is_success, self.prompts)
+        if self.args.algorithm.truncated == "mask":
+            views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
+        return Batch(rollouts, is_success, views)
 
     def update(
         self, batch: Batch, step: int, timer: Timer | None = None
@@ -340,8 +344,21 @@ class VPDTrainer:
         if self.state.step:
             self._add_row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
         if self.folder is not None:
-            save_policy(self.model, self.tokenizer, self.folder.path / "model")  # pyright: ignore[reportArgumentType]
+            try:
+                save_policy(self.model, self.tokenizer, self.folder.path / "model")  # pyright: ignore
+            except OSError as error:
+                raise RunError(str(error)) from error
         self.accelerator.wait_for_everyone()
+        if self.args.run.report_to:
+            self.accelerator.end_training()
+
+    def _check_prompts(self) -> None:
+        """Refuse a task whose prompt is too long now, and not when it comes up hours into the run."""
+        tasks = [task for split in SPLITS for task in self.environment.tasks(split)]
+        if not tasks:
+            raise ConfigError("The environment has no tasks.")
+        longest = max(tasks, key=lambda task: len(self.prompts.student(task.prompt)))
+        self.prompts.teacher(longest.prompt, FeedbackTexts("sibling", False, solution="", feedback=""))
 
     def _add_row(self, name: str, train_seconds: float = 0.0) -> None:
         """Evaluate on the final split, for the table alone."""
@@ -381,7 +398,7 @@ class VPDTrainer:
         """Open ``run.output_dir`` and load its newest checkpoint; whether there was one."""
         checkpoint = None
         if self.accelerator.is_main_process:
-            self.folder = RunFolder(self.args.run.output_dir, resume=resume)
+            self.folder = _open_run(self.args.run.output_dir, resume)
             checkpoint = self.folder.latest_checkpoint() if resume else None
         (checkpoint,) = broadcast_object_list([checkpoint])
         if checkpoint is not None:
@@ -414,8 +431,9 @@ class VPDTrainer:
 
     def _log_step(self, step: int, metrics: dict[str, Any], batch: Batch, numbers: dict[int, TokenNumbers]) -> None:
         self._log(step, "train", metrics)
-        self.callbacks.log(metrics)
-        self.progress.step({"step": step, **metrics}) if self.accelerator.is_main_process else None
+        self.callbacks.log(step, metrics)
+        if self.accelerator.is_main_process:
+            self.progress.step({"step": step, **metrics})
         for name, text in batch_warnings(metrics, list(self.args.feedback.sources)).items():
             self._warn(name, text, step)
         if self.args.run.report_to:
@@ -487,6 +505,34 @@ def _make_accelerator(args: VPDConfig) -> Accelerator:
         # Buffers (rotary frequencies) never change, and broadcasting them would tie scoring passes together.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def _open_run(folder: str, resume: bool) -> RunFolder:
+    try:
+        opened = RunFolder(folder, resume=resume)
+    except OSError as error:
+        raise ConfigError(f"run.output_dir = {folder!r} cannot be used: {error}.") from error
+    if resume and opened.holds_a_run() and opened.latest_checkpoint() is None:
+        raise ConfigError(
+            f"The run in {folder} has no checkpoint to go on from (run.save_steps makes them): "
+            "remove the folder, or choose another run.output_dir."
+        )
+    return opened
+
+
+def _make_scheduler(args: VPDConfig, optimizer: torch.optim.Optimizer) -> Any:
+    settings = args.optim
+    try:
+        return get_scheduler(
+            settings.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=args.run.max_steps,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"optim.lr_scheduler_type = {settings.lr_scheduler_type!r} cannot be used: {error}"
+        ) from error
 
 
 def _make_optimizer(args: VPDConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

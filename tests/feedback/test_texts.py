@@ -66,6 +66,7 @@ def test_no_text_means_no_feedback():
 def test_thinking_is_removed_from_a_sibling():
     assert without_thinking("<think>hm\nhm</think>\nFour.") == "Four."
     assert without_thinking("Four. <think>never closed") == "Four."
+    assert without_thinking("opened by the prompt</think>\nFour.") == "Four."
 
 
 def test_ungraded_rollouts_have_no_view_and_are_nobodys_sibling():

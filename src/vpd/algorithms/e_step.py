@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vpd.algorithms.example import Example, minibatches, student_view, teacher_view
 from vpd.config import VPD
+from vpd.losses import implicit_rewards
 from vpd.packing import PackedBatch
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Objective, Refine
@@ -89,24 +90,27 @@ def refine_teacher(
     if not success_count or not failure_count:
         return {"e_step": 0.0}
 
-    def implicit_rewards(of: Sequence[Example], prior: Tensor) -> Tensor:
-        return settings.bco_beta * (learner.sequence_log_probs(of, teacher_view) - prior)
+    def rewards_of(of: Sequence[Example], prior: Tensor) -> Tensor:
+        return implicit_rewards(learner.sequence_log_probs(of, teacher_view), prior, settings.bco_beta)
 
     prior = learner.sequence_log_probs(examples, student_view)
-    before = measure_margin(learner, implicit_rewards(examples, prior), is_success)
+    rewards_before = rewards_of(examples, prior)
+    before = measure_margin(learner, rewards_before, is_success)
     if fresh is not None:
         fresh_success = torch.tensor([example.is_success for example in fresh], dtype=torch.bool)
         fresh_prior = learner.sequence_log_probs(fresh, student_view)
-        fresh_before = measure_margin(learner, implicit_rewards(fresh, fresh_prior), fresh_success)
+        fresh_before = measure_margin(learner, rewards_of(fresh, fresh_prior), fresh_success)
 
     prior_of = {example.rollout: prior[index] for index, example in enumerate(examples)}
     steps = []
     with learner.scaled_learning_rate(settings.e_learning_rate_factor):
         for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts):
+            if not learner.total(len(minibatch))[0]:
+                continue
             make_pass = _refining_pass(learner, settings, prior_of, before)
             steps.append(learner.optimise(learner.micro_batches(minibatch, [teacher_view]), make_pass))
 
-    rewards = implicit_rewards(examples, prior)
+    rewards = rewards_of(examples, prior)
     after = measure_margin(learner, rewards, is_success)
     metrics: dict[str, float | None] = {
         "e_step": 1.0,
@@ -122,10 +126,10 @@ def refine_teacher(
         part = measure_margin(learner, rewards[of_source], is_success[of_source])
         metrics[f"margin_{source}"] = part.margin
     if fresh is not None:
-        fresh_after = measure_margin(learner, implicit_rewards(fresh, fresh_prior), fresh_success)
+        fresh_after = measure_margin(learner, rewards_of(fresh, fresh_prior), fresh_success)
         metrics["margin_fresh_before"] = fresh_before.margin
         metrics["margin_fresh_after"] = fresh_after.margin
-    return metrics | _length_effects(examples, rewards - before.reward_shift, is_success)
+    return metrics | _length_effects(learner, examples, rewards_before - before.reward_shift, is_success)
 
 
 def _refining_pass(
@@ -146,21 +150,22 @@ def _refining_pass(
 
 
 def _length_effects(
-    examples: Sequence[Example], shifted_rewards: Tensor, is_success: Tensor
+    learner: Learner, examples: Sequence[Example], shifted_rewards: Tensor, is_success: Tensor
 ) -> dict[str, float | None]:
-    """How length weighs in this process's implicit rewards, which are sums over tokens.
+    """How length weighs in the implicit rewards that the E-step starts from, which are sums over tokens.
 
     ``misranked_share`` are rollouts on the wrong side of the shift, whose gradient grows with length;
     ``saturated_share`` those so far on the right side (sigmoid above 0.95) that they have next to none.
     """
-    if len(examples) < 2:
-        return {}
     side = torch.where(is_success, shifted_rewards, -shifted_rewards)
-    lengths = torch.tensor([len(example.completion) for example in examples], dtype=torch.float32)
-    both = torch.stack([shifted_rewards.float(), lengths])
-    constant = bool((both.std(dim=1) == 0).any())
+    rewards = shifted_rewards.double()
+    lengths = torch.tensor([len(example.completion) for example in examples], dtype=torch.float64)
+    columns = (side < 0, side.sigmoid() > 0.95, rewards, lengths, rewards * lengths, rewards**2, lengths**2)
+    count, *sums = learner.total(len(examples), *(float(column.sum()) for column in columns))
+    misranked, saturated, reward, length, product, reward_square, length_square = (value / count for value in sums)
+    variances = (reward_square - reward**2) * (length_square - length**2)
     return {
-        "misranked_share": float((side < 0).float().mean()),
-        "saturated_share": float((torch.sigmoid(side) > 0.95).float().mean()),
-        "reward_length_correlation": None if constant else float(torch.corrcoef(both)[0, 1]),
+        "misranked_share": misranked,
+        "saturated_share": saturated,
+        "reward_length_correlation": (product - reward * length) / math.sqrt(variances) if variances > 1e-12 else None,
     }

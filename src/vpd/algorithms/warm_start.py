@@ -3,14 +3,15 @@
 Half of the sequences are plain (prompt, answer), half feedback-conditioned (teacher's prompt, answer): a small model
 cannot read feedback at first, and a teacher that cannot read is worse than its student. The feedback of a demonstration
 is what a rollout would have got: a wrong attempt and the demonstrated answer are judged as a group of two, and the
-answer is learned behind the attempt's teacher prompt. Every other attempt stands alone, as in a group that all failed, so
-that the kinds of feedback that such groups get are learned too.
+answer is learned behind the attempt's teacher prompt. Every other attempt stands alone, as in a group that all failed,
+so that the kinds of feedback that such groups get are learned too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from vpd.policy.learner import Learner
 from vpd.policy.load import load_policy, save_policy
 from vpd.policy.objectives import Imitate, Objective
 from vpd.types import Demonstration, Rollout, Verdict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +106,17 @@ def warm_start(
     start = time.perf_counter()
     cached = settings.cache and settings.max_seconds is None
     folder = cache_dir() / "warm-starts" / _key(learner, sequences, settings) if cached else None
-    if folder is not None and folder.is_dir():
+    # Every process must find it: one that did not would wait for the others in training.
+    (found,) = learner.total(folder is not None and folder.is_dir())
+    if folder is not None and found == learner.accelerator.num_processes:
         _load_weights(learner.module.model, folder)
         return WarmStartResult(len(sequences), 0, float("nan"), time.perf_counter() - start, folder)
     losses = _train(learner, sequences, settings)
     if folder is not None and learner.accelerator.is_main_process:
-        save_policy(learner.module.model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
+        try:
+            save_policy(learner.module.model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
+        except OSError as error:
+            logger.warning("The warm start is not kept for other runs: %s", error)
     learner.accelerator.wait_for_everyone()
     return WarmStartResult(len(sequences), len(losses), losses[-1], time.perf_counter() - start, folder)
 
@@ -153,6 +161,8 @@ def _key(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStartSe
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {parameter.requires_grad} {numbers}".encode())
     digest.update(str([(sequence.prompt, sequence.completion) for sequence in sequences]).encode())
     digest.update(json.dumps(settings.model_dump(), sort_keys=True).encode())
+    adapters = getattr(learner.module.model, "peft_config", {})
+    digest.update(str(sorted((name, str(config)) for name, config in adapters.items())).encode())
     optim, accelerator = learner.settings, learner.accelerator
     digest.update(f"{optim.max_grad_norm} {accelerator.mixed_precision} {accelerator.num_processes}".encode())
     return digest.hexdigest()[:16]

@@ -56,8 +56,12 @@ def measure_gap(
     )
     student, teacher = defaultdict(list), defaultdict(list)
     for rollout in rollouts:
+        if rollout.verdict is None:
+            continue
         student[rollout.task.id].append(float(_succeeds(rollout, success_threshold)))
     for answer in answers:
+        if answer.verdict is None:
+            continue
         teacher[answer.task.id].append(float(_succeeds(answer, success_threshold)))
     pairs = [(fmean(student[id]), fmean(outcomes)) for id, outcomes in teacher.items()]
     if not pairs:

@@ -10,6 +10,8 @@ from vpd.config import FeedbackSettings
 from vpd.types import Rollout
 
 _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)\s*", re.DOTALL)
+# Some chat templates write the opening tag into the prompt, so that a completion holds the closing one alone.
+_OPENED_BY_PROMPT = re.compile(r"\A(?:(?!<think).)*?</think(?:ing)?>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def permute_across_groups(texts: Sequence[FeedbackTexts | None], groups: Sequenc
 
 def without_thinking(text: str) -> str:
     """Remove thinking blocks, an unclosed last one included; what is left is the answer as a reader would see it."""
-    return _THINKING.sub("", text).strip()
+    return _THINKING.sub("", _OPENED_BY_PROMPT.sub("", text)).strip()
 
 
 def _environment_text(rollout: Rollout) -> str | None:

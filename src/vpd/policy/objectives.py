@@ -1,8 +1,8 @@
 """What to compute from a packed batch's hidden states, inside the policy module's forward.
 
-Each objective is called with the hidden states [T, H] of the packed tokens, the model's head and the batch, and returns
-:class:`Outputs`. Scored tokens (S of them) that share a packed row are computed once, since completions of a group often
-begin alike.
+Each objective is called with the hidden states [T, H] of the packed tokens, the model's head and the batch, and
+returns :class:`Outputs`. Scored tokens (S of them) that share a packed row are computed once, since completions of a
+group often begin alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vpd.losses import DivergenceKind, Head, bco_loss, divergence, token_log_probs
+from vpd.losses import DivergenceKind, Head, bco_loss, divergence, implicit_rewards, token_log_probs
 from vpd.packing import PackedBatch
 
 
@@ -103,9 +103,8 @@ class Refine:
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature), batch)
-        implicit_rewards = self.bco_beta * (log_probs - self.prior_log_probs.to(log_probs.device))
         loss = bco_loss(
-            implicit_rewards,
+            implicit_rewards(log_probs, self.prior_log_probs.to(log_probs.device), self.bco_beta),
             self.is_success.to(log_probs.device),
             self.reward_shift,
             success_count=self.success_count,

@@ -51,7 +51,10 @@ def prepare_policy(
     if peft_config is None and settings.lora is not None:
         peft_config = LoraConfig(task_type="CAUSAL_LM", **settings.lora.model_dump())
     if peft_config is not None and not isinstance(network, PeftModel):
-        network = get_peft_model(network, peft_config)  # pyright: ignore[reportArgumentType]
+        try:
+            network = get_peft_model(network, peft_config)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise ConfigError(f"The adapters cannot be made: {error}") from error
     if settings.gradient_checkpointing:
         causal_lm_of(network).activation_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
         if isinstance(network, PeftModel):

@@ -30,8 +30,6 @@ class RolloutSampler:
         prompts: makes the student's prompts.
         settings: sampling settings.
         eos_token_ids: any of them ends a completion.
-        truncated_is_failure: a completion that the length limit cut off gets reward 0 and a text that says so, whatever
-            the judge would find in it; otherwise it stays unjudged.
         timer: collects the seconds of the phases ``rollout`` and ``judge``.
         sampled_tokens: tokens sampled so far.
     """
@@ -42,7 +40,6 @@ class RolloutSampler:
     prompts: PromptBuilder
     settings: RolloutSettings
     eos_token_ids: tuple[int, ...]
-    truncated_is_failure: bool = True
     timer: Timer = field(default_factory=Timer)
     sampled_tokens: int = 0
 
@@ -116,7 +113,11 @@ class RolloutSampler:
         )
 
     def _judged(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Grade every rollout; one whose judge broke stays without a verdict, and the log says why."""
+        """Grade every rollout.
+
+        One that the length limit cut off gets reward 0 and a text that says so, whatever the judge would find in it.
+        One whose judge broke stays without a verdict, and the log says why.
+        """
         whole = [index for index, rollout in enumerate(rollouts) if not rollout.truncated]
         with self.timer("judge"):
             verdicts = judge_all(self.environment, [(rollouts[i].task, rollouts[i].text) for i in whole])
@@ -126,9 +127,8 @@ class RolloutSampler:
                 judged[index] = replace(rollouts[index], verdict=verdict)
             else:
                 logger.warning("The judge failed on task %s: %r", rollouts[index].task.id, verdict)
-        if self.truncated_is_failure:
-            for index, rollout in enumerate(rollouts):
-                if rollout.truncated:
-                    verdict = Verdict(0.0, self.environment.truncated_feedback(rollout.task), {"truncated": True})
-                    judged[index] = replace(rollout, verdict=verdict)
+        for index, rollout in enumerate(rollouts):
+            if rollout.truncated:
+                verdict = Verdict(0.0, self.environment.truncated_feedback(rollout.task), {"truncated": True})
+                judged[index] = replace(rollout, verdict=verdict)
         return judged

@@ -15,7 +15,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from vpd.config import VPDConfig
 
@@ -49,6 +49,7 @@ class Callbacks:
             logging_steps=1,
             eval_steps=int(args.eval_steps or 0),
             save_steps=int(args.save_steps),
+            stateful_callbacks=[callback for callback in callbacks if isinstance(callback, ExportableState)],
         )
         self._call("on_init_end")
 
@@ -63,7 +64,8 @@ class Callbacks:
         self.state.global_step = step
         self._call("on_step_end")
 
-    def log(self, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.state.global_step = step
         logs = {**metrics}
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self._handler.on_log(self._args, self.state, self.control, logs)

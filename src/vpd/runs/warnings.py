@@ -9,15 +9,17 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> d
     """Warnings, name to text, for the metrics of one training step."""
     warnings = {}
     if metrics.get("active_share") == 0:
-        if metrics.get("success_rate") == 0:
+        if metrics.get("success_rate") is None:
+            cause = "the judge failed on every rollout; the log above says how"
+        elif "environment" not in sources and metrics.get("success_rate") == 0:
             cause = (
                 'every rollout failed, and siblings need a success to show. Add the source "environment", make the '
                 "tasks easier, or warm-start"
-                if sources == ["sibling"]
-                else 'the environment gave no text. Let it give one, or add the source "sibling"'
             )
+        elif "sibling" not in sources:
+            cause = 'the environment gave no text. Let it give one, or add the source "sibling"'
         else:
-            cause = "no rollout got feedback"
+            cause = "no rollout got feedback: the environment gave no text, and no rollout has a successful sibling"
         warnings["nothing_to_learn"] = f"Nothing to learn from this batch: {cause}."
     elif metrics.get("e_step") == 0:
         cause = "the active rollouts all succeeded or all failed"
