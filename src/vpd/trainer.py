@@ -249,7 +249,7 @@ class VPDTrainer:
         """Decide successes and build the teacher's prompts of judged rollouts."""
         threshold = self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
-        views = build_views(rollouts, is_success, self.prompts)
+        views = build_views(rollouts, is_success, self.prompts, permute=self.args.feedback.permute)
         if self.args.algorithm.truncated == "mask":
             views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
         return Batch(rollouts, is_success, views)
@@ -277,12 +277,14 @@ class VPDTrainer:
     def tasks_of_step(self, step: int) -> list[Task]:
         """The prompts of rollout batch ``step``: epochs over the training tasks, each shuffled by seed and epoch."""
         count, size = len(self.train_tasks), self.args.rollout.prompts_per_step
+        orders: dict[int, list[int]] = {}
         tasks = []
         for position in range((step - 1) * size, step * size):
             epoch, place = divmod(position, count)
-            order = list(range(count))
-            random.Random(f"{self.args.run.seed}-{epoch}").shuffle(order)
-            tasks.append(self.train_tasks[order[place]])
+            if epoch not in orders:
+                orders[epoch] = list(range(count))
+                random.Random(f"{self.args.run.seed}-{epoch}").shuffle(orders[epoch])
+            tasks.append(self.train_tasks[orders[epoch][place]])
         return tasks
 
     def _sampler_of_fresh_examples(self, step: int) -> Callable[[], list[Example]]:

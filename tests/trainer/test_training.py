@@ -68,16 +68,15 @@ def test_a_run_killed_in_its_second_e_iteration_and_resumed_equals_the_uninterru
         toy_trainer(tmp_path / "cut", **settings).train()
     monkeypatch.setattr(algorithm, "distil", distil)
     resumed = toy_trainer(tmp_path / "cut", **settings)
-    random_states = []
     resumed.train(resume_from_checkpoint=True)
-    random_states = [torch.get_rng_state()]
+    random_state = torch.get_rng_state()
 
     assert_same_weights(weights(whole), weights(resumed))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert "reward_shift" in losses(tmp_path / "cut")[2]
     again = toy_trainer(tmp_path / "again", **settings)
     again.train()
-    assert torch.equal(random_states[0], torch.get_rng_state())
+    assert torch.equal(random_state, torch.get_rng_state())
 
 
 def test_a_folder_with_a_run_is_refused_unless_resumed(tmp_path):
@@ -257,3 +256,30 @@ def test_warm_start_is_cached_and_shared(tmp_path, monkeypatch):
     ]
     assert steps[0] > 0
     assert steps[1] == 0
+
+
+def test_the_permuted_control_starts_from_the_same_warm_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("VPD_CACHE", str(tmp_path / "cache"))
+    trained = []
+    for permute in (False, True):
+        trainer = toy_trainer(
+            tmp_path / str(permute),
+            warm_start={"demonstrations": 4, "cache": False},
+            feedback={"permute": permute},
+            eval={"final_tasks": 0},
+            run={"max_steps": 0},
+        )
+        trainer.train()
+        trained.append(weights(trainer))
+    assert_same_weights(*trained)
+
+
+def test_masked_truncated_rollouts_have_no_view_but_still_fail(tmp_path):
+    settings = {"stop_strings": [], "max_completion_length": 2}
+    for truncated in ("mask", "failure"):
+        trainer = toy_trainer(tmp_path / truncated, rollout=settings, algorithm={"truncated": truncated})
+        batch = trainer.sample(1)
+        cut = [view for rollout, view in zip(batch.rollouts, batch.views, strict=True) if rollout.truncated]
+        assert cut
+        assert all((view is None) == (truncated == "mask") for view in cut)
+        assert not any(s for r, s in zip(batch.rollouts, batch.is_success, strict=True) if r.truncated)

@@ -73,7 +73,8 @@ def demonstration_sequences(
     views = build_views(rollouts, is_success, prompts)
     failed = [2 * index for index, demonstration in enumerate(demonstrations) if index % 2 and demonstration.attempt]
     alone = build_views([rollouts[i] for i in failed], [False] * len(failed), prompts)
-    views = [dict(zip(failed, alone, strict=True)).get(index) or view for index, view in enumerate(views)]
+    for index, view in zip(failed, alone, strict=True):
+        views[index] = view or views[index]
     sequences = []
     for index, demonstration in enumerate(demonstrations):
         attempt, answer = 2 * index, 2 * index + 1

@@ -49,7 +49,12 @@ def measure_gap(
         seed: of the completions.
     """
     rollouts = sampler.sample(tasks, num_generations, seed=seed)
-    views = build_views(rollouts, [_succeeds(rollout, success_threshold) for rollout in rollouts], sampler.prompts)
+    views = build_views(
+        rollouts,
+        [_succeeds(rollout, success_threshold) for rollout in rollouts],
+        sampler.prompts,
+        permute=sampler.prompts.settings.permute,
+    )
     active = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]
     answers = sampler.sample_behind(
         [view.prompt_ids for _, view in active], [rollout.task for rollout, _ in active], seed=seed + 1

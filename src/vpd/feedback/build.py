@@ -11,7 +11,7 @@ from vpd.types import Rollout, TeacherView
 
 
 def build_views(
-    rollouts: Sequence[Rollout], is_success: Sequence[bool], prompts: PromptBuilder
+    rollouts: Sequence[Rollout], is_success: Sequence[bool], prompts: PromptBuilder, *, permute: bool = False
 ) -> list[TeacherView | None]:
     """Build the teacher's prompt of each rollout.
 
@@ -20,6 +20,7 @@ def build_views(
             gets no view and is nobody's sibling.
         is_success: B flags.
         prompts: templates and limits.
+        permute: give each rollout the feedback of another task, for the control.
 
     Returns:
         B entries; None where there is no feedback.
@@ -29,7 +30,7 @@ def build_views(
     for _, members in groupby(graded, key=lambda index: rollouts[index].group):
         group = list(members)
         texts += choose_texts([rollouts[i] for i in group], [is_success[i] for i in group], prompts.settings)
-    if prompts.settings.permute:
+    if permute:
         texts = permute_across_groups(texts, [rollouts[i].group for i in graded])
     views: list[TeacherView | None] = [None] * len(rollouts)
     for index, text in zip(graded, texts, strict=True):
