@@ -27,7 +27,8 @@ class ToyEnvironment(Environment):
         return Verdict(float(is_even), f"It ends with {completion[-1:]}, which is {'even' if is_even else 'odd'}.")
 
     def demonstrations(self, count):
-        return [Demonstration(task, "b", "a") for task in self.tasks("train")[:count]]
+        # Attempts differ, so that so do the texts about them.
+        return [Demonstration(task, "b", "acegi"[i % 5]) for i, task in enumerate(self.tasks("train")[:count])]
 
 
 def toy_config(output_dir, **sections: dict[str, Any]) -> VPDConfig:
