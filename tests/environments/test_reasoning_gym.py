@@ -161,8 +161,12 @@ def test_success_texts_are_as_rich_as_failure_texts():
         ({"parameters": {"terms": 3}}, "does not take the data.parameters"),
         ({"parameters": {"min_terms": 0}}, "min_terms must be positive"),
         ({"parameters": {"seed": 3}}, "must not hold seed"),
-        ({"dataset": "countdown", "worked": True}, r"chain_sum, products.*leave it out for countdown"),
+        (
+            {"dataset": "countdown", "worked": True},
+            r"basic_arithmetic, chain_sum, products.*leave it out for countdown",
+        ),
         ({"dataset": "products", "worked": True, "parameters": {"max_terms": 3}}, "needs two factors"),
+        ({"dataset": "basic_arithmetic", "worked": True}, r"a chain sum is two numbers or more with \+ or - between"),
         ({"train_size": -1}, "must not be negative"),
     ],
 )

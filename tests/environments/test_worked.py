@@ -13,7 +13,11 @@ SIZES = {"train_size": 50, "selection_size": 1, "final_size": 1}
 
 
 def make(dataset: str, **options) -> ReasoningGym:
-    parameters = {"min_terms": 3} if dataset == "chain_sum" else {"max_digits": 3}
+    parameters = {
+        "chain_sum": {"min_terms": 3},
+        "basic_arithmetic": {"operators": ["+"], "allow_parentheses": False, "min_terms": 3},
+        "products": {"max_digits": 3},
+    }[dataset]
     return ReasoningGym(dataset, worked=True, parameters=parameters, **{**SIZES, **options})
 
 
@@ -79,6 +83,8 @@ RIGHT = "47 + 38 = 85\n85 + 56 = 141\nAnswer: 141"
         ("47 + 38 = 85\n85 + 56 = 141", 0.0, 'could not be read: it has no line that begins with "Answer:".'),
         ("47 + 38 = 85\n85 + 56 = 141\nAnswer:", 0.0, 'could not be read: nothing follows "Answer:".'),
         ("47 + 38 = 85\n85 + 56 = 141\nAnswer: 141 apples", 0.0, "does not match the last line"),
+        (f"{RIGHT}\n\nSo the sum is 141.", 0.0, 'Nothing may follow the final answer, but "So the sum is 141." does.'),
+        (f"{RIGHT}\n\n", 1.0, "The final answer matches the last line."),
         ("9" * 9999 + " + 1 = 2\nAnswer: " + "9" * 9999, 0.0, "it does not have the form of a step."),
         ("", 0.0, "all are missing."),
     ],
@@ -111,7 +117,7 @@ def test_levels_of_feedback():
     assert texts["reference"] == f"{texts['location']} The right answer is: 141"
 
 
-@pytest.mark.parametrize("dataset", ["chain_sum", "products"])
+@pytest.mark.parametrize("dataset", ["chain_sum", "basic_arithmetic", "products"])
 def test_demonstrations_are_right_and_attempts_wrong(dataset):
     environment = make(dataset)
     demonstrations = environment.demonstrations(50)

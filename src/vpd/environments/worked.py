@@ -1,9 +1,12 @@
 """Questions that are answered step by step, one step a line, and a reader that finds the first wrong line.
 
 A worked answer succeeds where every line and the final answer are right: an answer that is right by luck behind wrong
-lines would be a bad example to learn from. Two datasets of reasoning-gym have
-steps that are the same for everybody: ``chain_sum`` (terms added and subtracted from left to right) and ``products``
-of two factors (by the digits of the second factor, ones first, then the partial results added up).
+lines would be a bad example to learn from. So would be one that rambles on after its answer: a teacher that is shown it
+learns not to end.
+
+Three datasets of reasoning-gym have steps that are the same for everybody: ``chain_sum``, and ``basic_arithmetic`` with
+``+`` and ``-`` and no parentheses (terms added and subtracted from left to right), and ``products`` of two factors (by
+the digits of the second factor, ones first, then the partial results added up).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from vpd.environments.answers import first_line, parse_integer, quoted, split_at
 # Thirty digits are more than any task asks for, and keep int() away from runaway lines.
 NUMBER = r"\(?(-?[0-9,]{1,30})\)?"
 LINE = re.compile(rf"\s*{NUMBER}\s*([-+*])\s*{NUMBER}\s*=\s*{NUMBER}\s*\.?\s*")
+CHAIN_SUM = re.compile(r"-?[0-9]+( [+-] -?[0-9]+)+")
 SIGNS = str.maketrans({"×": "*", "·": "*", "−": "-", "–": "-"})  # noqa: RUF001
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
@@ -66,10 +70,10 @@ class WorkedForm:
 
 def chain_sum_steps(expression: str) -> list[Step]:
     """``47 + 38 - 56`` from left to right: one step fewer than there are terms."""
+    if CHAIN_SUM.fullmatch(expression) is None:
+        raise ValueError("a chain sum is two numbers or more with + or - between them")
     first, *rest = expression.split()
     terms = list(zip(rest[::2], rest[1::2], strict=True))
-    if not terms:
-        raise ValueError("a chain sum needs two terms or more")
     return [Step(Result(i - 1) if i else int(first), operator, int(term)) for i, (operator, term) in enumerate(terms)]
 
 
@@ -85,11 +89,14 @@ def products_steps(expression: str) -> list[Step]:
     return products + sums
 
 
+LEFT_TO_RIGHT = WorkedForm(
+    'Calculate from left to right, one step per line ("a + b = c"), then write "Answer: " and the number.',
+    chain_sum_steps,
+)
+
 WORKED_FORMS: Mapping[str, WorkedForm] = {
-    "chain_sum": WorkedForm(
-        'Calculate from left to right, one step per line ("a + b = c"), then write "Answer: " and the number.',
-        chain_sum_steps,
-    ),
+    "basic_arithmetic": LEFT_TO_RIGHT,
+    "chain_sum": LEFT_TO_RIGHT,
     "products": WorkedForm(
         'Multiply by each digit of the second number, ones first, one per line ("a * b = c"), then add the results, '
         'one addition per line, then write "Answer: " and the number.',
@@ -132,7 +139,7 @@ class Reading(NamedTuple):
     """What the steps of a worked answer are worth.
 
     Attributes:
-        is_right: every step is there and right, and the final answer is the last line's result.
+        is_right: every step is there and right, the final answer is the last line's result, and nothing follows it.
         text: each right line up to the first wrong one, and what is wrong there.
     """
 
@@ -165,6 +172,8 @@ def read(steps: list[Step], completion: str) -> Reading:
     if parse_integer(first_line(answer)) != results[-1]:
         mismatch = f"The final answer, {quoted(first_line(answer))}, does not match the last line."
         return Reading(False, " ".join([*checked, mismatch]))
+    if rest := answer.partition("\n")[2].strip():
+        return Reading(False, " ".join([*checked, f"Nothing may follow the final answer, but {quoted(rest)} does."]))
     return Reading(True, " ".join([*checked, "Every step was checked. The final answer matches the last line."]))
 
 
