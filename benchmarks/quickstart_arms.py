@@ -1,6 +1,6 @@
 """What each part of VPD is worth on the quickstart's task: four arms, equal seconds, one shared warm start.
 
-    python benchmarks/quickstart_arms.py --seconds 240 --seeds 0 1 2
+    python benchmarks/quickstart_arms.py --seconds 300 --seeds 0 1 2
 
 Arms: VPD; the same loop without E-steps; more supervised steps on the warm start's demonstrations; VPD with its
 feedback permuted across tasks, a control that a teacher who reads its feedback must win against. Every arm starts from
@@ -72,7 +72,7 @@ def interval(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=240, help="of training, evaluation left aside")
+    parser.add_argument("--seconds", type=float, default=300, help="of training, evaluation left aside")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart_arms"))
     options = parser.parse_args()

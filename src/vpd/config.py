@@ -89,7 +89,29 @@ class PromptData(Section):
     seed: int = 0
 
 
-DataSettings: TypeAlias = Annotated[ReasoningGymData | McqData | PromptData, Field(discriminator="environment")]
+class CodeData(Section):
+    environment: Literal["code"] = "code"
+    path: str
+    """``humaneval``, or a JSONL file, folder or Hugging Face dataset id with LiveCodeBench's or plain rows."""
+    tests: Literal["public", "half"] = "public"
+    """``public``: they train and the private ones evaluate; ``half``: a seeded half of all trains and all evaluate."""
+    sandbox: Literal["auto", "full", "bubblewrap", "landlock", "unsafe"] = "auto"
+    """Isolation of programs: ``auto`` is the strongest that the machine offers; ``unsafe`` is none."""
+    seconds: float = Field(default=5.0, gt=0)
+    """Time limit of one test."""
+    memory_mb: int = Field(default=512, ge=128)
+    """Memory limit of a program, the interpreter's own included."""
+    selection_size: int = Field(default=100, ge=1)
+    """Taken from the training problems."""
+    final_size: int | None = None
+    """Of the test problems (all of them by default); taken from the training ones where there is no test file."""
+    seed: int = 0
+    """Of the splits and halves."""
+
+
+DataSettings: TypeAlias = Annotated[
+    ReasoningGymData | McqData | CodeData | PromptData, Field(discriminator="environment")
+]
 
 
 class RolloutSettings(Section):
@@ -176,7 +198,7 @@ class VPD(MStepSettings):
     e_minibatch_prompts: int | None = Field(default=None, ge=1)
     """Prompts, with all their rollouts, per optimizer step of the E-step; the whole batch by default."""
     e_learning_rate_factor: float = Field(default=1.0, ge=0)
-    """The E-step's learning rate is the run's times this."""
+    """The E-step's learning rate is the run's times this; it also holds for what momentum carries into M-steps."""
 
 
 class SDPO(MStepSettings):

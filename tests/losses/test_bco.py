@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vpd.losses import bco_loss, implicit_rewards, reward_shift
+from vpd.losses import bco_loss, implicit_rewards
 
 
 def sigmoid(value: float) -> float:
@@ -72,24 +72,11 @@ def test_extreme_implicit_rewards_stay_finite():
     assert rewards.grad.tolist() == [-1.0, 1.0]
 
 
-def test_reward_shift_weighs_the_classes_evenly_and_has_no_gradient():
-    rewards = torch.tensor([1.0, -2.0, -4.0, -6.0], requires_grad=True)
-    shift = reward_shift(rewards, torch.tensor([True, False, False, False]))
-
-    assert shift.item() == (1.0 - 4.0) / 2
-    assert not shift.requires_grad
-
-
 def test_the_loss_sends_no_gradient_to_the_shift():
     rewards, shift = torch.tensor([1.0, -1.0], requires_grad=True), torch.tensor(0.5, requires_grad=True)
     bco_loss(rewards, torch.tensor([True, False]), shift).backward()
 
     assert shift.grad is None
-
-
-def test_reward_shift_of_one_class_is_refused():
-    with pytest.raises(ValueError, match="got 2 and 0; skip the E-step"):
-        reward_shift(torch.zeros(2), torch.tensor([True, True]))
 
 
 def test_implicit_rewards_scale_the_log_ratio_and_hold_the_prior_constant():

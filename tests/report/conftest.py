@@ -29,9 +29,7 @@ def fill_run(path: Path, steps: int = 30, finished: bool = True) -> RunFolder:
         }
     )
     folder.write_config(config)
-    folder.log(
-        0, "preflight", {"student_accuracy": 0.31, "teacher_accuracy": 0.42, "gap": 0.11, "low": 0.02, "high": 0.2}
-    )
+    folder.log(0, "gap", {"student_accuracy": 0.31, "teacher_accuracy": 0.42, "gap": 0.11, "low": 0.02, "high": 0.2})
     folder.log(0, "warning", {"name": f"short-prompts {EVIL}", "text": f"Prompts are short. {EVIL}"})
     for step in range(steps + 1):
         if step:
@@ -92,7 +90,7 @@ def _train(step: int, steps: int, chance: random.Random) -> dict[str, object]:
     if metrics["e_step"]:
         metrics |= {
             "e_loss": 0.69, "margin_after": 2.2 + progress, "margin_fresh_before": 0.8 + progress,
-            "margin_fresh_after": 1.6 + progress, "margin_sibling": 1.2, "margin_environment": 0.7,
+            "margin_fresh_after": 1.6 + progress, "margin_after_sibling": 1.2, "margin_after_environment": 0.7,
             "e_grad_norm": 2.0, "seconds_e_step": 11.0,
         }  # fmt: skip
     return metrics

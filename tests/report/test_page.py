@@ -106,7 +106,7 @@ def test_strange_or_missing_values_do_not_stop_the_page(tmp_path, value):
     folder = RunFolder(tmp_path)
     folder.write_config({"algorithm": value, "data": value, "run": {"max_steps": value}})
     keys = ("reward", "e_loss", "margin_after", "accuracy", "low", "seconds", "split", "name", "text", "gap")
-    for event in ("train", "eval", "preflight", "warning", "unheard-of"):
+    for event in ("train", "eval", "gap", "warning", "unheard-of"):
         folder.log(1, event, {})
         folder.log(2, event, dict.fromkeys(keys, value))
     with open(folder.metrics_path, "a") as file:

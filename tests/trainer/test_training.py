@@ -107,7 +107,7 @@ def test_the_folder_holds_everything(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
     events = [(line["event"], line.get("split")) for line in read_metrics(tmp_path / "run")]
     assert events.count(("eval", "selection")) == 2
-    assert ("preflight", None) in events
+    assert ("gap", None) in events
 
 
 def test_metrics_of_an_e_iteration_name_its_effects(tmp_path):
@@ -136,6 +136,27 @@ def test_metrics_of_an_e_iteration_name_its_effects(tmp_path):
     ):
         assert isinstance(second[name], float), name
     assert first["margin_after"] > first["margin_before"]
+
+
+def test_the_teachers_lead_is_measured_before_and_after(tmp_path):
+    toy_trainer(tmp_path / "run").train()
+    gaps = [line for line in read_metrics(tmp_path / "run") if line["event"] == "gap"]
+    assert [gap["step"] for gap in gaps] == [0, 2]
+    assert all(0 <= gap["teacher_accuracy"] <= 1 for gap in gaps)
+
+
+def test_a_resume_with_other_settings_says_which(tmp_path):
+    toy_trainer(tmp_path / "run", run={"save_steps": 1, "max_steps": 1}).train()
+    changed = toy_trainer(tmp_path / "run", optim={"learning_rate": 1e-4}, run={"save_steps": 1, "max_steps": 1})
+    changed.train(resume_from_checkpoint=True)
+    (warning,) = [line for line in read_metrics(tmp_path / "run") if line.get("name") == "changed_settings"]
+    assert warning["text"] == "The run began with other settings: optim.learning_rate was 0.001 and is 0.0001."
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("vpd.policy.prepare.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match="names wandb, which is not installed: pip install wandb"):
+        toy_trainer(tmp_path / "run", run={"report_to": ["wandb"]})
 
 
 def test_tokens_computed_are_fewer_than_padding_needs(tmp_path):

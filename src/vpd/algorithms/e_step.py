@@ -5,8 +5,8 @@
     delta = 1/2 ( mean r~ over successes + mean r~ over failures )
 
 The prior is the student at the start of this E-step, by the trainer's own forward. It and delta are computed once and
-stay as they are while the minibatches are worked through. A batch of one class is skipped and counted: delta would be
-undefined, and a loss that only pushes up or down teaches no difference.
+stay as they are while the minibatches are worked through. A batch of one class has no E-step: delta would be undefined,
+and a loss that only pushes up or down teaches no difference.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from vpd.losses import implicit_rewards
 from vpd.packing import PackedBatch
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Objective, Refine
+
+SOURCES = ("environment", "sibling")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ def measure_margin(learner: Learner, implicit_rewards: Tensor, is_success: Tenso
     )
 
 
+def holds_both_classes(learner: Learner, examples: Sequence[Example]) -> bool:
+    """Whether the batch, over all processes, has a success and a failure: an E-step needs both."""
+    successes = sum(example.is_success for example in examples)
+    return all(learner.total(successes, len(examples) - successes))
+
+
 def refine_teacher(
     learner: Learner,
     examples: Sequence[Example],
@@ -73,7 +81,7 @@ def refine_teacher(
     batch_prompts: int,
     fresh: Sequence[Example] | None = None,
 ) -> dict[str, float | None]:
-    """Run one E-step on the active rollouts of a batch.
+    """Run one E-step on the active rollouts of a batch, which must hold both classes.
 
     Args:
         learner: the policy.
@@ -83,53 +91,64 @@ def refine_teacher(
         fresh: held-out rollouts on which to measure the margin before and after; None (on every process) leaves it out.
 
     Returns:
-        Metrics; ``e_step`` is 0 where the batch held one class only.
+        Metrics. Margins are those of the batch and of ``fresh``, before and after, of all rollouts and of those with
+        each source of feedback; NaN where a class is absent.
     """
-    is_success = torch.tensor([example.is_success for example in examples], dtype=torch.bool)
-    success_count, failure_count = learner.total(int(is_success.sum()), int((~is_success).sum()))
-    if not success_count or not failure_count:
-        return {"e_step": 0.0}
 
     def rewards_of(of: Sequence[Example], prior: Tensor) -> Tensor:
         return implicit_rewards(learner.sequence_log_probs(of, teacher_view), prior, settings.bco_beta)
 
+    is_success = _successes(examples)
     prior = learner.sequence_log_probs(examples, student_view)
     rewards_before = rewards_of(examples, prior)
     before = measure_margin(learner, rewards_before, is_success)
+    margins = _margins_by_source(learner, "margin_before", examples, rewards_before)
     if fresh is not None:
-        fresh_success = torch.tensor([example.is_success for example in fresh], dtype=torch.bool)
         fresh_prior = learner.sequence_log_probs(fresh, student_view)
-        fresh_before = measure_margin(learner, rewards_of(fresh, fresh_prior), fresh_success)
+        margins |= _margins_by_source(learner, "margin_fresh_before", fresh, rewards_of(fresh, fresh_prior))
 
     prior_of = {example.rollout: prior[index] for index, example in enumerate(examples)}
     steps = []
-    with learner.scaled_learning_rate(settings.e_learning_rate_factor):
-        for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts):
-            if not learner.total(len(minibatch))[0]:
-                continue
-            make_pass = _refining_pass(learner, settings, prior_of, before)
-            steps.append(learner.optimise(learner.micro_batches(minibatch, [teacher_view]), make_pass))
+    for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts):
+        if not learner.total(len(minibatch))[0]:
+            continue
+        make_pass = _refining_pass(learner, settings, prior_of, before)
+        parts = learner.micro_batches(minibatch, [teacher_view])
+        steps.append(learner.optimise(parts, make_pass, factor=settings.e_learning_rate_factor))
 
-    rewards = rewards_of(examples, prior)
-    after = measure_margin(learner, rewards, is_success)
-    metrics: dict[str, float | None] = {
-        "e_step": 1.0,
-        "e_loss": sum(step.loss for step in steps),
-        "e_grad_norm": sum(step.grad_norm for step in steps) / len(steps),
-        "e_clipped_share": sum(step.clipped for step in steps) / len(steps),
-        "reward_shift": before.reward_shift,
-        "margin_before": before.margin,
-        "margin_after": after.margin,
-    }
-    for source in ("environment", "sibling"):
-        of_source = torch.tensor([example.source == source for example in examples], dtype=torch.bool)
-        part = measure_margin(learner, rewards[of_source], is_success[of_source])
-        metrics[f"margin_{source}"] = part.margin
+    margins |= _margins_by_source(learner, "margin_after", examples, rewards_of(examples, prior))
     if fresh is not None:
-        fresh_after = measure_margin(learner, rewards_of(fresh, fresh_prior), fresh_success)
-        metrics["margin_fresh_before"] = fresh_before.margin
-        metrics["margin_fresh_after"] = fresh_after.margin
-    return metrics | _length_effects(learner, examples, rewards_before - before.reward_shift, is_success)
+        margins |= _margins_by_source(learner, "margin_fresh_after", fresh, rewards_of(fresh, fresh_prior))
+    return (
+        {
+            "e_step": 1.0,
+            "e_loss": sum(step.loss for step in steps),
+            "e_grad_norm": sum(step.grad_norm for step in steps) / len(steps),
+            "e_clipped_share": sum(step.clipped for step in steps) / len(steps),
+            "reward_shift": before.reward_shift,
+        }
+        | margins
+        | _length_effects(learner, examples, rewards_before - before.reward_shift, is_success)
+    )
+
+
+def _successes(examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([example.is_success for example in examples], dtype=torch.bool)
+
+
+def _margins_by_source(
+    learner: Learner, name: str, examples: Sequence[Example], rewards: Tensor
+) -> dict[str, float | None]:
+    """The margin of implicit rewards [B] under ``name``, and under ``name_source`` that of each source alone.
+
+    A margin that grows for one source only may be read off its template: the texts for successes and failures differ.
+    """
+    is_success = _successes(examples)
+    margins: dict[str, float | None] = {name: measure_margin(learner, rewards, is_success).margin}
+    for source in SOURCES:
+        chosen = torch.tensor([example.source == source for example in examples], dtype=torch.bool)
+        margins[f"{name}_{source}"] = measure_margin(learner, rewards[chosen], is_success[chosen]).margin
+    return margins
 
 
 def _refining_pass(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vpd.algorithms.e_step import refine_teacher
+from vpd.algorithms.e_step import holds_both_classes, refine_teacher
 from vpd.algorithms.example import Example
 from vpd.algorithms.m_step import MStepResult, distil
 from vpd.config import VPD
@@ -30,12 +30,17 @@ def update(
     timer: Timer,
     sample_fresh: Callable[[], list[Example]] | None = None,
 ) -> MStepResult:
-    """One iteration's updates: the E-step where it is due, then the M-step."""
+    """One iteration's updates: the E-step where it is due and possible, then the M-step.
+
+    The metric ``e_step`` is 1 for an E-step, 0 for one that was due but had one class only, None where none was due.
+    """
     metrics: dict[str, float | None] = {"e_step": None}
     if is_e_iteration(step, settings.e_step_every):
-        fresh = sample_fresh() if sample_fresh is not None else None
-        with timer("e_step"):
-            metrics = refine_teacher(learner, examples, settings, batch_prompts, fresh)
+        metrics = {"e_step": 0.0}
+        if holds_both_classes(learner, examples):
+            fresh = sample_fresh() if sample_fresh is not None else None
+            with timer("e_step"):
+                metrics = refine_teacher(learner, examples, settings, batch_prompts, fresh)
     with timer("m_step"):
         result = distil(learner, examples, settings, batch_prompts, settings.bco_beta)
     result.metrics = metrics | result.metrics

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from vpd.config import DataSettings, McqData, PromptData, ReasoningGymData
+from collections.abc import Sequence
+from typing import Any
+
+from vpd.config import CodeData, ConfigError, DataSettings, McqData, PromptData, ReasoningGymData
 from vpd.environments.base import SPLITS, Environment, Split
+from vpd.environments.code import Code
 from vpd.environments.judging import Outcome, judge_all
 from vpd.environments.mcq import MultipleChoice
 from vpd.environments.prompts import PromptDataset
@@ -11,12 +15,14 @@ from vpd.environments.reasoning_gym import ReasoningGym
 
 __all__ = [
     "SPLITS",
+    "Code",
     "Environment",
     "MultipleChoice",
     "Outcome",
     "PromptDataset",
     "ReasoningGym",
     "Split",
+    "choose_environment",
     "judge_all",
     "make_environment",
 ]
@@ -30,5 +36,33 @@ def make_environment(settings: DataSettings) -> Environment:
             return ReasoningGym(**values)
         case McqData():
             return MultipleChoice(**values)
+        case CodeData():
+            return Code(**values)
         case PromptData():
             return PromptDataset(values.pop("path"), **values)
+
+
+def choose_environment(
+    settings: DataSettings | None,
+    environment: Environment | None,
+    train_dataset: Any,
+    reward_funcs: Any,
+    eval_dataset: Any,
+    reward_weights: Sequence[float] | None,
+) -> Environment:
+    """What the trainer's arguments mean: an environment as given, or made of a dataset and functions, or of settings.
+
+    Raises:
+        ConfigError: the arguments contradict each other, or there are no tasks.
+    """
+    if environment is not None:
+        if train_dataset is not None or reward_funcs is not None:
+            raise ConfigError("Give either an environment, or train_dataset with reward_funcs, not both.")
+        return environment
+    if train_dataset is not None or reward_funcs is not None:
+        if train_dataset is None or reward_funcs is None:
+            raise ConfigError("train_dataset and reward_funcs go together: one was given without the other.")
+        return PromptDataset(train_dataset, reward_funcs, eval_dataset=eval_dataset, reward_weights=reward_weights)
+    if settings is None:
+        raise ConfigError("There are no tasks: give an environment, a train_dataset with reward_funcs, or args.data.")
+    return make_environment(settings)

@@ -1,7 +1,8 @@
 """How good a policy is: accuracy with intervals, and how far the teacher is ahead of the student."""
 
 from vpd.evaluation.accuracy import Evaluation, evaluate
+from vpd.evaluation.evaluator import Evaluator
 from vpd.evaluation.gap import Gap, measure_gap
 from vpd.evaluation.intervals import bootstrap_interval, wilson_interval
 
-__all__ = ["Evaluation", "Gap", "bootstrap_interval", "evaluate", "measure_gap", "wilson_interval"]
+__all__ = ["Evaluation", "Evaluator", "Gap", "bootstrap_interval", "evaluate", "measure_gap", "wilson_interval"]

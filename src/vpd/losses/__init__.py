@@ -5,7 +5,7 @@ training step (2,000 tokens x 150,000 words x 4 bytes = 1.2 GB, several times ov
 tokens, and each chunk's logits are gone before the next chunk's are made.
 """
 
-from vpd.losses.bco import bco_loss, implicit_rewards, reward_shift
+from vpd.losses.bco import bco_loss, implicit_rewards
 from vpd.losses.divergence import DivergenceKind, TokenLoss, divergence
 from vpd.losses.head import Head
 from vpd.losses.log_probs import token_log_probs
@@ -17,6 +17,5 @@ __all__ = [
     "bco_loss",
     "divergence",
     "implicit_rewards",
-    "reward_shift",
     "token_log_probs",
 ]

@@ -28,32 +28,6 @@ def implicit_rewards(teacher_log_probs: Tensor, prior_log_probs: Tensor, beta: f
     return beta * (teacher_log_probs.float() - prior_log_probs.detach().float())
 
 
-def reward_shift(implicit_rewards: Tensor, is_success: Tensor) -> Tensor:
-    """delta: the midpoint between the mean implicit reward of successes and that of failures, without gradient.
-
-    It weighs the classes evenly, however many rollouts each has. Call it on the whole E-batch, gathered over ranks.
-
-    Args:
-        implicit_rewards: [B].
-        is_success: [B], bool.
-
-    Returns:
-        Scalar in fp32.
-
-    Raises:
-        ValueError: a class is absent; the midpoint is then undefined, and the E-step has nothing to tell apart.
-    """
-    _check_rows(implicit_rewards, is_success)
-    rewards = implicit_rewards.detach().float()
-    successes, failures = rewards[is_success], rewards[~is_success]
-    if len(successes) == 0 or len(failures) == 0:
-        raise ValueError(
-            f"The reward shift needs successes and failures, got {len(successes)} and {len(failures)}; "
-            "skip the E-step of a batch that holds only one class."
-        )
-    return (successes.mean() + failures.mean()) / 2
-
-
 def bco_loss(
     implicit_rewards: Tensor,
     is_success: Tensor,

@@ -120,6 +120,7 @@ class Learner:
         parts: Sequence[list[T]],
         make_pass: Callable[[list[T]], tuple[PackedBatch, Objective]],
         on_outputs: Callable[[list[T], Outputs], None] | None = None,
+        factor: float = 1.0,
     ) -> OptimizerStep:
         """One optimizer step from the gradients of all parts.
 
@@ -127,6 +128,8 @@ class Learner:
             parts: from :meth:`micro_batches`.
             make_pass: called with each part, an empty one too, right before its pass.
             on_outputs: called with each part that is not empty and what came out.
+            factor: of the learning rate in this step. The clipped gradient is scaled too: what the optimizer's momentum
+                keeps of it moves the weights in the steps to come, at their full rate, and by far the most of it.
         """
         loss = 0.0
         for index, part in enumerate(parts):
@@ -142,13 +145,17 @@ class Learner:
                 on_outputs(part, outputs)
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         norm = float("nan") if grad_norm is None else float(grad_norm)
-        self.optimizer.step()
+        if factor != 1.0:
+            for parameter in self.policy.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        with self._scaled_learning_rate(factor):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm)
 
     @contextlib.contextmanager
-    def scaled_learning_rate(self, factor: float) -> Iterator[None]:
-        """Multiply the optimizer's learning rates by ``factor`` within the block."""
+    def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor

@@ -1,4 +1,4 @@
-"""From settings to the policy that is trained: loading, adapters, checkpointing, and whether it may be packed."""
+"""From settings to what trains: the policy with adapters, checkpointing and packing, and the accelerator."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import random
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vpd.config import ConfigError, ModelSettings
+from vpd.config import ConfigError, ModelSettings, VPDConfig
 from vpd.packing import check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
+from vpd.rollout.local import computes_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -90,3 +94,24 @@ def _small_group(causal_lm: PreTrainedModel) -> tuple[list[list[int]], list[int]
     completions = [[draw.randrange(config.vocab_size) for _ in range(size)] for size in (3, 8, 12)]
     completions.append([*completions[2][:6], *completions[1]])
     return [prompt + completion for completion in completions], [length] * len(completions)
+
+
+def make_accelerator(args: VPDConfig) -> Accelerator:
+    """The accelerator with the settings' mixed precision and trackers.
+
+    Raises:
+        ConfigError: a tracker is not installed; accelerate would leave it out without a word.
+    """
+    installed = {str(name) for name in get_available_trackers()}
+    for name in args.run.report_to:
+        if name not in installed:
+            raise ConfigError(f"run.report_to names {name}, which is not installed: pip install {name}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wants_bfloat16 = args.model.autocast == "bfloat16" or (args.model.autocast == "auto" and computes_bfloat16(device))
+    return Accelerator(
+        mixed_precision="bf16" if wants_bfloat16 and args.model.dtype == "float32" else "no",
+        log_with=list(args.run.report_to) or None,
+        project_dir=args.run.output_dir,
+        # Buffers (rotary frequencies) never change, and broadcasting them would tie scoring passes together.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )

@@ -70,7 +70,7 @@ def _page(run: RunData) -> str:
         "body",
         _header(run),
         _results(run),
-        _preflight(run),
+        _gaps(run),
         _warnings(run),
         _curves(run),
         rollout_section(run),
@@ -166,23 +166,26 @@ def _interval_bar(row: Entry) -> Html | None:
     return element("svg", *parts, class_="interval", role="img", aria_label=percent(accuracy))
 
 
-def _preflight(run: RunData) -> Html | None:
-    entries = run.of("preflight")
+def _gaps(run: RunData) -> Html | None:
+    entries = run.of("gap")
     if not entries:
         return None
-    entry = entries[-1]
-    gap = number(entry.get("gap"))
-    return join(
-        element("h2", "Before training"),
-        element(
-            "p",
-            f"The student answers {percent(entry.get('student_accuracy'))} of the questions; the same network with "
-            f"feedback in its prompt, the teacher, {percent(entry.get('teacher_accuracy'))}: a gap of "
-            f"{'unknown size' if gap is None else f'{100 * gap:+.1f} points'}{_bounds(entry)}. A teacher that is no "
-            "better has nothing to teach; a warm start mends that.",
-            class_="card",
-        ),
-    )
+    paragraphs = []
+    for entry in entries:
+        gap = number(entry.get("gap"))
+        step = entry.get("step")
+        paragraphs.append(
+            element(
+                "p",
+                f"{f'After step {step}' if step else 'Before training'} the student answers "
+                f"{percent(entry.get('student_accuracy'))} of the questions; the same network with feedback in its "
+                f"prompt, the teacher, {percent(entry.get('teacher_accuracy'))}: a gap of "
+                f"{'unknown size' if gap is None else f'{100 * gap:+.1f} points'}{_bounds(entry)}.",
+                class_="card",
+            )
+        )
+    advice = "A teacher that is no better has nothing to teach; a warm start mends that."
+    return join(element("h2", "The teacher's lead"), *paragraphs, element("p", advice))
 
 
 def _warnings(run: RunData) -> Html | None:

@@ -49,8 +49,8 @@ def margins(run: RunData) -> Figure | None:
     _line(axes, train, "margin_after", "after", GREEN)
     _line(axes, train, "margin_fresh_before", "fresh rollouts, before", ORANGE, style="--")
     _line(axes, train, "margin_fresh_after", "fresh rollouts, after", GREEN, style="--")
-    _line(axes, train, "margin_sibling", "sibling feedback", BLUE, style=":")
-    _line(axes, train, "margin_environment", "environment feedback", VIOLET, style=":")
+    _line(axes, train, "margin_after_sibling", "after, sibling feedback", BLUE, style=":")
+    _line(axes, train, "margin_after_environment", "after, environment feedback", VIOLET, style=":")
     if axes.lines:
         axes.axhline(0, color=_INK, linewidth=0.8, alpha=0.5)
     return _finish(figure, "margin of implicit rewards")

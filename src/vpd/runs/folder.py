@@ -84,10 +84,32 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         return self.config_path.exists() or self.metrics_path.exists() or self.latest_checkpoint() is not None
 
-    def write_config(self, config: BaseModel | Mapping[str, Any]) -> None:
-        """Write the resolved settings."""
+    @classmethod
+    def open(cls, path: str | Path, resume: bool) -> RunFolder:
+        """The folder of a run that is to begin, or to go on from a checkpoint.
+
+        Raises:
+            ConfigError: the folder cannot be used, or holds a run without a checkpoint.
+        """
+        try:
+            folder = cls(path, resume=resume)
+        except OSError as error:
+            raise ConfigError(f"run.output_dir = {str(path)!r} cannot be used: {error}.") from error
+        if resume and folder.holds_a_run() and folder.latest_checkpoint() is None:
+            raise ConfigError(
+                f"The run in {path} has no checkpoint to go on from (run.save_steps makes them): "
+                "remove the folder, or choose another run.output_dir."
+            )
+        return folder
+
+    def write_config(self, config: BaseModel | Mapping[str, Any]) -> str:
+        """Write the resolved settings; return those that differ from the ones written before, as a sentence's part."""
         values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+        before = _flat(self.read_config() or {})
+        now = _flat(_plain(values))
         atomic_write_text(self.config_path, _json(values, indent=2) + "\n")
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed if before)
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings that the folder's run began with; None where there are none yet."""
@@ -98,7 +120,7 @@ class RunFolder:
 
         Args:
             step: rollout batch, from 1; 0 for what happens before the first.
-            event: ``train``, ``eval``, ``preflight``, ``warning`` or ``warm_start``.
+            event: ``train``, ``eval``, ``gap``, ``warning`` or ``warm_start``.
             values: a flat mapping; zero-dimensional arrays and tensors count as numbers.
         """
         line = _json({"step": step, "event": event, **values}) + "\n"
@@ -244,6 +266,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return flat
 
 
 def _json(values: Any, indent: int | None = None) -> str:

@@ -38,14 +38,19 @@ class Progress:
         self._console = console or Console()
         self._began = time.monotonic()
         self._started_at = self._began
+        self._max_seconds = math.inf
         self._total = 0
         self._first = 0
         self._done = 0
         self._bar: Bar | None = None
 
-    def start(self, total_steps: int, completed: int = 0) -> None:
-        """Begin training; ``completed`` steps of ``total_steps`` were done before, by a run that is resumed."""
+    def start(self, total_steps: int, completed: int = 0, max_seconds: float = math.inf) -> None:
+        """Begin training, which ends after ``total_steps`` or ``max_seconds`` from now, whichever is first.
+
+        ``completed`` of the steps were done before, by a run that is resumed.
+        """
         self.stop()
+        self._max_seconds = max_seconds
         self._total, self._first, self._done = total_steps, completed, completed
         self._started_at = time.monotonic()
         if self._console.is_terminal:
@@ -95,7 +100,8 @@ class Progress:
         remaining = self._total - self._done
         if here <= 0 or remaining <= 0:
             return ""
-        return f"{duration((time.monotonic() - self._started_at) / here * remaining)} left"
+        elapsed = time.monotonic() - self._started_at
+        return f"{duration(max(0.0, min(elapsed / here * remaining, self._max_seconds - elapsed)))} left"
 
 
 def duration(seconds: float) -> str:

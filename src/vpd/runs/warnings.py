@@ -32,3 +32,21 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> d
             "optim.learning_rate alone. Lower it if the reward falls."
         )
     return warnings
+
+
+def gap_warning(low: float, tasks_with_feedback: int) -> str | None:
+    """What to say where the teacher is not clearly ahead before training.
+
+    Args:
+        low: lower end of the gap's interval.
+        tasks_with_feedback: tasks that it was measured on.
+    """
+    if not tasks_with_feedback:
+        return "In the pre-flight no rollout got any feedback, so there is nothing to distil."
+    if low > 0:
+        return None
+    return (
+        "The teacher is not clearly better than the student, so distilling it may do harm. Remedies: a warm start "
+        "(warm_start.demonstrations), feedback that says more (data.feedback), or siblings' solutions "
+        "(feedback.sources)."
+    )

@@ -1,0 +1,194 @@
+"""Tests of programs, and running a program against them in the sandbox.
+
+The program's process only produces output and values; what they are compared with never enters it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, TypeAlias
+
+from vpd.sandbox import Answer, Ended, Limits, Sandbox
+from vpd.sandbox.program import NAME
+
+_SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTest:
+    """A script reads ``input`` and prints ``output``."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallTest:
+    """``function(*arguments)`` returns ``expected``; tuples and lists of equal items count as equal."""
+
+    function: str
+    arguments: tuple[Any, ...]
+    expected: Any
+
+
+@dataclass(frozen=True, slots=True)
+class CheckTest:
+    """A function ``check(candidate)`` that asserts, such as HumanEval's.
+
+    It runs in a sandbox of its own and calls the program's function in the program's.
+
+    Attributes:
+        function: name of the function that the program defines.
+        source: defines ``check``, and what it needs.
+    """
+
+    function: str
+    source: str
+
+
+Test: TypeAlias = OutputTest | CallTest | CheckTest
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a program failed a test.
+
+    Attributes:
+        kind: ``compile`` and ``error`` for exceptions; ``wrong`` for a wrong result; ``time``, ``memory``,
+            ``output`` or ``disk`` for a limit.
+        message: of the exception.
+        line: of the program where it happened.
+        actual: what it printed or returned instead.
+    """
+
+    kind: str
+    message: str = ""
+    line: int | None = None
+    actual: str = ""
+
+
+def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits) -> list[Failure | None]:
+    """One entry a test: how it failed, or None where it passed.
+
+    Raises:
+        SandboxError: the sandbox does not work; nothing is known about the program.
+    """
+    results: list[Failure | None] = [None] * len(tests)
+    calls = [index for index, test in enumerate(tests) if isinstance(test, CallTest)]
+    if calls:
+        with sandbox.functions(code, limits) as program:
+            for index in calls:
+                test = tests[index]
+                assert isinstance(test, CallTest)
+                results[index] = _of_answer(program.call(test.function, *test.arguments), test.expected)
+    for index, test in enumerate(tests):
+        if isinstance(test, OutputTest):
+            results[index] = _of_script(sandbox.run(code, test.input, limits), test.output)
+        elif isinstance(test, CheckTest):
+            results[index] = _of_check(sandbox, code, test, limits)
+    return results
+
+
+def _of_error(message: str, line: int | None) -> Failure:
+    name = message.partition(":")[0]
+    return Failure("compile" if name in _SYNTAX_ERRORS else "error", message, line)
+
+
+def _of_script(ended: Ended, expected: str) -> Failure | None:
+    if ended.stopped is not None:
+        return Failure(ended.stopped)
+    if ended.exit_code != 0:
+        return _of_error(_last_line(ended), line_of_traceback(ended.errors))
+    if not same_output(ended.output, expected):
+        return Failure("wrong", actual=ended.output)
+    return None
+
+
+def _last_line(ended: Ended) -> str:
+    last = ended.errors.strip().rpartition("\n")[2]
+    return last or f"the program ended with exit code {ended.exit_code}"
+
+
+def line_of_traceback(text: str) -> int | None:
+    """The last line of the program that a traceback names."""
+    line = None
+    for part in text.splitlines():
+        before, found, after = part.partition(f'File "{NAME}", line ')
+        number = after.partition(",")[0]
+        if found and not before.strip() and number.isdigit():
+            line = int(number)
+    return line
+
+
+def _of_answer(answer: Answer, expected: Any) -> Failure | None:
+    if answer.stopped is not None:
+        return Failure(answer.stopped, line=answer.line)
+    if answer.error is not None:
+        return _of_error(answer.error.rpartition("\n")[2], answer.line)
+    if not _same_value(answer.value, expected):
+        return Failure("wrong", actual=_shown(answer.value))
+    return None
+
+
+def _of_check(sandbox: Sandbox, code: str, test: CheckTest, limits: Limits) -> Failure | None:
+    answers: list[Answer] = []
+    with sandbox.functions(code, limits) as program:
+
+        def candidate(*arguments: Any) -> Answer:
+            answers.append(program.call(test.function, *arguments))
+            return answers[-1]
+
+        # The check waits for the program, so that it needs a worker of its own while the program holds one.
+        source = f"{test.source}\n\ndef run_check():\n    check(outside)\n"
+        with sandbox.companion().functions(source, limits, candidate) as referee:
+            verdict = referee.call("run_check")
+    if verdict.error is None:
+        return None
+    last = answers[-1] if answers else program.loaded
+    if last.error is not None:
+        return _of_answer(last, None)
+    if verdict.stopped is not None:
+        return Failure(verdict.stopped)
+    return Failure("wrong", actual=_shown(last.value))
+
+
+def same_output(actual: str, expected: str) -> bool:
+    """Whether two outputs are equal line by line, up to white space at the ends and the spelling of numbers."""
+    actual_lines, expected_lines = ([line.strip() for line in text.strip().splitlines()] for text in (actual, expected))
+    return len(actual_lines) == len(expected_lines) and all(
+        a == b or _same_numbers(a.split(), b.split()) for a, b in zip(actual_lines, expected_lines, strict=True)
+    )
+
+
+def _same_numbers(actual: list[str], expected: list[str]) -> bool:
+    if len(actual) != len(expected):
+        return False
+    try:
+        return all(Decimal(a) == Decimal(b) for a, b in zip(actual, expected, strict=True))
+    except InvalidOperation:
+        return False
+
+
+def _same_value(actual: Any, expected: Any) -> bool:
+    try:
+        return bool(_with_lists(actual) == _with_lists(expected))
+    except RecursionError:
+        return False
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_with_lists(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return value
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):
+        # An integer with more digits than Python converts to decimal, or a value nested too deeply.
+        return f"a very large {type(value).__name__}"

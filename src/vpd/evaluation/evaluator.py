@@ -1,0 +1,58 @@
+"""The measurements of a run, with the run's settings."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+from vpd.config import VPDConfig
+from vpd.environments import Environment, Split
+from vpd.evaluation.accuracy import Evaluation, evaluate
+from vpd.evaluation.gap import Gap, measure_gap
+from vpd.rollout.sampler import RolloutSampler
+from vpd.runs.timing import Timer
+from vpd.seeds import mix
+
+
+class Evaluator:
+    """Measures the policy that a sampler samples from; the seconds do not count as training.
+
+    Args:
+        sampler: engine, prompts and judge.
+        environment: has the splits.
+        args: settings of the run.
+        accelerator: tells this process's place among all.
+    """
+
+    def __init__(
+        self, sampler: RolloutSampler, environment: Environment, args: VPDConfig, accelerator: Accelerator
+    ) -> None:
+        self._sampler = sampler
+        self._environment = environment
+        self._args = args
+        self._accelerator = accelerator
+
+    def accuracy(self, split: Split, limit: int | None = None) -> Evaluation:
+        """Accuracy on the first ``limit`` tasks of a split; the processes share the work."""
+        timer, self._sampler.timer = self._sampler.timer, Timer()
+        evaluation = evaluate(
+            self._sampler,
+            list(self._environment.tasks(split))[:limit],
+            self._args.eval,
+            self._args.algorithm.success_threshold,
+            seed=mix(self._args.run.seed, 0, 1),
+            process=self._accelerator.process_index,
+            processes=self._accelerator.num_processes,
+        )
+        self._sampler.timer = timer
+        return evaluation
+
+    def gap(self) -> Gap:
+        """How far the teacher is ahead of the student on selection tasks; every process measures the same."""
+        tasks = list(self._environment.tasks("selection"))[: self._args.eval.preflight_tasks]
+        return measure_gap(
+            self._sampler,
+            tasks,
+            self._args.rollout.num_generations,
+            self._args.algorithm.success_threshold,
+            mix(self._args.run.seed, 0, 0),
+        )

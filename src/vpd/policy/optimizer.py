@@ -1,0 +1,40 @@
+"""The optimizer and its schedule, from the ``[optim]`` section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from vpd.config import ConfigError, OptimSettings
+
+
+def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        list(parameters),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def make_scheduler(settings: OptimSettings, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
+    """One of transformers' schedules; it advances once a rollout batch.
+
+    Raises:
+        ConfigError: transformers does not know the name, or the schedule needs what there is no setting for.
+    """
+    try:
+        return get_scheduler(
+            settings.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=max_steps,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"optim.lr_scheduler_type = {settings.lr_scheduler_type!r} cannot be used: {error}"
+        ) from error

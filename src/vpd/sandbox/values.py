@@ -1,0 +1,96 @@
+"""Plain Python values as text, and back: how arguments go into the sandbox and results come out.
+
+Nothing but builtin values passes, so that what was compared outside is what it seems to be: a result whose class
+overrides ``==`` arrives as the plain value beneath it, or not at all. The reader takes nothing for granted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+class NotPlainError(ValueError):
+    """A value that is not made of builtin values, or text that does not describe one."""
+
+
+def dumps(value: Any) -> str:
+    """The value as one line of text.
+
+    Raises:
+        NotPlainError: it holds something else than None, booleans, numbers, text, bytes, lists, tuples, dicts and sets.
+    """
+    try:
+        return json.dumps(_tagged(value))
+    except RecursionError:
+        raise NotPlainError("a value that is nested too deeply") from None
+
+
+def loads(text: str | bytes) -> Any:
+    """What the text describes.
+
+    Raises:
+        NotPlainError: the text was not made by :func:`dumps`.
+    """
+    try:
+        return _plain(json.loads(text))
+    except NotPlainError:
+        raise
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise NotPlainError(f"unreadable: {type(error).__name__}") from None
+
+
+def _tagged(value: Any) -> Any:
+    if value is None or value is True or value is False:
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        # In hexadecimal, which Python reads and writes in linear time.
+        return {"int": int.__format__(value, "x")}
+    if isinstance(value, float):
+        return {"float": float.__repr__(value)}
+    if isinstance(value, complex):
+        return {"complex": [float.__repr__(value.real), float.__repr__(value.imag)]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": bytes(value).hex()}
+    if isinstance(value, list):
+        return [_tagged(item) for item in list.__iter__(value)]
+    if isinstance(value, tuple):
+        return {"tuple": [_tagged(item) for item in tuple.__iter__(value)]}
+    if isinstance(value, dict):
+        return {"dict": [[_tagged(key), _tagged(item)] for key, item in dict.items(value)]}
+    if isinstance(value, set):
+        return {"set": [_tagged(item) for item in set.__iter__(value)]}
+    if isinstance(value, frozenset):
+        return {"frozenset": [_tagged(item) for item in frozenset.__iter__(value)]}
+    raise NotPlainError(f"a value of type {type(value).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, dict) or len(value) != 1:
+        raise NotPlainError("unreadable: an untagged value")
+    ((tag, content),) = value.items()
+    match tag:
+        case "int":
+            return int(content, 16)
+        case "float":
+            return float(content)
+        case "complex":
+            real, imaginary = content
+            return complex(float(real), float(imaginary))
+        case "bytes":
+            return bytes.fromhex(content)
+        case "tuple":
+            return tuple(_plain(item) for item in content)
+        case "dict":
+            return {_plain(key): _plain(item) for key, item in content}
+        case "set":
+            return {_plain(item) for item in content}
+        case "frozenset":
+            return frozenset(_plain(item) for item in content)
+    raise NotPlainError("unreadable: an unknown tag")

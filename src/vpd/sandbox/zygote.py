@@ -1,0 +1,247 @@
+"""A process that has an interpreter ready and forks it for each program, behind the kernel's isolation.
+
+It runs under ``python -I -S`` with no environment, and one socket to the trainer. For each program it forks, the child
+takes limits and isolation upon itself, and only then runs the program; the zygote waits, ends it when its time is up,
+and reports how it ended. A program that could not be isolated is not run.
+
+    level       new root, process and network namespaces    Landlock    system calls filtered
+    full        for every program                           yes         yes
+    bubblewrap  by bwrap, around the zygote                 yes         yes
+    landlock    no                                          yes         yes
+    unsafe      no                                          no          no
+
+What it does not cover: bugs of the kernel, and what can be told from the time that things take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import tempfile
+import time
+from typing import Any
+
+from vpd.sandbox import landlock, namespaces, program, seccomp
+
+# Loaded before the first fork, so that programs find them ready.
+_COMMON_MODULES = """
+abc asyncio bisect collections concurrent.futures copy dataclasses datetime decimal encodings.idna enum fractions
+functools heapq itertools math operator queue random re statistics string typing
+"""
+_READY = b"ready"
+_MEGABYTE = 2**20
+_WATCH_SECONDS = 0.05
+_MOST_FILES = 4096
+
+
+def main(control: int, level: str, readable: list[str], folder: str | None) -> None:
+    """Serve programs until the trainer closes the socket.
+
+    Args:
+        control: descriptor of the socket.
+        level: which isolation to take.
+        readable: what programs may read: the interpreter's library and shared libraries.
+        folder: where work folders are made, outside of level "full".
+    """
+    for name in _COMMON_MODULES.split():
+        __import__(name)
+    # The terminal's Ctrl-C reaches the whole group; the trainer decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    channel = socket.socket(fileno=control)
+    if level == "full":
+        namespaces.enter([*readable, *namespaces.DEVICES])
+    channel.sendall(_READY)
+    while (job := receive(channel)) is not None:
+        message, (*descriptors, abort) = job
+        send(channel, _run(message, descriptors, abort, level, readable, folder))
+
+
+def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """The next message with the descriptors sent along; None at the end."""
+    header, descriptors, _, _ = socket.recv_fds(channel, 4, 8)
+    if not header:
+        return None
+    while len(header) < 4:
+        header += channel.recv(4 - len(header))
+    (length,) = struct.unpack("I", header)
+    parts = bytearray()
+    while len(parts) < length:
+        part = channel.recv(min(length - len(parts), 1 << 20))
+        if not part:
+            return None
+        parts += part
+    return json.loads(parts), descriptors
+
+
+def send(channel: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    data = json.dumps(message).encode()
+    socket.send_fds(channel, [struct.pack("I", len(data))], descriptors)
+    channel.sendall(data)
+
+
+def _run(
+    job: dict[str, Any], descriptors: list[int], abort: int, level: str, readable: list[str], folder: str | None
+) -> dict[str, Any]:
+    """Run one program to its end: what became of it.
+
+    Args:
+        job: the program's ``source`` and ``kind``, its ``limits``, and ``wall_seconds`` until it is killed.
+        descriptors: standard input, output and error; for functions also requests and answers.
+        abort: readable, or closed at its other end, where the trainer wants the program killed.
+        level, readable, folder: as :func:`main` has them.
+    """
+    work = namespaces.WORK if level == "full" else tempfile.mkdtemp(prefix="program-", dir=folder)
+    isolated, report = os.pipe()
+
+    def child() -> None:
+        try:
+            os.close(isolated)
+            kept = _isolate(job["limits"], level, readable, work, descriptors, report)
+            os.write(kept[-1], b"+")
+            os.close(kept[-1])
+        except BaseException as error:
+            os.write(report, f"-{type(error).__name__}: {error}".encode()[:1000])
+            os._exit(125)
+        if job["kind"] == "script":
+            program.run_script(job["source"])
+        else:
+            program.serve_functions(job["source"], *kept[3:5])
+
+    start = time.monotonic()
+    pid = namespaces.fork_into(child) if level == "full" else _fork(child)
+    for descriptor in (*descriptors, report):
+        os.close(descriptor)
+    # At level full the folder is in memory and has a limit of its own.
+    watched = None if level == "full" else work
+    ended_by = _wait(pid, abort, job["wall_seconds"], watched, job["limits"]["disk_mb"])
+    if level == "unsafe":
+        # Without isolation a program may have started others.
+        _kill(-pid)
+    _kill(pid)
+    _, status, usage = os.wait4(pid, 0)
+    said = os.read(isolated, 1024)
+    os.close(isolated)
+    os.close(abort)
+    if level != "full":
+        shutil.rmtree(work, ignore_errors=True)
+    return {
+        "isolated": said == b"+",
+        "problem": said[1:].decode(errors="replace"),
+        "exit_code": os.waitstatus_to_exitcode(status),
+        "ended_by": ended_by,
+        "seconds": time.monotonic() - start,
+        "memory_mb": usage.ru_maxrss / 1024,
+    }
+
+
+def _fork(child: Any) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        finally:
+            os._exit(125)
+    return pid
+
+
+def _wait(pid: int, abort: int, seconds: float, watched: str | None, disk_mb: int) -> str | None:
+    """Until the program has ended by itself, or must be: because of its ``time``, its ``disk``, or the ``trainer``."""
+    ended = os.pidfd_open(pid)
+    deadline = time.monotonic() + seconds
+    waiting = select.poll()
+    waiting.register(ended, select.POLLIN)
+    waiting.register(abort, select.POLLIN)
+    try:
+        while (left := deadline - time.monotonic()) > 0:
+            events = [
+                descriptor for descriptor, _ in waiting.poll(1000 * min(left, _WATCH_SECONDS if watched else left))
+            ]
+            if ended in events:
+                return None
+            if events:
+                return "trainer"
+            if watched is not None and not _holds_at_most(watched, disk_mb * _MEGABYTE):
+                return "disk"
+        return "time"
+    finally:
+        os.close(ended)
+
+
+def _holds_at_most(folder: str, limit: int) -> bool:
+    """Whether a folder has at most ``limit`` bytes and a few thousand files, as far as it can be read."""
+    size = count = 0
+    for path, folders, files in os.walk(folder, onerror=None):
+        count += len(folders) + len(files)
+        for name in files:
+            try:
+                size += os.lstat(os.path.join(path, name)).st_blocks * 512
+            except OSError:
+                continue
+            if size > limit or count > _MOST_FILES:
+                return False
+    return count <= _MOST_FILES
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _isolate(
+    limits: dict[str, Any], level: str, readable: list[str], work: str, descriptors: list[int], report: int
+) -> list[int]:
+    """Take the limits and the level's isolation upon this process.
+
+    Returns:
+        The descriptors by their new numbers, 0 on, the report's last.
+    """
+    os.setsid()
+    namespaces.die_with_parent()
+    if level == "full":
+        namespaces.mount_work_folder(limits["disk_mb"])
+    os.chdir(work)
+    kept = _only(descriptors, report)
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+    _limit(limits)
+    if level == "full":
+        namespaces.drop_capabilities()
+    if level != "unsafe":
+        landlock.restrict_files(readable, [work, *namespaces.DEVICES])
+        seccomp.restrict_system_calls(os.getpid())
+    return kept
+
+
+def _only(descriptors: list[int], report: int) -> list[int]:
+    """Make the given descriptors 0, 1, 2, ... and the report the one after, and close all others."""
+    high = [os.dup2(descriptor, 100 + i, inheritable=False) for i, descriptor in enumerate([*descriptors, report])]
+    os.closerange(0, 100)
+    low = [os.dup2(descriptor, i) for i, descriptor in enumerate(high)]
+    os.closerange(len(low), 100_000)
+    return low
+
+
+def _limit(limits: dict[str, Any]) -> None:
+    seconds = int(limits["cpu_seconds"]) + 1
+    memory, disk = limits["memory_mb"] * _MEGABYTE, limits["disk_mb"] * _MEGABYTE
+    for kind, value in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, disk),
+        (resource.RLIMIT_NOFILE, limits["descriptors"]),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_SIGPENDING, 256),
+    ):
+        resource.setrlimit(kind, (value, value))
+    # A thread's stack is address space of this size, so that many threads meet the memory limit.
+    resource.setrlimit(resource.RLIMIT_STACK, (8 * _MEGABYTE, 8 * _MEGABYTE))

@@ -1,0 +1,161 @@
+"""Every attack fails at every level that this machine offers, and the next judgement is right."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from attacks import BOMBS, KERNEL, NETWORK, PROCESSES, READING, TAMPERING, WRITING
+
+from vpd.sandbox import Limits, Sandbox, why_not
+
+LEVELS = ("full", "bubblewrap", "landlock")
+LIMITS = Limits(seconds=3, memory_mb=256, disk_mb=4, output_kb=64)
+# Bombs end by their limits; the sooner the better for the suite.
+BOMB_LIMITS = Limits(seconds=1, memory_mb=256, disk_mb=4, output_kb=64)
+HARMLESS = {
+    f"{group}/{name}": source
+    for group, attacks in {
+        "reading": READING,
+        "writing": WRITING,
+        "network": NETWORK,
+        "processes": PROCESSES,
+    }.items()
+    for name, source in attacks.items()
+}
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def sandbox(request) -> Iterator[Sandbox]:
+    reason = why_not(request.param)
+    if reason is not None:
+        pytest.skip(f"this machine does not offer level {request.param}: {reason}")
+    with Sandbox(request.param, workers=1, limits=LIMITS) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def unsafe() -> Iterator[Sandbox]:
+    with Sandbox("unsafe", workers=1, limits=LIMITS) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def listeners(tmp_path_factory) -> Iterator[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("listeners")
+    name = f"vpd-test-{os.getpid()}"
+    sockets = {
+        "tcp": socket.create_server(("127.0.0.1", 0)),
+        "udp": socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+        "unix": socket.socket(socket.AF_UNIX),
+        "abstract": socket.socket(socket.AF_UNIX),
+        "datagram": socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM),
+    }
+    sockets["udp"].bind(("127.0.0.1", 0))
+    sockets["unix"].bind(str(folder / "unix"))
+    sockets["abstract"].bind(f"\0{name}")
+    sockets["datagram"].bind(str(folder / "datagram"))
+    for kind in ("unix", "abstract"):
+        sockets[kind].listen()
+
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {
+        "tcp": str(sockets["tcp"].getsockname()[1]),
+        "udp": str(sockets["udp"].getsockname()[1]),
+        "unix": str(folder / "unix"),
+        "abstract": name,
+        "datagram": str(folder / "datagram"),
+        "http": str(server.server_port),
+    }
+    server.shutdown()
+    server.server_close()
+    for each in sockets.values():
+        each.close()
+
+
+def filled(source: str, listeners: dict[str, str], tmp_path, level: str) -> str:
+    """The attack on a secret of this test's own."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    secret = folder / "secret.txt"
+    secret.write_text("secret")
+    values = {"secret": str(secret), "folder": str(folder), "judge": str(os.getpid()), "level": level, **listeners}
+    for name, value in values.items():
+        source = source.replace(f"@{name}@", value)
+    return source
+
+
+def contents(folder) -> dict[str, tuple[bytes, int, float]]:
+    return {p.name: (p.read_bytes(), p.stat().st_mode, p.stat().st_mtime) for p in folder.iterdir()}
+
+
+def still_judges_right(sandbox: Sandbox) -> bool:
+    with sandbox.functions("def add(a, b):\n    return a + b") as program:
+        adds = program.call("add", 1, 2).value == 3
+    return adds and sandbox.run("print(input()[::-1])", "abc").output == "cba\n"
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_the_attack_works_without_a_sandbox(name, unsafe, listeners, tmp_path):
+    ended = unsafe.run(filled(HARMLESS[name], listeners, tmp_path, "unsafe"))
+    assert "SUCCEEDED" in ended.output, ended
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_the_attack_fails_in_the_sandbox(name, sandbox, listeners, tmp_path):
+    source = filled(HARMLESS[name], listeners, tmp_path, sandbox.level)
+    before = contents(tmp_path / "outside")
+    ended = sandbox.run(source)
+    assert "SUCCEEDED" not in ended.output
+    # A refusal is an error that the program could have caught, not a death that would tell nothing.
+    assert "Error" in ended.errors or ended.exit_code == 0, ended
+    assert contents(tmp_path / "outside") == before
+    assert still_judges_right(sandbox)
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_what_only_the_kernel_can_refuse_is_refused(name, sandbox, listeners, tmp_path):
+    ended = sandbox.run(filled(KERNEL[name], listeners, tmp_path, sandbox.level))
+    assert "SUCCEEDED" not in ended.output
+    assert still_judges_right(sandbox)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_end_by_their_limits(name, sandbox):
+    source, stopped = BOMBS[name]
+    start = time.monotonic()
+    ended = sandbox.run(source, limits=BOMB_LIMITS)
+    assert ended.exit_code != 0
+    if stopped is not None:
+        assert ended.stopped == stopped, ended
+    assert time.monotonic() - start < 5 * BOMB_LIMITS.seconds
+    assert len(ended.output) <= BOMB_LIMITS.output_kb * 1024
+    assert still_judges_right(sandbox)
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_a_program_cannot_pass_by_tampering_with_its_judge(name, sandbox):
+    with sandbox.functions(TAMPERING[name], BOMB_LIMITS) as program:
+        expected = 3
+        answer = program.call("add", 1, 2)
+    assert answer.error is not None or answer.value != expected
+    assert type(answer.value) in (bool, int, float, list, type(None))
+    assert still_judges_right(sandbox)
+
+
+def test_the_suite_has_what_it_should():
+    assert len(HARMLESS) + len(KERNEL) + len(BOMBS) + len(TAMPERING) >= 40
