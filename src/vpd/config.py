@@ -109,8 +109,27 @@ class CodeData(Section):
     """Of the splits and halves."""
 
 
+class MathData(Section):
+    environment: Literal["math"] = "math"
+    path: str
+    """``dapo-math``, ``math-500``, ``aime24``, ``aime25``, ``amc23``; or a JSONL file, folder or Hugging Face dataset
+    id with columns ``problem`` and ``answer``."""
+    final_path: str | None = None
+    """The same, for the final split: all its problems."""
+    feedback: Literal["outcome", "reference"] = "outcome"
+    """What the text says: right or wrong (and errors of form); or the right answer too."""
+    seconds: float = Field(default=5.0, gt=0)
+    """Time limit of one comparison."""
+    selection_size: int = Field(default=100, ge=1)
+    """Taken from the training problems."""
+    final_size: int | None = None
+    """Of the test problems (all of them by default); taken from the training ones where there are none."""
+    seed: int = 0
+    """Of the split."""
+
+
 DataSettings: TypeAlias = Annotated[
-    ReasoningGymData | McqData | CodeData | PromptData, Field(discriminator="environment")
+    ReasoningGymData | McqData | CodeData | MathData | PromptData, Field(discriminator="environment")
 ]
 
 

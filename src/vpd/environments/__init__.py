@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vpd.config import CodeData, ConfigError, DataSettings, McqData, PromptData, ReasoningGymData
+from vpd.config import CodeData, ConfigError, DataSettings, MathData, McqData, PromptData, ReasoningGymData
 from vpd.environments.base import SPLITS, Environment, Split
 from vpd.environments.code import Code
 from vpd.environments.judging import Outcome, judge_all
+from vpd.environments.math import Math
 from vpd.environments.mcq import MultipleChoice
 from vpd.environments.prompts import PromptDataset
 from vpd.environments.reasoning_gym import ReasoningGym
@@ -17,6 +18,7 @@ __all__ = [
     "SPLITS",
     "Code",
     "Environment",
+    "Math",
     "MultipleChoice",
     "Outcome",
     "PromptDataset",
@@ -38,6 +40,8 @@ def make_environment(settings: DataSettings) -> Environment:
             return MultipleChoice(**values)
         case CodeData():
             return Code(**values)
+        case MathData():
+            return Math(**values)
         case PromptData():
             return PromptDataset(values.pop("path"), **values)
 

@@ -54,12 +54,12 @@ def read_jsonl(path: Path, name: str) -> list[Row]:
     return rows
 
 
-def load_rows(path: str | Path) -> dict[str, list[Row]]:
+def load_rows(path: str | Path, config: str | None = None) -> dict[str, list[Row]]:
     """Rows by split: ``train``, and ``test`` where the source has one.
 
     ``path`` is a JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or anything that
     ``datasets.load_dataset`` takes (a hub id, a folder of parquet files); of its splits ``train`` and ``test`` are
-    used, or the only one as ``train``.
+    used, or the only one as ``train``. ``config`` names one of a hub dataset's configurations.
 
     Raises:
         ConfigError: there is nothing to read at ``path``, or it is malformed.
@@ -71,7 +71,7 @@ def load_rows(path: str | Path) -> dict[str, list[Row]]:
     if folder.is_file():
         return {"train": read_jsonl(folder, "train")}
     if folder.is_dir() or (HUB_ID.fullmatch(str(path)) and not str(path).endswith(".jsonl")):
-        return _load_dataset(str(path))
+        return _load_dataset(str(path), config)
     raise ConfigError(f"There is no data file or folder {path}, and it is not a Hugging Face dataset id either.")
 
 
@@ -80,11 +80,11 @@ def rows_of(dataset: Iterable[Any], name: str, origin: str | None = None) -> lis
     return [Row(f"{name}/{index}", f"{origin or name}, row {index}", values) for index, values in enumerate(dataset)]
 
 
-def _load_dataset(path: str) -> dict[str, list[Row]]:
+def _load_dataset(path: str, config: str | None) -> dict[str, list[Row]]:
     import datasets
 
     try:
-        splits = datasets.load_dataset(path)
+        splits = datasets.load_dataset(path, config)
     except Exception as error:
         raise ConfigError(
             f"{path} is neither a JSONL file nor a folder with train.jsonl, and as a Hugging Face dataset it could "

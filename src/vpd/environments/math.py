@@ -1,0 +1,178 @@
+"""Mathematical problems with a boxed answer, compared as mathematics by math-verify."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from vpd.config import ConfigError
+from vpd.environments.answers import parse_integer, quoted
+from vpd.environments.base import Environment, Split
+from vpd.environments.processes import JudgeOutOfTimeError, JudgeProcesses
+from vpd.environments.sources import Row, load_rows
+from vpd.environments.splits import check_split, cut_splits, question_key
+from vpd.environments.worked import change_digit
+from vpd.types import Demonstration, Task, Verdict
+
+FeedbackLevel = Literal["outcome", "reference"]
+INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
+_COMPARE = "vpd.environments.math:compare"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a set of problems is, its columns, and its configuration on the hub where it has several."""
+
+    path: str
+    problem: str = "problem"
+    answer: str = "answer"
+    config: str | None = None
+
+
+NAMED: Mapping[str, Source] = {
+    "dapo-math": Source("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", "en"),
+    "math-500": Source("HuggingFaceH4/MATH-500"),
+    "aime24": Source("HuggingFaceH4/aime_2024"),
+    "aime25": Source("math-ai/aime25"),
+    "amc23": Source("math-ai/amc23", "question"),
+}
+
+
+class Math(Environment):
+    """Problems from rows with a problem and a right answer.
+
+    The last ``\\boxed{...}`` of a completion is compared with the right answer by math-verify, in a process that is
+    ended where the comparison takes too long; the completion has then failed. The reward is 1 or 0.
+
+    Args:
+        path: a name of :data:`NAMED`; a JSONL file, folder or hub id with columns ``problem`` and ``answer``.
+        final_path: the same for the final split, all of whose problems then are final; by default the test problems of
+            ``path``.
+        feedback: what the text says: right or wrong, and errors of form; or the right answer too.
+        seconds: for one comparison.
+        selection_size: problems taken from training.
+        final_size: at most so many of the test problems, all by default; without a test file, taken from training.
+        seed: of the split.
+
+    Raises:
+        ConfigError: math-verify is not installed, or the data is missing or malformed.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        final_path: str | None = None,
+        feedback: FeedbackLevel = "outcome",
+        seconds: float = 5.0,
+        selection_size: int = 100,
+        final_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if find_spec("math_verify") is None:
+            raise ConfigError('The environment math needs the package math-verify: pip install "vpd-rl[math]".')
+        tasks = _load(path)
+        train, test = tasks.get("train", []), tasks.get("test")
+        if final_path is not None:
+            test = [task for part in _load(final_path).values() for task in part]
+        if test is None and final_size is None:
+            raise ConfigError(
+                f"{path} has no test problems: set data.final_path, or take some training problems by data.final_size."
+            )
+        self.feedback = feedback
+        self.seed = seed
+        self._tasks = cut_splits(
+            train,
+            test,
+            key=lambda task: question_key(task.prompt[-1]["content"]),
+            selection_size=selection_size,
+            final_size=final_size,
+            seed=seed,
+            origin=path,
+        )
+        self._processes = JudgeProcesses(seconds)
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return check_split(self._tasks, split)
+
+    async def judge(self, task: Task, completion: str) -> Verdict:
+        boxed = last_boxed(completion)
+        details: dict[str, Any] = {"answer": boxed}
+        if boxed is None or not boxed.strip():
+            what = "nothing stands in \\boxed{}" if boxed is not None else "it has no \\boxed{...}"
+            return self._verdict(task, 0.0, f"Your answer could not be read: {what}.", details)
+        try:
+            outcome = await self._processes.call(_COMPARE, boxed, task.reference)
+        except JudgeOutOfTimeError:
+            text = f"Your answer, {quoted(boxed)}, could not be compared in time: write it more simply."
+            return self._verdict(task, 0.0, text, details)
+        if outcome == "unreadable":
+            text = f"Your answer, {quoted(boxed)}, could not be read as mathematics."
+        else:
+            text = f"Your answer, {quoted(boxed)}, was compared and is {outcome}."
+        return self._verdict(task, float(outcome == "right"), text, details)
+
+    def demonstrations(self, count: int) -> Sequence[Demonstration]:
+        """Answers in the right form without reasoning, for the data has none."""
+        rng = random.Random(self.seed)
+        return [
+            Demonstration(task, _boxed(str(task.reference)), _boxed(_changed(str(task.reference), rng)))
+            for task in self._tasks["train"][:count]
+        ]
+
+    def _verdict(self, task: Task, reward: float, text: str, details: dict[str, Any]) -> Verdict:
+        if self.feedback == "reference":
+            text = f"{text} The right answer is {task.reference}."
+        return Verdict(reward, text, details)
+
+
+def compare(answer: str, reference: str) -> str:
+    """``right``, ``wrong`` or ``unreadable``; called in a judge's process, whose end is the time limit."""
+    from math_verify import parse, verify
+
+    gold, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, answer))
+    if not given:
+        return "unreadable"
+    return "right" if verify(gold, given, timeout_seconds=None) else "wrong"
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last complete ``\\boxed{...}``, braces inside it balanced; None without one."""
+    end = len(text)
+    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
+        depth = 0
+        for index in range(start + len("\\boxed"), len(text)):
+            depth += (text[index] == "{") - (text[index] == "}")
+            if depth == 0:
+                return text[start + len("\\boxed{") : index]
+        end = start
+    return None
+
+
+def _changed(answer: str, rng: random.Random) -> str:
+    number = parse_integer(answer)
+    return f"{answer} + 1" if number is None else str(change_digit(number, rng))
+
+
+def _load(path: str) -> dict[str, list[Task]]:
+    source = NAMED.get(path, Source(path))
+    rows = load_rows(source.path, source.config)
+    # Two sources may number their rows alike.
+    return {split: [_task(row, source, f"{path}/{row.id}") for row in part] for split, part in rows.items()}
+
+
+def _boxed(answer: str) -> str:
+    return f"\\boxed{{{answer}}}"
+
+
+def _task(row: Row, source: Source, id: str) -> Task:
+    problem, answer = row.values.get(source.problem), row.values.get(source.answer)
+    if not isinstance(problem, str) or not problem.strip():
+        raise ConfigError(f"{row.origin}: the column {source.problem!r} must be a text that is not empty.")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ConfigError(f"{row.origin}: the column {source.answer!r} must be a text or a number, got {answer!r}.")
+    text = f"{problem.strip()}\n\n{INSTRUCTION}"
+    return Task(id, [{"role": "user", "content": text}], {}, last_boxed(str(answer)) or str(answer).strip())

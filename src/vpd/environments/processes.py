@@ -1,0 +1,155 @@
+"""Judges in processes of their own, which can be ended: a comparison that hangs must not take the run with it.
+
+Each worker is a fresh interpreter that knows nothing of the caller's script. multiprocessing would import that script
+anew, and a script without a ``__main__`` guard would then train a second time; forking is no way either where torch has
+threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import os
+import queue
+import resource
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+_START_SECONDS = 60.0
+_SERVE = "import sys; sys.path[:0] = {path!r}; from vpd.environments.processes import serve; serve({memory_mb})"
+
+
+class JudgeOutOfTimeError(Exception):
+    """The call took longer than it may; its process was ended."""
+
+
+class JudgeProcessError(RuntimeError):
+    """The judge itself failed: it raised, or its process ended."""
+
+
+class JudgeProcesses:
+    """A pool of processes that call module-level functions with plain values.
+
+    Args:
+        seconds: for one call.
+        memory_mb: address space of a process.
+        workers: processes; one a core by default, each started at its first use.
+    """
+
+    def __init__(self, seconds: float, memory_mb: int = 4096, workers: int | None = None) -> None:
+        self._seconds = seconds
+        self._memory_mb = memory_mb
+        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(workers or os.cpu_count() or 1):
+            self._idle.put(None)
+
+    async def call(self, function: str, *arguments: Any) -> Any:
+        """Call ``package.module:function`` without holding up the event loop.
+
+        Raises:
+            JudgeOutOfTimeError: it took too long.
+            JudgeProcessError: it raised an exception, whose text this one has, or ended its process.
+        """
+        return await asyncio.to_thread(self._call, function, arguments)
+
+    def _call(self, function: str, arguments: tuple[Any, ...]) -> Any:
+        process = self._idle.get()
+        try:
+            if process is None:
+                process = _Process(self._memory_mb)
+            answer = process.ask({"function": function, "arguments": arguments}, self._seconds)
+        except BaseException:
+            if process is not None:
+                process.end()
+            process = None
+            raise
+        finally:
+            self._idle.put(process)
+        if "error" in answer:
+            raise JudgeProcessError(answer["error"])
+        return answer["value"]
+
+
+class _Process:
+    def __init__(self, memory_mb: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE.format(path=sys.path, memory_mb=memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        weakref.finalize(self, _end, self._process)
+        self._begun = False
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        if not self._begun:
+            # Imports take their time, which is not the first rollout's fault.
+            self._line(_START_SECONDS)
+            self._begun = True
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise JudgeProcessError(f"the judge's process has ended: {error}") from error
+        return json.loads(self._line(seconds))
+
+    def end(self) -> None:
+        _end(self._process)
+
+    def _line(self, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        data = b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not data.endswith(b"\n"):
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise JudgeOutOfTimeError(f"the judge took longer than {seconds:g} s")
+                part = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not part:
+                    raise JudgeProcessError(f"the judge's process ended with code {self._process.wait()}")
+                data += part
+        return data
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def serve(memory_mb: int) -> None:
+    """In the process: call what is asked for, one line of JSON each, until standard input ends."""
+    limit = memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    answers = os.fdopen(os.dup(1), "w")
+    # What a judge prints would be read as an answer.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for request in _requests(answers):
+        module, _, name = request["function"].partition(":")
+        try:
+            value = getattr(importlib.import_module(module), name)(*request["arguments"])
+            answer = json.dumps({"value": value})
+        except Exception as error:
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        answers.write(f"{answer}\n")
+        answers.flush()
+
+
+def _requests(answers: Any) -> Iterator[dict[str, Any]]:
+    answers.write("{}\n")
+    answers.flush()
+    for line in sys.stdin:
+        yield json.loads(line)
