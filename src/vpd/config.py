@@ -128,8 +128,22 @@ class MathData(Section):
     """Of the split."""
 
 
+class ToolUseData(Section):
+    environment: Literal["tool_use"] = "tool_use"
+    path: str
+    """A JSONL file, folder or Hugging Face dataset id with columns ``prompt``, ``calls`` and ``tools``."""
+    feedback: Literal["outcome", "location", "reference"] = "location"
+    """What the text says: right or wrong; which call or argument is wrong; the right calls too."""
+    selection_size: int = Field(default=100, ge=1)
+    """Taken from the training requests."""
+    final_size: int | None = None
+    """Of the test requests (all of them by default); taken from the training ones where there is no test file."""
+    seed: int = 0
+    """Of the split."""
+
+
 DataSettings: TypeAlias = Annotated[
-    ReasoningGymData | McqData | CodeData | MathData | PromptData, Field(discriminator="environment")
+    ReasoningGymData | McqData | CodeData | MathData | ToolUseData | PromptData, Field(discriminator="environment")
 ]
 
 
@@ -151,6 +165,10 @@ class RolloutSettings(Section):
     """A completion ends with the first of them that it writes."""
     batch_size: int = Field(default=64, ge=1)
     """Sequences decoded at the same time."""
+    judge_seconds: float = Field(default=120.0, gt=0)
+    """How long to wait for a judgement before its rollout counts as ungraded."""
+    max_ungraded_share: float = Field(default=0.5, ge=0, le=1)
+    """The run stops where the judge failed on a larger share of a batch's rollouts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights that sample; ``auto`` makes a bfloat16 copy where the processor computes it natively."""
 

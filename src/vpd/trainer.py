@@ -249,7 +249,18 @@ class VPDTrainer:
             first_group=process,
             group_stride=processes,
         )
+        self._check_graded(rollouts, step)
         return self.with_feedback(rollouts)
+
+    def _check_graded(self, rollouts: list[Rollout], step: int) -> None:
+        """Stop a run whose judge is broken, which would go on to learn from what little it grades."""
+        ungraded, count = self.learner.total(sum(rollout.verdict is None for rollout in rollouts), len(rollouts))
+        limit = self.args.rollout.max_ungraded_share
+        if ungraded > limit * count:
+            raise RunError(
+                f"The judge failed on {ungraded / count:.0%} of the rollouts of step {step}, more than "
+                f"rollout.max_ungraded_share = {limit:g} allows. The last reason: {self.sampler.last_judge_error}"
+            )
 
     def with_feedback(self, rollouts: list[Rollout]) -> Batch:
         """Decide successes and build the teacher's prompts of judged rollouts."""

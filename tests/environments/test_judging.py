@@ -93,3 +93,49 @@ def test_nothing_to_judge_starts_no_thread():
     before = threading.active_count()
     assert judge_all(Judge(grade), []) == []
     assert threading.active_count() == before
+
+
+def test_judges_that_hang_leave_their_rollouts_ungraded_and_the_others_are_judged():
+    release = threading.Event()
+
+    def hang(completion):
+        if completion == "x":
+            release.wait(60)
+        return grade(completion)
+
+    async def hang_later(completion):
+        await asyncio.sleep(60 if completion == "x" else 0)
+        return grade(completion)
+
+    for function in (hang, hang_later):
+        outcomes = judge_all(Judge(function), [(TASK, completion) for completion in ("1", "x", "2")], seconds=0.2)
+        assert [type(outcome) for outcome in outcomes] == [Verdict, TimeoutError, Verdict]
+        assert "0.2 s" in str(outcomes[1])
+    release.set()
+
+
+def test_async_judges_that_wait_for_each_other_do_not_hang():
+    turn = asyncio.Semaphore(1)
+
+    async def one_at_a_time(completion):
+        async with turn:
+            await asyncio.sleep(0.05)
+        return Verdict(1.0)
+
+    # Together they take longer than one may.
+    outcomes = judge_all(Judge(one_at_a_time), [(TASK, "0")] * 8, seconds=0.2)
+    assert all(isinstance(outcome, Verdict) for outcome in outcomes)
+
+
+def test_a_judge_that_needs_the_main_thread_gets_it():
+    seen = []
+
+    def note_the_thread(completion):
+        seen.append(threading.current_thread() is threading.main_thread())
+        return Verdict(1.0)
+
+    for needs_it in (True, False):
+        judge = Judge(note_the_thread)
+        judge.judges_on_main_thread = needs_it
+        judge_all(judge, [(TASK, "0")], seconds=5)
+    assert seen == [True, False]

@@ -13,6 +13,7 @@ from toy import ToyEnvironment, toy_config, toy_model, toy_trainer
 from transformers import TrainerCallback
 
 from vpd import ConfigError, VPDTrainer
+from vpd.runs.files import RunError
 from vpd.runs.folder import read_metrics
 
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory")
@@ -151,6 +152,23 @@ def test_a_resume_with_other_settings_says_which(tmp_path):
     changed.train(resume_from_checkpoint=True)
     (warning,) = [line for line in read_metrics(tmp_path / "run") if line.get("name") == "changed_settings"]
     assert warning["text"] == "The run began with other settings: optim.learning_rate was 0.001 and is 0.0001."
+
+
+def test_a_judge_that_fails_too_often_stops_the_run_with_its_reason(tmp_path, monkeypatch):
+    judge, calls = ToyEnvironment.judge, []
+
+    def failing(self, task, completion):
+        calls.append(task)
+        if task.id.startswith("train") and len(calls) % 3:
+            raise OSError("the grader's server is gone")
+        return judge(self, task, completion)
+
+    monkeypatch.setattr(ToyEnvironment, "judge", failing)
+    with pytest.raises(RunError, match=r"failed on .* of step 1, more than .* 0.5.*OSError: the grader's server"):
+        toy_trainer(tmp_path / "strict").train()
+    trainer = toy_trainer(tmp_path / "patient", rollout={"max_ungraded_share": 1.0})
+    assert trainer.train()["steps"] == 2
+    assert losses(tmp_path / "patient")[0]["ungraded"] > 0
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vpd.config import CodeData, ConfigError, DataSettings, MathData, McqData, PromptData, ReasoningGymData
+from vpd.config import CodeData, ConfigError, DataSettings, MathData, McqData, PromptData, ReasoningGymData, ToolUseData
 from vpd.environments.base import SPLITS, Environment, Split
 from vpd.environments.code import Code
 from vpd.environments.judging import Outcome, judge_all
@@ -13,6 +13,7 @@ from vpd.environments.math import Math
 from vpd.environments.mcq import MultipleChoice
 from vpd.environments.prompts import PromptDataset
 from vpd.environments.reasoning_gym import ReasoningGym
+from vpd.environments.tool_use import ToolUse
 
 __all__ = [
     "SPLITS",
@@ -24,6 +25,7 @@ __all__ = [
     "PromptDataset",
     "ReasoningGym",
     "Split",
+    "ToolUse",
     "choose_environment",
     "judge_all",
     "make_environment",
@@ -42,6 +44,8 @@ def make_environment(settings: DataSettings) -> Environment:
             return Code(**values)
         case MathData():
             return Math(**values)
+        case ToolUseData():
+            return ToolUse(**values)
         case PromptData():
             return PromptDataset(values.pop("path"), **values)
 

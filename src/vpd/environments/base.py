@@ -17,7 +17,13 @@ class Environment(ABC):
 
     The three splits never overlap: ``train`` is learned from, ``selection`` may choose checkpoints and settings,
     ``final`` is reported and chooses nothing.
+
+    Attributes:
+        judges_on_main_thread: a plain ``judge`` may run nowhere else, because it sets signal handlers, say. Otherwise
+            it runs on a thread of its own, so that a run can go on without one that hangs.
     """
+
+    judges_on_main_thread: bool = False
 
     @abstractmethod
     def tasks(self, split: Split) -> Sequence[Task]:

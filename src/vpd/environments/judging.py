@@ -1,4 +1,4 @@
-"""Judging many completions, with plain and async judges alike."""
+"""Judging many completions, with plain and async judges alike, also where some of them fail or hang."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import atexit
 import functools
 import inspect
 import math
+import queue
 import threading
 from collections.abc import Awaitable, Sequence
 from typing import TypeAlias
@@ -18,17 +19,53 @@ Outcome: TypeAlias = Verdict | Exception
 """A verdict, or what the judge itself failed with: that rollout is then ungraded."""
 
 
-def judge_all(environment: Environment, pairs: Sequence[tuple[Task, str]]) -> list[Outcome]:
+def judge_all(
+    environment: Environment, pairs: Sequence[tuple[Task, str]], seconds: float | None = None
+) -> list[Outcome]:
     """The outcome of each (task, completion), in their order; async judges run concurrently.
 
     A judge that raises, or whose reward is not a finite number, is broken for that completion alone.
+
+    Args:
+        environment: the judge.
+        pairs: what to judge.
+        seconds: how long to wait for a judgement. Async judges may wait for each other, as for a free worker of the
+            sandbox, so that they hang only when none of them has finished for so long. A plain judge that hangs cannot
+            be ended: its thread is left behind. One that must run on the main thread is waited for without limit.
     """
-    results = [_attempt(environment, task, completion) for task, completion in pairs]
+    results = _attempt_all(environment, pairs, seconds)
     waiting = {index: result for index, result in enumerate(results) if inspect.isawaitable(result)}
     if waiting:
-        for index, result in zip(waiting, _wait_for_all(list(waiting.values())), strict=True):
+        for index, result in zip(waiting, _wait_for_all(list(waiting.values()), seconds), strict=True):
             results[index] = result
     return [_checked(result) for result in results]
+
+
+def _attempt_all(environment: Environment, pairs: Sequence[tuple[Task, str]], seconds: float | None) -> list[object]:
+    """What each call of the judge gives, one after the other, on a thread that may be given up."""
+    if seconds is None or environment.judges_on_main_thread:
+        return [_attempt(environment, task, completion) for task, completion in pairs]
+    results: list[object] = []
+    while len(results) < len(pairs):
+        done: queue.SimpleQueue[object] = queue.SimpleQueue()
+        remaining = pairs[len(results) :]
+        threading.Thread(target=_attempt_into, args=(done, environment, remaining), daemon=True).start()
+        for _ in remaining:
+            try:
+                results.append(done.get(timeout=seconds))
+            except queue.Empty:
+                results.append(_hanging(seconds))
+                break
+    return results
+
+
+def _attempt_into(done: queue.SimpleQueue[object], environment: Environment, pairs: Sequence[tuple[Task, str]]) -> None:
+    for task, completion in pairs:
+        done.put(_attempt(environment, task, completion))
+
+
+def _hanging(seconds: float) -> TimeoutError:
+    return TimeoutError(f"the judge did not answer within {seconds:g} s")
 
 
 def _attempt(environment: Environment, task: Task, completion: str) -> object:
@@ -52,9 +89,23 @@ def _checked(result: object) -> Outcome:
     return result if finite else ValueError(f"The judge's reward must be a finite number, but is {result.reward!r}.")
 
 
-def _wait_for_all(awaitables: list[Awaitable[Verdict]]) -> list[Verdict | BaseException]:
-    async def gather() -> list[Verdict | BaseException]:
-        return await asyncio.gather(*awaitables, return_exceptions=True)
+def _wait_for_all(awaitables: list[Awaitable[Verdict]], seconds: float | None) -> list[object]:
+    async def gather() -> list[object]:
+        tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+        pending = set(tasks)
+        while pending:
+            finished, pending = await asyncio.wait(pending, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if not finished:
+                break
+        for task in pending:
+            task.cancel()
+        results: list[object] = []
+        for task in tasks:
+            if task in pending:
+                results.append(_hanging(seconds or 0))
+            else:
+                results.append(asyncio.CancelledError() if task.cancelled() else task.exception() or task.result())
+        return results
 
     future = asyncio.run_coroutine_threadsafe(gather(), _event_loop())
     try:

@@ -44,6 +44,9 @@ class PromptDataset(Environment):
         ConfigError: the data or a function cannot be used as it is; the message says which and why.
     """
 
+    # Reward functions for TRL may limit their time by an alarm, as math-verify's does, which only the main thread gets.
+    judges_on_main_thread = True
+
     def __init__(
         self,
         train_dataset: Rows | str | Path,

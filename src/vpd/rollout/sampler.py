@@ -32,6 +32,7 @@ class RolloutSampler:
         eos_token_ids: any of them ends a completion.
         timer: collects the seconds of the phases ``rollout`` and ``judge``.
         sampled_tokens: tokens sampled so far.
+        last_judge_error: what the judge itself failed with most recently.
     """
 
     engine: LocalEngine
@@ -42,6 +43,7 @@ class RolloutSampler:
     eos_token_ids: tuple[int, ...]
     timer: Timer = field(default_factory=Timer)
     sampled_tokens: int = 0
+    last_judge_error: str = ""
 
     def sample(
         self,
@@ -120,13 +122,15 @@ class RolloutSampler:
         """
         whole = [index for index, rollout in enumerate(rollouts) if not rollout.truncated]
         with self.timer("judge"):
-            verdicts = judge_all(self.environment, [(rollouts[i].task, rollouts[i].text) for i in whole])
+            pairs = [(rollouts[i].task, rollouts[i].text) for i in whole]
+            verdicts = judge_all(self.environment, pairs, self.settings.judge_seconds)
         judged = list(rollouts)
         for index, verdict in zip(whole, verdicts, strict=True):
             if isinstance(verdict, Verdict):
                 judged[index] = replace(rollouts[index], verdict=verdict)
             else:
                 logger.warning("The judge failed on task %s: %r", rollouts[index].task.id, verdict)
+                self.last_judge_error = f"{type(verdict).__name__}: {verdict}"
         for index, rollout in enumerate(rollouts):
             if rollout.truncated:
                 verdict = Verdict(0.0, self.environment.truncated_feedback(rollout.task), {"truncated": True})
