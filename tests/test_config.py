@@ -32,6 +32,16 @@ def test_overrides_are_toml_or_bare_words(tmp_path):
     assert config.feedback.sources == ["environment"]
 
 
+def test_a_whole_section_can_be_replaced(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('[algorithm]\ntype = "vpd"\ndivergence = "js"\nbco_beta = 0.2\n')
+    config = VPDConfig.load(path, ['algorithm={type="sdpo", alpha=0.3}'])
+    assert config.algorithm.type == "sdpo"
+    assert (config.algorithm.divergence, config.algorithm.alpha) == ("reverse_kl", 0.3)
+    with pytest.raises(ConfigError, match="in place of all of it, got 'algorithm=sdpo'"):
+        VPDConfig.load(path, ["algorithm=sdpo"])
+
+
 def test_the_algorithm_is_vpd_unless_named():
     assert isinstance(VPDConfig.parse({"algorithm": {"bco_beta": 0.2}}).algorithm, VPD)
     assert isinstance(VPDConfig.parse({"algorithm": {"type": "sdpo"}}).algorithm, SDPO)

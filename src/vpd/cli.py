@@ -25,7 +25,8 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="section.key=value, in place of the config's; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="section.key=value or section={...}, in place of the config's; may be repeated."),
 ]
 
 

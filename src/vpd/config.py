@@ -358,7 +358,9 @@ class VPDConfig(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> VPDConfig:
-        """Read a TOML file and apply ``section.key=value`` overrides (values in TOML syntax; bare words are strings).
+        """Read a TOML file and apply overrides: ``section.key=value``, or ``section={...}`` in place of all of it.
+
+        Values are in TOML syntax; bare words are strings.
 
         Raises:
             ConfigError: the file is missing or malformed, a key is unknown, or settings contradict each other.
@@ -396,12 +398,12 @@ class VPDConfig(Section):
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
-    if not equals or not sections or not name:
-        raise ConfigError(f"--set takes section.key=value, got {override!r}.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    if not equals or not name or not (sections or isinstance(value, dict)):
+        raise ConfigError(f"--set takes section.key=value, or section={{...}} in place of all of it, got {override!r}.")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):

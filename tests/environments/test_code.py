@@ -145,6 +145,10 @@ def test_private_tests_decide_the_evaluation_and_are_never_told(environment):
     texts = {
         cheat: "Your program ended with an error: ValueError\nLine 4: raise ValueError(f'{a} {b}')",
         "def add(a, b):\n    return 0": "Your program was run. 1 of 1 tests fail.",
+        "def add(a, b):\n    raise SyntaxError(f'{a} {b}')": ("Your program does not compile: SyntaxError"),
+        "def add(a, b):\n    raise type(f'{a}', (Exception,), {})": (
+            "Your program ended with an error: an exception of its own\nLine 2: raise type(f'{a}', (Exception,), {})"
+        ),
         "def add(a, b):\n    while True:\n        pass": (
             "Your program ran out of time: it was stopped after 1 s. 1 of 1 tests fail."
         ),
@@ -152,6 +156,16 @@ def test_private_tests_decide_the_evaluation_and_are_never_told(environment):
     for program, text in texts.items():
         verdict = judged(environment, chosen, program)
         assert (verdict.reward, verdict.feedback) == (0.0, text)
+
+
+def test_half_of_the_tests_may_hold_lists(tmp_path):
+    tests = [{"arguments": [[i]], "expected": [i]} for i in (1, 2, True)]
+    row = {"prompt": "Copy it.", "function": "f", "tests": tests}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({**row, "prompt": f"Copy it, {i}."}) for i in range(3)))
+    with Code(str(path), tests="half", selection_size=1, final_size=1) as environment:
+        problem = environment.tasks("train")[0].data["problem"]
+        assert (len(problem.public), len(problem.evaluation)) == (2, 3)
 
 
 def test_half_of_the_tests_train_and_all_evaluate(folder):
@@ -234,7 +248,10 @@ def test_live_code_bench_is_read(tmp_path):
         assert set(tasks) == {"abc", "def", "ghi"}
         programs = {
             "abc": "print(2 * int(input()))",
-            "def": "class Solution:\n    def order(self, values):\n        return tuple(sorted(values))",
+            "def": (
+                "class Solution:\n    def order(self, values: List[int]) -> List[int]:\n"
+                "        return tuple(sorted(values))\n\nif __name__ == '__main__':\n    input()"
+            ),
             "ghi": "print(2 * int(input()))",
         }
         for name, (_, each) in tasks.items():

@@ -256,6 +256,44 @@ libc = ctypes.CDLL(None, use_errno=True)
 if libc.syscall(number, -100, ctypes.create_string_buffer(128), 0) >= 0 or ctypes.get_errno() != 1:
     print('SUCCEEDED')
 """,
+    # With no path to follow, the call either is refused or fails for its arguments: which one tells who refused it.
+    "exec_call": """
+import ctypes, platform
+libc = ctypes.CDLL(None, use_errno=True)
+for number in {'x86_64': (59, 322), 'aarch64': (221, 281)}[platform.machine()]:
+    libc.syscall(number, None, None, None, None, 0)
+    if ctypes.get_errno() != 1:
+        print('SUCCEEDED')
+""",
+    "signals_by_descriptor": """
+import fcntl, os, socket
+fcntl.fcntl(socket.socketpair()[0], 8, @judge@)
+print('SUCCEEDED')
+""",
+    "signals_by_descriptor_extended": """
+import ctypes, socket, struct
+pair = socket.socketpair()
+owner = ctypes.create_string_buffer(struct.pack('ii', 1, @judge@))
+if ctypes.CDLL(None).fcntl(pair[0].fileno(), 15, owner) == 0:
+    print('SUCCEEDED')
+""",
+    "mode_by_descriptor": """
+import os, stat
+descriptor = os.open(os.__file__, os.O_RDONLY)
+os.fchmod(descriptor, stat.S_IMODE(os.fstat(descriptor).st_mode))
+print('SUCCEEDED')
+""",
+    "memory_without_a_limit": "import os\nos.memfd_create('x')\nprint('SUCCEEDED')",
+    "installed_packages": """
+import os
+library = os.path.dirname(os.__file__)
+for folder in (f'{library}/site-packages', '/usr/lib/python3/dist-packages', '/usr/local/lib/python3/dist-packages'):
+    for path, folders, files in os.walk(folder):
+        for name in files:
+            if open(f'{path}/{name}', 'rb').read(1):
+                print('SUCCEEDED')
+                raise SystemExit
+""",
     "inherited_descriptors": """
 import os
 found = []
@@ -284,6 +322,20 @@ BOMBS = {
     "one_large_file": ("with open('x', 'wb') as file:\n    while True:\n        file.write(bytes(10**6))", "disk"),
     "many_files": ("for i in range(10**6):\n    open(f'{i}', 'wb').write(bytes(10**5))", "disk"),
     "many_small_files": ("for i in range(10**7):\n    open(f'{i}', 'wb').close()", "disk"),
+    "small_threads": (
+        "import threading, time\nthreading.stack_size(32768)\nheld = []\n"
+        "for _ in range(5000):\n    held.append(threading.Thread(target=time.sleep, args=(99,), daemon=True))\n"
+        "    held[-1].start()\nprint('STARTED ALL')",
+        None,
+    ),
+    "deep_folders": (
+        "import os\nfor _ in range(3000):\n    os.mkdir('a')\n    os.chdir('a')\nwhile True:\n    pass",
+        None,
+    ),
+    "unreadable_folder": (
+        "import os\nos.mkdir('a', 0o300)\nfor i in range(10**6):\n    open(f'a/{i}', 'wb').write(bytes(10**6))",
+        "disk",
+    ),
     "many_descriptors": ("held = [open('x', 'w') for _ in range(10**5)]", None),
     "endless_output": ("while True:\n    print('x' * 1000)", "output"),
     "endless_errors": ("import sys\nwhile True:\n    print('x' * 1000, file=sys.stderr)", "output"),
@@ -388,6 +440,8 @@ def add(a, b):
 """,
     "huge_integer": "def add(a, b): return 10 ** 10_000_000",
     "deep_nesting": "def add(a, b):\n    x = []\n    for _ in range(10**6):\n        x = [x]\n    return x",
+    "half_a_surrogate_pair": "def add(a, b): raise ValueError('\\ud800')",
+    "many_keys": "def add(a, b): return set(range(10**5))",
     "not_a_number": "def add(a, b): return float('nan')",
     "never_answers": "def add(a, b):\n    while True:\n        pass",
 }

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from attacks import BOMBS, KERNEL, NETWORK, PROCESSES, READING, TAMPERING, WRITING
@@ -144,6 +145,7 @@ def test_bombs_end_by_their_limits(name, sandbox):
         assert ended.stopped == stopped, ended
     assert time.monotonic() - start < 5 * BOMB_LIMITS.seconds
     assert len(ended.output) <= BOMB_LIMITS.output_kb * 1024
+    assert "STARTED ALL" not in ended.output
     assert still_judges_right(sandbox)
 
 
@@ -153,8 +155,59 @@ def test_a_program_cannot_pass_by_tampering_with_its_judge(name, sandbox):
         expected = 3
         answer = program.call("add", 1, 2)
     assert answer.error is not None or answer.value != expected
+    # What is told of it can be told.
+    (answer.error or "").encode()
     assert type(answer.value) in (bool, int, float, list, type(None))
     assert still_judges_right(sandbox)
+
+
+def test_nothing_is_left_behind(sandbox):
+    """Folders of programs are removed, however deep and whatever their modes."""
+    for name in ("deep_folders", "unreadable_folder", "many_small_files"):
+        sandbox.run(BOMBS[name][0], limits=BOMB_LIMITS)
+    (worker,) = sandbox._all
+    assert worker._folder is None or list(Path(worker._folder).iterdir()) == []
+
+
+def test_a_worker_that_died_is_replaced(sandbox):
+    (worker,) = sandbox._all
+    worker._process.kill()
+    worker._process.wait()
+    assert still_judges_right(sandbox)
+
+
+def test_correct_programs_with_unusual_endings_print_what_they_should(sandbox):
+    for source, output in {
+        "open(1, 'w', closefd=False).write('left open')": "left open",
+        "import io, sys\nold = sys.stdout\nsys.stdout = io.StringIO()\nold.write('to the old')": "to the old",
+        "import sys\nprint('before')\nsys.stdout = None": "before\n",
+        "import atexit\natexit.register(print, 'at exit')": "at exit\n",
+        "import threading\nthreading.Timer(0.05, print, ['later']).start()": "later\n",
+        "import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    print('async')\nasyncio.run(f())": "async\n",
+    }.items():
+        ended = sandbox.run(source)
+        assert (ended.output, ended.exit_code) == (output, 0), source
+
+
+def test_common_modules_can_be_used(sandbox):
+    modules = (
+        "abc array asyncio base64 bisect calendar cmath collections concurrent.futures copy csv dataclasses "
+        "datetime decimal difflib enum fractions functools hashlib heapq html io itertools json math numbers "
+        "operator os pathlib pickle pprint queue random re secrets shutil sqlite3 statistics string struct tempfile "
+        "textwrap threading time timeit traceback types typing unicodedata urllib.parse uuid xml.etree.ElementTree "
+        "zlib zoneinfo"
+    )
+    lines = [f"import {name}" for name in modules.split()]
+    lines += [
+        "with tempfile.TemporaryDirectory() as folder:",
+        "    pathlib.Path(folder, 'a').write_text('x')",
+        "    shutil.copyfile(f'{folder}/a', 'b')",
+        "print(sqlite3.connect(':memory:').execute('select 6 * 7').fetchone()[0], open('b').read())",
+        "with concurrent.futures.ThreadPoolExecutor(4) as pool:",
+        "    print(sum(pool.map(lambda x: x * x, range(10))))",
+    ]
+    ended = sandbox.run("\n".join(lines))
+    assert (ended.output, ended.errors) == ("42 x\n285\n", "")
 
 
 def test_the_suite_has_what_it_should():

@@ -6,6 +6,7 @@ Public tests give reward and feedback in training; private ones decide an evalua
 from __future__ import annotations
 
 import asyncio
+import builtins
 import random
 import re
 from collections.abc import Sequence
@@ -149,8 +150,12 @@ class Code(Environment):
 
     def _describe_error(self, code: str, test: Test, failure: Failure, told: bool) -> str:
         what = "does not compile" if failure.kind == "compile" else "ended with an error"
-        # The message of an exception may hold what a private test gave to the program.
-        message = shortened(failure.message) if told or failure.kind == "compile" else failure.message.partition(":")[0]
+        message = shortened(failure.message)
+        if not told:
+            # The message, and the name of an exception of the program's own, may hold what a private test gave to it.
+            name = failure.message.partition(":")[0]
+            is_builtin = isinstance(getattr(builtins, name, None), type)
+            message = name if is_builtin else "an exception of its own"
         text = f"Your program {what}: {message}"
         lines = code.splitlines()
         if failure.line is not None and 0 < failure.line <= len(lines):
@@ -214,7 +219,8 @@ def _task(problem: Problem) -> Task:
 
 def _with_random_half(problem: Problem, seed: int) -> Problem:
     """Half of all tests, rounded up, as public ones, and all for evaluation; a check cannot be divided or quoted."""
-    tests = tuple(dict.fromkeys((*problem.public, *problem.evaluation)))
+    # Tests may hold lists, which cannot be hashed, and 1 and True, which are equal.
+    tests = tuple({repr(test): test for test in (*problem.public, *problem.evaluation)}.values())
     visible = [index for index, test in enumerate(tests) if not isinstance(test, CheckTest)]
     order = shuffled(visible, random.Random(f"{seed}-{problem.id}").randrange(2**31))
     public = tuple(tests[index] for index in sorted(order[: (len(order) + 1) // 2]))

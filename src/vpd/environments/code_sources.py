@@ -25,6 +25,21 @@ _OUTPUT_INSTRUCTION = (
 _FUNCTION_INSTRUCTION = "Write the whole program between ```python and ```."
 
 
+# Starter code annotates with List and Optional, and relies on what its site imports.
+_LIVE_CODE_BENCH_IMPORTS = """
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import *
+from collections import *
+from copy import *
+from functools import *
+from heapq import *
+from itertools import *
+from math import *
+from random import *
+from typing import *
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A programming problem.
@@ -118,7 +133,7 @@ def _live_test(test: Mapping[str, Any], function: str | None) -> Test:
         if function is None:
             raise ValueError("a functional test needs func_name in the metadata")
         arguments = tuple(json.loads(line) for line in test["input"].splitlines() if line.strip())
-        return CallTest(function, arguments, json.loads(test["output"]))
+        return CallTest(function, arguments, json.loads(test["output"]), _LIVE_CODE_BENCH_IMPORTS)
     return OutputTest(test["input"], test["output"])
 
 

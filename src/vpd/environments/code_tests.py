@@ -26,11 +26,15 @@ class OutputTest:
 
 @dataclass(frozen=True, slots=True)
 class CallTest:
-    """``function(*arguments)`` returns ``expected``; tuples and lists of equal items count as equal."""
+    """``function(*arguments)`` returns ``expected``; tuples and lists of equal items count as equal.
+
+    ``prelude`` runs before the program: imports that the problem lets it rely on.
+    """
 
     function: str
     arguments: tuple[Any, ...]
     expected: Any
+    prelude: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +82,20 @@ def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits
     results: list[Failure | None] = [None] * len(tests)
     calls = [index for index, test in enumerate(tests) if isinstance(test, CallTest)]
     if calls:
-        with sandbox.functions(code, limits) as program:
+        first = tests[calls[0]]
+        assert isinstance(first, CallTest)
+        with sandbox.functions(code, limits, prelude=first.prelude) as program:
             for index in calls:
                 test = tests[index]
                 assert isinstance(test, CallTest)
                 results[index] = _of_answer(program.call(test.function, *test.arguments), test.expected)
+    out_of_time: Failure | None = None
     for index, test in enumerate(tests):
         if isinstance(test, OutputTest):
-            results[index] = _of_script(sandbox.run(code, test.input, limits), test.output)
+            # An endless loop would take its whole time anew in each of them.
+            results[index] = out_of_time or _of_script(sandbox.run(code, test.input, limits), test.output)
+            failure = results[index]
+            out_of_time = failure if failure is not None and failure.kind == "time" else None
         elif isinstance(test, CheckTest):
             results[index] = _of_check(sandbox, code, test, limits)
     return results

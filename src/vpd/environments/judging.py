@@ -10,6 +10,7 @@ import math
 import queue
 import threading
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 from vpd.environments.base import Environment
@@ -86,7 +87,12 @@ def _checked(result: object) -> Outcome:
         finite = math.isfinite(result.reward)
     except TypeError:
         finite = False
-    return result if finite else ValueError(f"The judge's reward must be a finite number, but is {result.reward!r}.")
+    if not finite:
+        return ValueError(f"The judge's reward must be a finite number, but is {result.reward!r}.")
+    if result.feedback is not None:
+        # Half of a surrogate pair, quoted from a completion, is no text that a tokenizer would take.
+        return replace(result, feedback=result.feedback.encode("utf-8", "replace").decode())
+    return result
 
 
 def _wait_for_all(awaitables: list[Awaitable[Verdict]], seconds: float | None) -> list[object]:

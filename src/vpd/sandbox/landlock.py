@@ -29,11 +29,12 @@ def version() -> int:
     return max(0, syscall(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION))
 
 
-def restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
+def restrict_files(readable: Iterable[str], listable: Iterable[str], writable: Iterable[str]) -> None:
     """From now on open nothing but what lies beneath these paths, bind and connect no TCP port, signal no one outside.
 
     Args:
-        readable: files and folders to read; missing ones are passed over.
+        readable: files and folders to read; missing ones and symbolic links are passed over.
+        listable: folders of which to read the names of what is in them.
         writable: folders to read, write and make files in, or files to read and write.
 
     Raises:
@@ -51,6 +52,8 @@ def restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
     try:
         for path in readable:
             _allow(ruleset, path, (_READ_FILE | _READ_DIR) & handled)
+        for path in listable:
+            _allow(ruleset, path, _READ_DIR)
         for path in writable:
             _allow(ruleset, path, (_READ_FILE | _READ_DIR | _WRITING) & handled)
         check(prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
@@ -61,10 +64,12 @@ def restrict_files(readable: Iterable[str], writable: Iterable[str]) -> None:
 
 def _allow(ruleset: int, path: str, access: int) -> None:
     try:
-        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
     try:
+        if os.path.islink(path):
+            return
         if not os.path.isdir(path):
             access &= _OF_FILES
         rule = struct.pack("=Qi", access, descriptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import functools
+import gc
 import io
 import json
 import linecache
@@ -30,8 +31,8 @@ def run_script(source: str) -> None:
     _finish(code)
 
 
-def serve_functions(source: str, requests: int, answers: int) -> None:
-    """Run the source, then call its functions as asked, one line of JSON a request and an answer.
+def serve_functions(source: str, prelude: str, requests: int, answers: int) -> None:
+    """Run the prelude and the source, then call its functions as asked, one line of JSON a request and an answer.
 
     A request is ``{"function": "name" or "Class.method", "arguments": values.dumps((args, kwargs))}``; an answer is
     ``{"value": values.dumps(...)}`` or ``{"error": text, "line": number}``. The first answer says how the source itself
@@ -40,6 +41,9 @@ def serve_functions(source: str, requests: int, answers: int) -> None:
     """
     module = _main_module()
     namespace = module.__dict__
+    # It is loaded to be called: what it would do as a script stays undone.
+    namespace["__name__"] = "program"
+    exec(prelude, namespace)
 
     def call(request: dict[str, Any]) -> Any:
         args, kwargs = values.loads(request["arguments"])
@@ -136,9 +140,13 @@ def _answer(descriptor: int, outcome: dict[str, Any]) -> None:
 def _finish(code: int) -> None:
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    # As at the interpreter's end: files that the program has left open are written, and its streams, old and new.
+    sys.modules["__main__"].__dict__.clear()
+    gc.collect()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         try:
-            stream.flush()
-        except (OSError, ValueError):
+            if stream is not None:
+                stream.flush()
+        except Exception:
             code = code or 1
     os._exit(code)

@@ -40,10 +40,14 @@ Level: TypeAlias = Literal["full", "bubblewrap", "landlock", "unsafe"]
 SAFE_LEVELS: tuple[Level, ...] = ("full", "bubblewrap", "landlock")
 """From the strongest on."""
 
+# Before version 3 (Linux 6.2) it lets files be emptied, which only a root of one's own keeps out of reach.
+_LANDLOCK_VERSIONS = {"full": 1, "bubblewrap": 1, "landlock": 3}
 _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 _BOOTSTRAP = (
     "import sys; sys.path.insert(0, {root!r}); from vpd.sandbox import zygote; sys.path.pop(0); zygote.main({args})"
 )
+# glibc otherwise reserves 64 MB of address space for each thread.
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
 _START_SECONDS = 20
 _GRACE_SECONDS = 5
 """How long a worker may take beyond the program's own time before it counts as broken."""
@@ -135,7 +139,11 @@ class Sandbox:
 
     @contextlib.contextmanager
     def functions(
-        self, source: str, limits: Limits | None = None, outside: Callable[..., Answer] | None = None
+        self,
+        source: str,
+        limits: Limits | None = None,
+        outside: Callable[..., Answer] | None = None,
+        prelude: str = "",
     ) -> Iterator[Functions]:
         """Load a program whose functions are to be called.
 
@@ -144,12 +152,13 @@ class Sandbox:
             limits: of this program, in place of the sandbox's.
             outside: what the program's calls of ``outside(*args)`` come to, for a program that calls another one; by
                 default such a call ends the program's turn with an error.
+            prelude: run before the program in the same namespace, such as imports that it may rely on.
 
         Raises:
             SandboxError: it could not be run in isolation.
         """
         with self._worker() as worker:
-            program = Functions(worker, source, limits or self.limits, outside)
+            program = Functions(worker, source, limits or self.limits, outside, prelude)
             try:
                 yield program
             finally:
@@ -183,6 +192,12 @@ class Sandbox:
     def _worker(self) -> Iterator[_Worker]:
         worker = self._idle.get()
         try:
+            if worker is not None and not worker.is_alive():
+                # Killed by somebody else, out of memory perhaps.
+                worker.close()
+                with self._lock:
+                    self._all.discard(worker)
+                worker = None
             if worker is None:
                 worker = _Worker(self.level)
                 with self._lock:
@@ -190,11 +205,11 @@ class Sandbox:
             yield worker
         except BaseException:
             # What state it is in is not known.
-            if worker is not None:
-                worker.close()
+            broken, worker = worker, None
+            if broken is not None:
                 with self._lock:
-                    self._all.discard(worker)
-                worker = None
+                    self._all.discard(broken)
+                broken.close()
             raise
         finally:
             self._idle.put(worker)
@@ -204,11 +219,17 @@ class Functions:
     """A program that stays alive between calls. The first that runs out of a limit ends it; later ones say so."""
 
     def __init__(
-        self, worker: _Worker, source: str, limits: Limits, outside: Callable[..., Answer] | None = None
+        self,
+        worker: _Worker,
+        source: str,
+        limits: Limits,
+        outside: Callable[..., Answer] | None = None,
+        prelude: str = "",
     ) -> None:
         self._limits = limits
         self._outside = outside
-        self._running = worker.start("functions", source, limits, wall_seconds=3600.0, cpu_seconds=3600.0)
+        job = {"kind": "functions", "source": source, "prelude": prelude}
+        self._running = worker.start(job, limits, wall_seconds=3600.0, cpu_seconds=3600.0)
         self._running.close_stdin()
         self._over: Answer | None = None
         self.loaded = self._answer()
@@ -250,7 +271,8 @@ class Functions:
             answer = json.loads(line)
             if "value" in answer:
                 return Answer(values.loads(answer["value"]))
-            error, number = str(answer["error"]), answer.get("line")
+            # Half of a surrogate pair is no text that could be encoded later on.
+            error, number = str(answer["error"]).encode("utf-8", "replace").decode(), answer.get("line")
             stopped = "memory" if error.startswith("MemoryError") else None
             return Answer(error=error, line=number if isinstance(number, int) else None, stopped=stopped)
         except (ValueError, TypeError, KeyError, RecursionError):
@@ -267,8 +289,8 @@ class _Worker:
         self._folder = tempfile.mkdtemp(prefix="vpd-sandbox-") if level in ("landlock", "unsafe") else None
         if self._folder is not None:
             # Also where nobody closes the sandbox before the trainer ends.
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        arguments = f"{theirs.fileno()}, {level!r}, {_readable()!r}, {self._folder!r}"
+            weakref.finalize(self, zygote.remove_tree, self._folder)
+        arguments = f"{theirs.fileno()}, {level!r}, {_paths()!r}, {self._folder!r}"
         command = [
             *(_bubblewrap_command() if level == "bubblewrap" else []),
             *(os.path.realpath(sys.executable), "-I", "-S", "-B"),
@@ -276,7 +298,7 @@ class _Worker:
         ]
         self._process = subprocess.Popen(
             command,
-            env={"LANG": "C.UTF-8"},
+            env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -295,12 +317,12 @@ class _Worker:
             raise SandboxError(f'The sandbox of level "{level}" did not start: {reason}')
 
     def run_script(self, source: str, stdin: str, limits: Limits) -> Ended:
-        running = self.start("script", source, limits, limits.seconds, limits.seconds)
+        running = self.start({"kind": "script", "source": source}, limits, limits.seconds, limits.seconds)
         running.feed(stdin.encode())
         return running.wait()
 
-    def start(self, kind: str, source: str, limits: Limits, wall_seconds: float, cpu_seconds: float) -> _Running:
-        return _Running(self, kind, source, limits, wall_seconds, cpu_seconds)
+    def start(self, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float) -> _Running:
+        return _Running(self, job, limits, wall_seconds, cpu_seconds)
 
     def send(self, job: dict[str, Any], descriptors: tuple[int, ...]) -> None:
         try:
@@ -329,7 +351,10 @@ class _Worker:
         if self._process.stderr is not None:
             self._process.stderr.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            zygote.remove_tree(self._folder)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def _last_words(self) -> str:
         self._process.kill()
@@ -342,7 +367,7 @@ class _Running:
     """One program under way: its pipes, and what came through them."""
 
     def __init__(
-        self, worker: _Worker, kind: str, source: str, limits: Limits, wall_seconds: float, cpu_seconds: float
+        self, worker: _Worker, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float
     ) -> None:
         self._worker = worker
         self._limits = limits
@@ -354,14 +379,13 @@ class _Running:
         self._selector = selectors.DefaultSelector()
         ours, theirs = [], []
         # Standard input, output and error; for functions also requests and answers; and the one to abort by.
-        for outward in (False, True, True, *((False, True) if kind == "functions" else ()), False):
+        for outward in (False, True, True, *((False, True) if job["kind"] == "functions" else ()), False):
             read, write = os.pipe()
             ours.append(read if outward else write)
             theirs.append(write if outward else read)
         try:
             limit = {**asdict(limits), "cpu_seconds": cpu_seconds}
-            job = {"kind": kind, "source": source, "limits": limit, "wall_seconds": wall_seconds}
-            worker.send(job, tuple(theirs))
+            worker.send({**job, "limits": limit, "wall_seconds": wall_seconds}, tuple(theirs))
         except BaseException:
             for descriptor in ours:
                 os.close(descriptor)
@@ -457,7 +481,7 @@ class _Running:
             return "output"
         if report["ended_by"] in ("time", "disk"):
             return report["ended_by"]
-        if report["exit_code"] == -signal.SIGXCPU:
+        if report["exit_code"] == -signal.SIGKILL and report["cpu_seconds"] >= self._limits.seconds:
             return "time"
         if report["exit_code"] == -signal.SIGXFSZ:
             return "disk"
@@ -546,8 +570,8 @@ def why_not(level: Level) -> str | None:
     if level != "unsafe":
         if not seccomp.is_supported():
             return f"system calls of {platform.machine()} are not known here."
-        if landlock.version() == 0:
-            return "the kernel has no Landlock."
+        if landlock.version() < _LANDLOCK_VERSIONS[level]:
+            return f"it needs version {_LANDLOCK_VERSIONS[level]} of Landlock, and the kernel has {landlock.version()}."
     if level == "bubblewrap" and shutil.which("bwrap") is None:
         return "bwrap is not installed."
     try:
@@ -561,18 +585,40 @@ def why_not(level: Level) -> str | None:
     return None if ended.output == "fine\n" else f"a first program failed: {ended.errors.strip()[-200:]}"
 
 
-def _readable() -> list[str]:
-    """What an interpreter needs to read: its library, and shared libraries."""
+def _paths() -> zygote.Paths:
+    """What an interpreter needs to read: its library, and shared libraries.
+
+    Packages that are installed into it stay out: a dataset among them could hold the solutions.
+    """
     paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
-    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/usr/share/zoneinfo"]
-    return [paths["stdlib"], str(Path(sys.base_prefix, "lib")), *libraries]
+    readable = _without_packages(paths["stdlib"])
+    for folder in (str(Path(sys.base_prefix, "lib")), "/lib", "/lib64", "/usr/lib", "/usr/lib64"):
+        readable += [folder] if os.path.islink(folder) else _without_packages(folder)
+    return {"readable": [*readable, "/etc/ld.so.cache", "/usr/share/zoneinfo"], "listable": [paths["stdlib"]]}
+
+
+def _without_packages(folder: str) -> list[str]:
+    """What a library folder holds, but for interpreters' folders and installed packages."""
+    if not os.path.isdir(folder):
+        return []
+    return [
+        str(path)
+        for path in sorted(Path(folder).iterdir())
+        if path.name not in ("site-packages", "dist-packages", "__pycache__")
+        and not (path.name.startswith(("python", "pypy")) and path.is_dir())
+    ]
 
 
 def _bubblewrap_command() -> list[str]:
-    shown = [part for path in [*_readable(), str(_SOURCE_ROOT / "vpd")] for part in ("--ro-bind-try", path, path)]
+    shown = _paths()["readable"]
+    mounts = []
+    for path in [*shown, str(_SOURCE_ROOT / "vpd")]:
+        link = os.path.islink(path)
+        mounts += ["--symlink", os.readlink(path), path] if link else ["--ro-bind-try", path, path]
     interpreter = os.path.realpath(sys.executable)
     return [
-        *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"),
+        *("bwrap", "--unshare-all", "--new-session", "--cap-drop", "ALL", "--clearenv"),
         *("--size", str(64 * 2**20), "--tmpfs", "/tmp", "--dev", "/dev"),
-        *(*shown, "--ro-bind", interpreter, interpreter, "--"),
+        *(part for name, value in _ENVIRONMENT.items() for part in ("--setenv", name, value)),
+        *(*mounts, "--ro-bind", interpreter, interpreter, "--"),
     ]

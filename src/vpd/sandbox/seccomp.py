@@ -2,8 +2,8 @@
 
 The list says what is allowed; all else is refused with EPERM, also what kernels will add later. Some calls are allowed
 with certain arguments only: new threads but no processes, signals to itself alone, and pairs of connected stream
-sockets (event loops wake themselves with one) but no socket that could reach anybody. Calls that change files by path
-without Landlock knowing (modes, times, owners, attributes) are refused.
+sockets (event loops wake themselves with one) but no socket that could reach anybody. Calls that change files without
+Landlock knowing (modes, times, owners, attributes) are refused, and files in memory, which no limit would count.
 
 Numbers are those of the kernel's tables for x86-64 and for the generic table of 64-bit ARM.
 """
@@ -19,13 +19,13 @@ from vpd.sandbox.libc import check, prctl
 
 _X86_64 = """
     read=0 write=1 readv=19 writev=20 pread64=17 pwrite64=18 preadv=295 pwritev=296 lseek=8 open=2 openat=257
-    openat2=437 creat=85 close=3 close_range=436 dup=32 dup2=33 dup3=292 fcntl=72 pipe=22 pipe2=293 stat=4
+    openat2=437 creat=85 close=3 close_range=436 dup=32 dup2=33 dup3=292 pipe=22 pipe2=293 stat=4
     fstat=5 lstat=6 newfstatat=262 statx=332 access=21 faccessat=269 faccessat2=439 readlink=89 readlinkat=267
     getdents=78 getdents64=217 getcwd=79 chdir=80 fchdir=81 mkdir=83 mkdirat=258 rmdir=84 unlink=87
     unlinkat=263 rename=82 renameat=264 renameat2=316 link=86 linkat=265 symlink=88 symlinkat=266 truncate=76
-    ftruncate=77 fallocate=285 fsync=74 fdatasync=75 sync_file_range=277 fchmod=91 umask=95 statfs=137
+    ftruncate=77 fallocate=285 fsync=74 fdatasync=75 sync_file_range=277 umask=95 statfs=137
     fstatfs=138 flock=73 copy_file_range=326 sendfile=40 splice=275 tee=276 fadvise64=221 mmap=9 mprotect=10
-    munmap=11 mremap=25 madvise=28 brk=12 msync=26 mincore=27 mlock=149 munlock=150 memfd_create=319
+    munmap=11 mremap=25 madvise=28 brk=12 msync=26 mincore=27 mlock=149 munlock=150
     membarrier=324 rt_sigaction=13 rt_sigprocmask=14 rt_sigreturn=15 rt_sigpending=127 rt_sigtimedwait=128
     rt_sigsuspend=130 sigaltstack=131 pause=34 alarm=37 getitimer=36 setitimer=38 futex=202 futex_waitv=449
     set_robust_list=273 get_robust_list=274 set_tid_address=218 rseq=334 sched_yield=24 sched_getaffinity=204
@@ -43,12 +43,12 @@ _X86_64 = """
 
 _AARCH64 = """
     read=63 write=64 readv=65 writev=66 pread64=67 pwrite64=68 preadv=69 pwritev=70 lseek=62 openat=56
-    openat2=437 close=57 close_range=436 dup=23 dup3=24 fcntl=25 pipe2=59 fstat=80 statx=291 faccessat=48
+    openat2=437 close=57 close_range=436 dup=23 dup3=24 pipe2=59 fstat=80 statx=291 faccessat=48
     faccessat2=439 readlinkat=78 getdents64=61 getcwd=17 chdir=49 fchdir=50 mkdirat=34 unlinkat=35 renameat=38
     renameat2=276 linkat=37 symlinkat=36 truncate=45 ftruncate=46 fallocate=47 fsync=82 fdatasync=83
-    sync_file_range=84 fchmod=52 umask=166 statfs=43 fstatfs=44 flock=32 copy_file_range=285 sendfile=71
+    sync_file_range=84 umask=166 statfs=43 fstatfs=44 flock=32 copy_file_range=285 sendfile=71
     splice=76 tee=77 fadvise64=223 mmap=222 mprotect=226 munmap=215 mremap=216 madvise=233 brk=214 msync=227
-    mincore=232 mlock=228 munlock=229 memfd_create=279 membarrier=283 rt_sigaction=134 rt_sigprocmask=135
+    mincore=232 mlock=228 munlock=229 membarrier=283 rt_sigaction=134 rt_sigprocmask=135
     rt_sigreturn=139 rt_sigpending=136 rt_sigtimedwait=137 rt_sigsuspend=133 sigaltstack=132 getitimer=102
     setitimer=103 futex=98 futex_waitv=449 set_robust_list=99 get_robust_list=100 set_tid_address=96 rseq=293
     sched_yield=124 sched_getaffinity=123 sched_getparam=121 sched_getscheduler=120 sched_get_priority_max=125
@@ -73,6 +73,7 @@ _CONDITIONAL = {
         "ioctl": 16,
         "prctl": 157,
         "clone3": 435,
+        "fcntl": 72,
     },
     "aarch64": {
         "clone": 220,
@@ -83,6 +84,7 @@ _CONDITIONAL = {
         "ioctl": 29,
         "prctl": 167,
         "clone3": 435,
+        "fcntl": 25,
     },
 }
 _AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -95,8 +97,10 @@ _X32_BIT = 0x40000000
 
 _CLONE_VM_THREAD = 0x00010100
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
-# isatty, the window's size, close-on-exec on and off, and bytes waiting: what Python's own files ask for.
-_IOCTLS = (0x5401, 0x5413, 0x5451, 0x5450, 0x541B)
+# isatty, the window's size, close-on-exec on and off, bytes waiting, not to block: what Python's own files ask for.
+_IOCTLS = (0x5401, 0x5413, 0x5451, 0x5450, 0x541B, 0x5421)
+# Duplicates, flags, locks and the size of pipes; not who gets a descriptor's signals, which could be anybody.
+_FCNTLS = (*range(8), 36, 37, 38, *range(1030, 1035))
 _PR_SET_NAME, _PR_GET_NAME, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 15, 16, 38, 22
 _SECCOMP_MODE_FILTER = 2
 
@@ -145,6 +149,7 @@ def _program(machine: str, own_pid: int) -> bytes:
     instructions += _on(calls["tgkill"], _if_argument(0, (own_pid,)))
     instructions += _on(calls["prlimit64"], _if_argument(0, (0, own_pid)))
     instructions += _on(calls["ioctl"], _if_argument(1, _IOCTLS))
+    instructions += _on(calls["fcntl"], _if_argument(1, _FCNTLS))
     instructions += _on(calls["prctl"], _if_argument(0, (_PR_SET_NAME, _PR_GET_NAME)))
     stream = [
         _instruction(_LOAD, _ARGUMENTS + 8),

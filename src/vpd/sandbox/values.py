@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+# Equal hashes can be made at will, and a set of them takes quadratic time.
+_MOST_KEYS = 10_000
+
 
 class NotPlainError(ValueError):
     """A value that is not made of builtin values, or text that does not describe one."""
@@ -75,6 +78,8 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, dict) or len(value) != 1:
         raise NotPlainError("unreadable: an untagged value")
     ((tag, content),) = value.items()
+    if tag in ("dict", "set", "frozenset") and len(content) > _MOST_KEYS:
+        raise NotPlainError(f"a {tag} of more than {_MOST_KEYS} items")
     match tag:
         case "int":
             return int(content, 16)

@@ -20,13 +20,12 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
 import tempfile
 import time
-from typing import Any
+from typing import Any, TypedDict
 
 from vpd.sandbox import landlock, namespaces, program, seccomp
 
@@ -39,15 +38,28 @@ _READY = b"ready"
 _MEGABYTE = 2**20
 _WATCH_SECONDS = 0.05
 _MOST_FILES = 4096
+_THREADS = 64
 
 
-def main(control: int, level: str, readable: list[str], folder: str | None) -> None:
+class Paths(TypedDict):
+    """What programs may read.
+
+    Attributes:
+        readable: files and folders: the interpreter's library without installed packages, and shared libraries.
+        listable: folders of which they may read the names, so that modules are found.
+    """
+
+    readable: list[str]
+    listable: list[str]
+
+
+def main(control: int, level: str, paths: Paths, folder: str | None) -> None:
     """Serve programs until the trainer closes the socket.
 
     Args:
         control: descriptor of the socket.
         level: which isolation to take.
-        readable: what programs may read: the interpreter's library and shared libraries.
+        paths: what programs may read.
         folder: where work folders are made, outside of level "full".
     """
     for name in _COMMON_MODULES.split():
@@ -57,11 +69,11 @@ def main(control: int, level: str, readable: list[str], folder: str | None) -> N
     os.environ.clear()
     channel = socket.socket(fileno=control)
     if level == "full":
-        namespaces.enter([*readable, *namespaces.DEVICES])
+        namespaces.enter([*paths["readable"], *namespaces.DEVICES])
     channel.sendall(_READY)
     while (job := receive(channel)) is not None:
         message, (*descriptors, abort) = job
-        send(channel, _run(message, descriptors, abort, level, readable, folder))
+        send(channel, _run(message, descriptors, abort, level, paths, folder))
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
@@ -88,7 +100,7 @@ def send(channel: socket.socket, message: dict[str, Any], descriptors: tuple[int
 
 
 def _run(
-    job: dict[str, Any], descriptors: list[int], abort: int, level: str, readable: list[str], folder: str | None
+    job: dict[str, Any], descriptors: list[int], abort: int, level: str, paths: Paths, folder: str | None
 ) -> dict[str, Any]:
     """Run one program to its end: what became of it.
 
@@ -96,24 +108,29 @@ def _run(
         job: the program's ``source`` and ``kind``, its ``limits``, and ``wall_seconds`` until it is killed.
         descriptors: standard input, output and error; for functions also requests and answers.
         abort: readable, or closed at its other end, where the trainer wants the program killed.
-        level, readable, folder: as :func:`main` has them.
+        level, paths, folder: as :func:`main` has them.
     """
-    work = namespaces.WORK if level == "full" else tempfile.mkdtemp(prefix="program-", dir=folder)
+    work = namespaces.WORK if level == "full" else tempfile.mkdtemp(prefix="program-", dir=folder or namespaces.WORK)
     isolated, report = os.pipe()
 
     def child() -> None:
         try:
-            os.close(isolated)
-            kept = _isolate(job["limits"], level, readable, work, descriptors, report)
-            os.write(kept[-1], b"+")
-            os.close(kept[-1])
-        except BaseException as error:
-            os.write(report, f"-{type(error).__name__}: {error}".encode()[:1000])
+            os.setsid()
+            namespaces.die_with_parent()
+            kept = _only(descriptors, report)
+        except BaseException:
             os._exit(125)
+        try:
+            _isolate(job["limits"], level, paths, work)
+        except BaseException as error:
+            os.write(kept[-1], f"-{type(error).__name__}: {error}".encode()[:1000])
+            os._exit(125)
+        os.write(kept[-1], b"+")
+        os.close(kept[-1])
         if job["kind"] == "script":
             program.run_script(job["source"])
         else:
-            program.serve_functions(job["source"], *kept[3:5])
+            program.serve_functions(job["source"], job["prelude"], *kept[3:5])
 
     start = time.monotonic()
     pid = namespaces.fork_into(child) if level == "full" else _fork(child)
@@ -131,14 +148,14 @@ def _run(
     os.close(isolated)
     os.close(abort)
     if level != "full":
-        shutil.rmtree(work, ignore_errors=True)
+        remove_tree(work)
     return {
         "isolated": said == b"+",
         "problem": said[1:].decode(errors="replace"),
         "exit_code": os.waitstatus_to_exitcode(status),
         "ended_by": ended_by,
         "seconds": time.monotonic() - start,
-        "memory_mb": usage.ru_maxrss / 1024,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
     }
 
 
@@ -176,18 +193,58 @@ def _wait(pid: int, abort: int, seconds: float, watched: str | None, disk_mb: in
 
 
 def _holds_at_most(folder: str, limit: int) -> bool:
-    """Whether a folder has at most ``limit`` bytes and a few thousand files, as far as it can be read."""
+    """Whether a folder has at most ``limit`` bytes and a few thousand files; not so where it cannot be read.
+
+    Files that were removed while they are open are not seen: each is within the limit, and so is their number.
+    """
     size = count = 0
-    for path, folders, files in os.walk(folder, onerror=None):
-        count += len(folders) + len(files)
-        for name in files:
-            try:
-                size += os.lstat(os.path.join(path, name)).st_blocks * 512
-            except OSError:
-                continue
-            if size > limit or count > _MOST_FILES:
-                return False
-    return count <= _MOST_FILES
+    folders = [folder]
+    try:
+        while folders:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        size += entry.stat(follow_symlinks=False).st_blocks * 512
+                    if size > limit or count > _MOST_FILES:
+                        return False
+    except FileNotFoundError:
+        # Removed in the meantime.
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def remove_tree(folder: str) -> None:
+    """Remove a folder that a program has filled, however deep and whatever the modes; what cannot be removed stays.
+
+    Folders are moved up before they are emptied, so that no path becomes too long, and nothing recurses.
+    """
+    with contextlib.suppress(OSError):
+        pile = tempfile.mkdtemp(prefix="removed-", dir=os.path.dirname(folder))
+        os.rename(folder, os.path.join(pile, "0"))
+        waiting, number = [os.path.join(pile, "0")], 0
+        while waiting:
+            path = waiting.pop()
+            with contextlib.suppress(OSError):
+                os.chmod(path, 0o700)
+                with os.scandir(path) as entries:
+                    found = list(entries)
+                for entry in found:
+                    if entry.is_dir(follow_symlinks=False):
+                        number += 1
+                        moved = os.path.join(pile, str(number))
+                        # A folder is moved to another parent only by who may write it.
+                        os.chmod(entry.path, 0o700)
+                        os.rename(entry.path, moved)
+                        waiting.append(moved)
+                    else:
+                        os.unlink(entry.path)
+                os.rmdir(path)
+        os.rmdir(pile)
 
 
 def _kill(pid: int) -> None:
@@ -195,29 +252,19 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _isolate(
-    limits: dict[str, Any], level: str, readable: list[str], work: str, descriptors: list[int], report: int
-) -> list[int]:
-    """Take the limits and the level's isolation upon this process.
-
-    Returns:
-        The descriptors by their new numbers, 0 on, the report's last.
-    """
-    os.setsid()
-    namespaces.die_with_parent()
+def _isolate(limits: dict[str, Any], level: str, paths: Paths, work: str) -> None:
+    """Take the limits and the level's isolation upon this process."""
     if level == "full":
         namespaces.mount_work_folder(limits["disk_mb"])
     os.chdir(work)
-    kept = _only(descriptors, report)
-    for number in (signal.SIGINT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
-    _limit(limits)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    _limit(limits, level)
     if level == "full":
         namespaces.drop_capabilities()
     if level != "unsafe":
-        landlock.restrict_files(readable, [work, *namespaces.DEVICES])
+        landlock.restrict_files(paths["readable"], paths["listable"], [work, *namespaces.DEVICES])
         seccomp.restrict_system_calls(os.getpid())
-    return kept
 
 
 def _only(descriptors: list[int], report: int) -> list[int]:
@@ -229,7 +276,7 @@ def _only(descriptors: list[int], report: int) -> list[int]:
     return low
 
 
-def _limit(limits: dict[str, Any]) -> None:
+def _limit(limits: dict[str, Any], level: str) -> None:
     seconds = int(limits["cpu_seconds"]) + 1
     memory, disk = limits["memory_mb"] * _MEGABYTE, limits["disk_mb"] * _MEGABYTE
     for kind, value in (
@@ -243,5 +290,14 @@ def _limit(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_SIGPENDING, 256),
     ):
         resource.setrlimit(kind, (value, value))
-    # A thread's stack is address space of this size, so that many threads meet the memory limit.
+    if level != "unsafe":
+        tasks = _THREADS if level in ("full", "bubblewrap") else _THREADS + _tasks_of_machine()
+        resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
+    # A thread's stack is address space of this size, so that many threads meet the memory limit too.
     resource.setrlimit(resource.RLIMIT_STACK, (8 * _MEGABYTE, 8 * _MEGABYTE))
+
+
+def _tasks_of_machine() -> int:
+    """How many tasks there are: without a user namespace all of the user's count, which are no more than these."""
+    with open("/proc/loadavg") as file:
+        return int(file.read().split()[3].partition("/")[2])
