@@ -65,7 +65,7 @@ def test_a_folder_that_datasets_reads(tmp_path):
 def test_a_hub_dataset(monkeypatch):
     hub = {"someone/both": ["train", "test"], "someone/one": ["data"], "someone/odd": ["left", "right"]}
 
-    def load_dataset(path):
+    def load_dataset(path, config):
         if path not in hub:
             raise FileNotFoundError(f"{path} does not exist on the Hub")
         return datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in hub[path]})
