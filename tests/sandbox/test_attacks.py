@@ -14,6 +14,7 @@ import pytest
 from attacks import BOMBS, KERNEL, NETWORK, PROCESSES, READING, TAMPERING, WRITING
 
 from vpd.sandbox import Limits, Sandbox, why_not
+from vpd.sandbox.zygote import remove_tree
 
 LEVELS = ("full", "bubblewrap", "landlock")
 LIMITS = Limits(seconds=3, memory_mb=256, disk_mb=4, output_kb=64)
@@ -167,6 +168,16 @@ def test_nothing_is_left_behind(sandbox):
         sandbox.run(BOMBS[name][0], limits=BOMB_LIMITS)
     (worker,) = sandbox._all
     assert worker._folder is None or list(Path(worker._folder).iterdir()) == []
+
+
+def test_a_folder_is_removed_once_and_its_absence_leaves_nothing(tmp_path):
+    folder = tmp_path / "program"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "file").write_text("x")
+    (folder / "link").symlink_to(tmp_path)
+    for _ in range(2):
+        remove_tree(str(folder))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_that_died_is_replaced(sandbox):

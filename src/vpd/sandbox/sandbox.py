@@ -330,10 +330,6 @@ class _Worker:
         except OSError as error:
             raise SandboxError(f"The sandbox's worker is gone: {error}. {self._last_words()}") from error
 
-    @property
-    def channel(self) -> socket.socket:
-        return self._channel
-
     def receive(self, seconds: float) -> dict[str, Any]:
         self._channel.settimeout(seconds)
         try:
@@ -558,7 +554,7 @@ def choose_level(level: Level | Literal["auto"]) -> Level:
         reasons.append(f"{candidate}: {reason}")
     raise SandboxError(
         "Model-written programs are not run, since this machine cannot isolate them. " + " ".join(reasons) + " Allow "
-        'user namespaces or a kernel with Landlock (5.13), or set sandbox to "unsafe" to run them without protection.'
+        'user namespaces or a kernel with Landlock (6.2), or set sandbox to "unsafe" to run them without protection.'
     )
 
 

@@ -223,27 +223,31 @@ def remove_tree(folder: str) -> None:
 
     Folders are moved up before they are emptied, so that no path becomes too long, and nothing recurses.
     """
+    if not os.path.lexists(folder):
+        return
+    pile = tempfile.mkdtemp(prefix="removed-", dir=os.path.dirname(folder))
+    first = os.path.join(pile, "0")
     with contextlib.suppress(OSError):
-        pile = tempfile.mkdtemp(prefix="removed-", dir=os.path.dirname(folder))
-        os.rename(folder, os.path.join(pile, "0"))
-        waiting, number = [os.path.join(pile, "0")], 0
-        while waiting:
-            path = waiting.pop()
-            with contextlib.suppress(OSError):
-                os.chmod(path, 0o700)
-                with os.scandir(path) as entries:
-                    found = list(entries)
-                for entry in found:
-                    if entry.is_dir(follow_symlinks=False):
-                        number += 1
-                        moved = os.path.join(pile, str(number))
-                        # A folder is moved to another parent only by who may write it.
-                        os.chmod(entry.path, 0o700)
-                        os.rename(entry.path, moved)
-                        waiting.append(moved)
-                    else:
-                        os.unlink(entry.path)
-                os.rmdir(path)
+        os.rename(folder, first)
+    waiting, number = [first], 0
+    while waiting:
+        path = waiting.pop()
+        with contextlib.suppress(OSError):
+            os.chmod(path, 0o700)
+            with os.scandir(path) as entries:
+                found = list(entries)
+            for entry in found:
+                if entry.is_dir(follow_symlinks=False):
+                    number += 1
+                    moved = os.path.join(pile, str(number))
+                    # A folder is moved to another parent only by who may write it.
+                    os.chmod(entry.path, 0o700)
+                    os.rename(entry.path, moved)
+                    waiting.append(moved)
+                else:
+                    os.unlink(entry.path)
+            os.rmdir(path)
+    with contextlib.suppress(OSError):
         os.rmdir(pile)
 
 
