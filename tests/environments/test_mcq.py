@@ -146,5 +146,46 @@ def test_malformed_rows_are_named_by_file_and_line(write_jsonl, changes, message
 
 def test_without_a_test_file_the_final_size_is_needed(write_jsonl):
     path = write_jsonl("data.jsonl", map(question, range(10)))
-    with pytest.raises(ConfigError, match=r"no test questions: set data\.final_size"):
+    with pytest.raises(ConfigError, match=r"no test split: set data\.final_size"):
         MultipleChoice(path, selection_size=1)
+
+
+def hub_row(index: int, **changes) -> dict:
+    row = {
+        "question": f"Which one, {index}?",
+        "choices": {"text": ["iron", "gold", "lead"], "label": ["1", "2", "3"]},
+        "answerKey": "2",
+        "prompt": {"default": "Not shown."},
+        "answer": "",
+        "type": "mcq-4-choices",
+        "domain": "Physics",
+        "details": {"level": "L3"},
+    }
+    return {**row, **changes}
+
+
+def test_rows_of_question_choices_and_key_are_lettered(write_jsonl):
+    path = write_jsonl("data.jsonl", [hub_row(i) for i in range(3)])
+    environment = MultipleChoice(path, selection_size=1, final_size=1)
+    task = environment.tasks("train")[0]
+    assert task.prompt[-1]["content"].endswith("?\n\nA: iron\nB: gold\nC: lead\nPlease reason step by step.")
+    assert (task.reference, task.data["options"]) == ("B", ["A", "B", "C"])
+
+
+def test_a_key_that_is_no_label_is_named_by_its_line(write_jsonl):
+    path = write_jsonl("data.jsonl", [hub_row(0), hub_row(1, answerKey="D")])
+    with pytest.raises(ConfigError, match="line 2: expected a question, choices"):
+        MultipleChoice(path, selection_size=1, final_size=1)
+
+
+def test_sciknoweval_by_name_takes_one_domain_and_level_from_the_hub(monkeypatch):
+    others = [hub_row(90, domain="Biology"), hub_row(91, details={"level": "L1"}), hub_row(92, type="open-ended-qa")]
+    dataset = {"test": [*others, *(hub_row(i) for i in range(5))]}
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda path, config: asked.append((path, config)) or dataset)
+    environment = MultipleChoice("sciknoweval-physics", selection_size=1, final_size=2)
+    assert asked == [("hicai-zju/SciKnowEval", None)]
+    assert [len(environment.tasks(split)) for split in SPLITS] == [2, 1, 2]
+    assert all("9" not in task.prompt[-1]["content"] for split in SPLITS for task in environment.tasks(split))
+    with pytest.raises(ConfigError, match="no level-3 multiple-choice questions of the domain Material"):
+        MultipleChoice("sciknoweval-material", selection_size=1, final_size=2)

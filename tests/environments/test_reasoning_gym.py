@@ -75,7 +75,7 @@ def test_the_reward_is_the_package_score(dataset, feedback):
         assert "is right" in (verdict.feedback or "")
         assert judged(environment, task, f"Let me see.\n**Answer:** {task.reference}\n").reward == 1.0
         for wrong in ("17 apples", "nothing"):
-            score = environment._scorer.score_answer(wrong, task.data["entry"])
+            score = environment._scorer(task).score_answer(wrong, task.data["entry"])
             assert judged(environment, task, f"Answer: {wrong}").reward == score
 
 
@@ -118,7 +118,7 @@ def test_a_scorer_that_fails_on_the_right_answer_is_broken(monkeypatch):
     def broken(answer, entry):
         raise OSError("disk full")
 
-    monkeypatch.setattr(environment._scorer, "score_answer", broken)
+    monkeypatch.setattr(environment._scorer(environment.tasks("train")[0]), "score_answer", broken)
     with pytest.raises(OSError, match="disk full"):
         environment.judge(environment.tasks("train")[0], "Answer: 3")
 
@@ -187,3 +187,65 @@ def test_made_from_settings():
     assert [len(environment.tasks(split)) for split in SPLITS] == [40, 20, 20]
     with pytest.raises(ValueError, match="no split 'test'"):
         environment.tasks("test")  # pyright: ignore[reportArgumentType]
+
+
+PARTS = [{"dataset": "chain_sum", "weight": 3}, {"dataset": "number_sorting"}]
+
+
+def sources(environment, split) -> list[str]:
+    return [task.data["entry"]["metadata"]["source_dataset"] for task in environment.tasks(split)]
+
+
+def test_a_composite_mixes_by_weight_and_judges_each_by_its_own_scorer():
+    environment = ReasoningGym(datasets=PARTS, train_size=200, selection_size=10, final_size=10)
+    counts = {name: sources(environment, "train").count(name) for name in ("chain_sum", "number_sorting")}
+    assert sum(counts.values()) == 200
+    assert 0.65 < counts["chain_sum"] / 200 < 0.85
+    for task in environment.tasks("train")[:40]:
+        assert judged(environment, task, f"Answer: {task.reference}").reward == 1.0
+        assert judged(environment, task, "Answer: 123456").reward < 1.0
+    everything = [question for split in SPLITS for question in questions(environment, split)]
+    assert len(set(everything)) == 220
+
+
+def test_a_composite_comes_from_a_config_file_and_its_mistakes_are_named():
+    data = {"environment": "reasoning_gym", "datasets": PARTS, **SIZES}
+    assert len(make_environment(ReasoningGymData(**data)).tasks("train")) == 40
+    for changes, message in {
+        "either": ({"dataset": "chain_sum"}, "Set either data.dataset or data.datasets"),
+        "neither": ({"datasets": []}, "Set either data.dataset or data.datasets"),
+        "parameters": ({"parameters": {"max_terms": 3}}, "leave data.parameters out"),
+        "worked": ({"worked": True}, "leave it out for a composite"),
+        "name": ({"datasets": [{"dataset": "chain_sun"}]}, "did you mean chain_sum"),
+        "twice": ({"datasets": [PARTS[0], PARTS[0]]}, "Duplicate dataset names"),
+        "stages": ({"curriculum": [{"max_terms": 2}]}, "stages of a composite are levels"),
+    }.values():
+        with pytest.raises(ConfigError, match=message):
+            make_environment(ReasoningGymData(**{**data, **changes}))
+
+
+def test_a_curriculum_has_stages_of_its_own_parameters_and_holds_out_the_last():
+    stages = [{"max_terms": 2, "min_terms": 2}, {"min_terms": 4, "max_terms": 4}]
+    environment = ReasoningGym("chain_sum", curriculum=stages, **{**SIZES, "train_size": 41})
+
+    def terms(task) -> int:
+        return len(task.data["entry"]["metadata"]["expression"].split()) // 2 + 1
+
+    assert [{terms(task) for task in stage} for stage in environment.stages()] == [{2}, {4}]
+    assert [len(stage) for stage in environment.stages()] == [20, 21]
+    assert [task for stage in environment.stages() for task in stage] == environment.tasks("train")
+    for split in ("selection", "final"):
+        assert {terms(task) for task in environment.tasks(split)} == {4}
+    assert {terms(demonstration.task) for demonstration in environment.demonstrations(4)} == {2, 4}
+    everything = [question for split in SPLITS for question in questions(environment, split)]
+    assert len(everything) == len(set(everything)) == 81
+    assert all(judged(environment, t, f"Answer: {t.reference}").reward == 1.0 for t in environment.tasks("train"))
+
+
+def test_levels_of_the_package_curriculum_are_stages():
+    environment = ReasoningGym("chain_sum", curriculum=[0, 2], **SIZES)
+    easy, hard = (max(len(task.prompt[-1]["content"]) for task in stage) for stage in environment.stages())
+    assert easy < hard
+    with pytest.raises(ConfigError, match="levels of reasoning-gym's curriculum for chain_sum are 0 to 3, not 9"):
+        ReasoningGym("chain_sum", curriculum=[9], **SIZES)
+    assert ReasoningGym(datasets=PARTS, curriculum=[0, 1], **SIZES).stages()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpd.environments import ReasoningGym
-from vpd.environments.worked import WORKED_FORMS, chain_sum_steps, change_digit, products_steps, read, write
+from vpd.environments.worked import chain_sum_steps, change_digit, products_steps, read, write
 from vpd.types import Task, Verdict
 
 SIZES = {"train_size": 50, "selection_size": 1, "final_size": 1}
@@ -26,8 +26,9 @@ CHAIN_SUM = make("chain_sum")
 
 def judged(expression: str, answer: int, completion: str, environment: ReasoningGym = CHAIN_SUM) -> Verdict:
     entry = {"answer": str(answer), "metadata": {"expression": expression}}
-    steps = WORKED_FORMS[environment.dataset].steps(expression)
-    verdict = environment.judge(Task("t", [], {"entry": entry, "steps": steps}, str(answer)), completion)
+    assert environment._form is not None
+    data = {"entry": entry, "stage": 0, "steps": environment._form.steps(expression)}
+    verdict = environment.judge(Task("t", [], data, str(answer)), completion)
     assert isinstance(verdict, Verdict)
     return verdict
 

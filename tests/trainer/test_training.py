@@ -12,7 +12,7 @@ from tiny import tokenizer
 from toy import ToyEnvironment, toy_config, toy_model, toy_trainer
 from transformers import TrainerCallback
 
-from vpd import ConfigError, VPDTrainer
+from vpd import ConfigError, Verdict, VPDTrainer
 from vpd.runs.files import RunError
 from vpd.runs.folder import read_metrics
 
@@ -322,3 +322,49 @@ def test_masked_truncated_rollouts_have_no_view_but_still_fail(tmp_path):
         assert cut
         assert all((view is None) == (truncated == "mask") for view in cut)
         assert not any(s for r, s in zip(batch.rollouts, batch.is_success, strict=True) if r.truncated)
+
+
+class Staged(ToyEnvironment):
+    """Three stages; what ends right in the first two is everything."""
+
+    def stages(self):
+        tasks = self.tasks("train")
+        return [tasks[:3], tasks[3:6], tasks[6:]]
+
+    def judge(self, task, completion):
+        if int(task.id.removeprefix("train-") if task.id.startswith("train") else 9) < 6:
+            return Verdict(1.0, "Right.")
+        return super().judge(task, completion)
+
+
+def staged_trainer(folder, **run):
+    # The teacher learns nothing from one class only, and the stages are what this is about.
+    return VPDTrainer(
+        model=toy_model(),
+        args=toy_config(folder, run={"max_steps": 6, **run}, eval={"preflight_tasks": 0, "final_tasks": 0}),
+        environment=Staged(),
+        processing_class=tokenizer(),
+    )
+
+
+def questions_of_steps(trainer, steps):
+    return [[task.id for task in trainer.tasks_of_step(step)] for step in steps]
+
+
+def test_a_curriculum_goes_on_when_enough_succeeds_and_stays_when_not(tmp_path):
+    trainer = staged_trainer(tmp_path / "run")
+    assert {int(task[6:]) for tasks in questions_of_steps(trainer, [1, 2, 3]) for task in tasks} == {0, 1, 2}
+    trainer.train()
+    events = [(line["step"], line["stage"]) for line in read_metrics(tmp_path / "run") if line["event"] == "stage"]
+    # Each easy stage takes one batch; the last is never left, though it is not always solved.
+    assert events == [(1, 1), (2, 2)]
+    assert (trainer.state.stage, trainer.state.stage_start) == (2, 2)
+    seen = [task for tasks in questions_of_steps(trainer, range(3, 20)) for task in tasks]
+    assert len(set(seen)) == 34 == len(set(seen[:34]))
+
+
+def test_a_resumed_run_goes_on_in_its_stage(tmp_path):
+    staged_trainer(tmp_path / "run", max_steps=2, save_steps=1).train()
+    resumed = staged_trainer(tmp_path / "run", max_steps=3, save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert (resumed.state.stage, resumed.state.stage_start) == (2, 2)

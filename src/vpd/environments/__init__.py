@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vpd.config import CodeData, ConfigError, DataSettings, MathData, McqData, PromptData, ReasoningGymData, ToolUseData
+from vpd.config import (
+    CodeData,
+    ConfigError,
+    DataSettings,
+    MathData,
+    McqData,
+    PromptData,
+    ReasoningGymData,
+    RubricData,
+    ToolUseData,
+    VerifiersData,
+)
 from vpd.environments.base import SPLITS, Environment, Split
 from vpd.environments.code import Code
 from vpd.environments.judging import Outcome, judge_all
@@ -13,7 +24,9 @@ from vpd.environments.math import Math
 from vpd.environments.mcq import MultipleChoice
 from vpd.environments.prompts import PromptDataset
 from vpd.environments.reasoning_gym import ReasoningGym
+from vpd.environments.rubric import Rubric
 from vpd.environments.tool_use import ToolUse
+from vpd.environments.verifiers import Verifiers
 
 __all__ = [
     "SPLITS",
@@ -24,8 +37,10 @@ __all__ = [
     "Outcome",
     "PromptDataset",
     "ReasoningGym",
+    "Rubric",
     "Split",
     "ToolUse",
+    "Verifiers",
     "choose_environment",
     "judge_all",
     "make_environment",
@@ -46,6 +61,10 @@ def make_environment(settings: DataSettings) -> Environment:
             return Math(**values)
         case ToolUseData():
             return ToolUse(**values)
+        case RubricData():
+            return Rubric(**values)
+        case VerifiersData():
+            return Verifiers(**values)
         case PromptData():
             return PromptDataset(values.pop("path"), **values)
 

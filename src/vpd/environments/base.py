@@ -29,6 +29,14 @@ class Environment(ABC):
     def tasks(self, split: Split) -> Sequence[Task]:
         """The tasks of a split, always the same ones in the same order."""
 
+    def stages(self) -> Sequence[Sequence[Task]]:
+        """The train split in stages of rising difficulty, a curriculum; one stage by default.
+
+        A run begins with the first stage and goes on to the next when enough of a batch succeeds
+        (``rollout.next_stage_at``).
+        """
+        return [self.tasks("train")]
+
     @abstractmethod
     def judge(self, task: Task, completion: str) -> Verdict | Awaitable[Verdict]:
         """Grade one completion; plain or async.

@@ -72,8 +72,6 @@ class Code(Environment):
         problems = load_problems(path)
         if tests == "half":
             problems = {split: [_with_random_half(p, seed) for p in found] for split, found in problems.items()}
-        if "test" not in problems and final_size is None:
-            raise ConfigError(f"{path} has no test problems: set data.final_size to take some from the training ones.")
         self._tasks = cut_splits(
             [_task(problem) for problem in problems["train"]],
             [_task(problem) for problem in problems["test"]] if "test" in problems else None,

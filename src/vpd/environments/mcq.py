@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vpd.config import ConfigError
 from vpd.environments.answers import quoted
@@ -21,6 +22,7 @@ FeedbackLevel = Literal["outcome", "reference"]
 OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[:)]|([A-Z])\.(?=\s))", re.MULTILINE)
 # Without another opening tag inside, so that a sentence about the tag does not become part of the answer.
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+LETTERS = string.ascii_uppercase
 LONE_LETTER = re.compile(r"\b[A-Z]\b")
 DEFAULT_SYSTEM = (
     "Answer the multiple-choice question. End with the letter of the right option between answer tags, "
@@ -28,8 +30,17 @@ DEFAULT_SYSTEM = (
 )
 
 
+SCIKNOWEVAL = "hicai-zju/SciKnowEval"
+SCIKNOWEVAL_DOMAINS: Mapping[str, str] = {
+    f"sciknoweval-{domain.lower()}": domain for domain in ("Biology", "Chemistry", "Material", "Physics")
+}
+
+
 class MultipleChoice(Environment):
     """Questions from rows with ``prompt`` (question and options), ``answer`` (a letter) and optionally ``system``.
+
+    Rows with ``question``, ``choices`` (``{"text": [...], "label": [...]}``) and ``answerKey``, as SciKnowEval and ARC
+    have them on the hub, are put into that form.
 
     The student reads the system text and the prompt as they are; where neither speaks of the ``<answer>`` tag, a system
     text that does is put in front. The letter between the last pair of answer tags is judged, whatever its case; the
@@ -39,7 +50,8 @@ class MultipleChoice(Environment):
     the training side. ``selection`` is taken from the training questions by the seed.
 
     Args:
-        path: a folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, or a Hugging Face dataset id.
+        path: a folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, a Hugging Face dataset id, or a name of
+            :data:`SCIKNOWEVAL_DOMAINS`: that domain's level-3 questions from the hub, which publishes one split.
         feedback: what the text says: right or wrong, and errors of form; or the right letter too.
         selection_size: questions taken from training.
         final_size: at most so many of the test questions, all by default; without a test file, taken from training.
@@ -60,9 +72,7 @@ class MultipleChoice(Environment):
     ) -> None:
         self.feedback = feedback
         self.seed = seed
-        rows = load_rows(path)
-        if "test" not in rows and final_size is None:
-            raise ConfigError(f"{path} has no test questions: set data.final_size to take some from the training ones.")
+        rows = _load(str(path))
         self._tasks = cut_splits(
             [_task(row) for row in rows["train"]],
             [_task(row) for row in rows["test"]] if "test" in rows else None,
@@ -97,6 +107,43 @@ class MultipleChoice(Environment):
             wrong = rng.choice([letter for letter in task.data["options"] if letter != task.reference])
             demonstrations.append(Demonstration(task, _answer(task, str(task.reference)), _answer(task, wrong)))
         return demonstrations
+
+
+def _load(path: str) -> dict[str, list[Row]]:
+    domain = SCIKNOWEVAL_DOMAINS.get(path)
+    if domain is None:
+        return {split: [_with_prompt(row) for row in rows] for split, rows in load_rows(path).items()}
+    rows = [row for part in load_rows(SCIKNOWEVAL).values() for row in part]
+    chosen = [row for row in rows if _is_level_3(row.values, domain)]
+    if not chosen:
+        raise ConfigError(f"{SCIKNOWEVAL} holds no level-3 multiple-choice questions of the domain {domain}.")
+    return {"train": [_with_prompt(row) for row in chosen]}
+
+
+def _is_level_3(values: Mapping[str, Any], domain: str) -> bool:
+    return (
+        values.get("domain") == domain
+        and (values.get("details") or {}).get("level") == "L3"
+        and str(values.get("type", "")).startswith("mcq")
+    )
+
+
+def _with_prompt(row: Row) -> Row:
+    """A row of question, choices and key as one of prompt and answer, with options lettered anew."""
+    if isinstance(row.values.get("prompt"), str) or "choices" not in row.values:
+        return row
+    try:
+        texts, labels = list(row.values["choices"]["text"]), list(row.values["choices"]["label"])
+        answer = LETTERS[labels.index(row.values["answerKey"])]
+        question = str(row.values["question"]).strip()
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise ConfigError(
+            f"{row.origin}: expected a question, choices (texts and their labels), and an answerKey among the labels."
+        ) from None
+    options = "\n".join(f"{letter}: {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return Row(
+        row.id, row.origin, {"prompt": f"{question}\n\n{options}\nPlease reason step by step.", "answer": answer}
+    )
 
 
 def _task(row: Row) -> Task:

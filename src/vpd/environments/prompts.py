@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from vpd.config import ConfigError
 from vpd.environments.base import Environment, Split
 from vpd.environments.reward_functions import RewardCall, RewardFunction, Score, ready
-from vpd.environments.sources import Row, load_rows, rows_of
+from vpd.environments.sources import Row, chat_prompt, load_rows, rows_of
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.types import Messages, Task, Verdict
 
@@ -123,29 +123,9 @@ def _rows(source: Rows | str | Path, name: str) -> tuple[list[Row], list[Row] | 
 
 
 def _task(row: Row) -> Task:
-    prompt = row.values.get("prompt")
-    messages: Messages
-    if isinstance(prompt, str) and prompt.strip():
-        messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        messages = prompt
-        if messages[-1]["role"] != "user":
-            raise ConfigError(
-                f"{row.origin}: the prompt's last message must be the user's, not {messages[-1]['role']}."
-            )
-    else:
-        raise ConfigError(
-            f"{row.origin}: the column 'prompt' must be a text or chat messages (a list of role and content), "
-            f"got {prompt!r}."
-        )
+    messages = chat_prompt(row)
     columns = {name: value for name, value in row.values.items() if name not in NOT_COLUMNS}
-    return Task(row.id, messages, {"prompt": prompt, "columns": columns})
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    )
+    return Task(row.id, messages, {"prompt": row.values["prompt"], "columns": columns})
 
 
 def _prompt_key(prompt: str | Messages) -> str:

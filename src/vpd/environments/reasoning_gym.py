@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from vpd.config import ConfigError
@@ -21,8 +23,23 @@ NO_ANSWER = 'Your answer could not be read: it has no line that begins with "Ans
 EMPTY_ANSWER = 'Your answer could not be read: nothing follows "Answer:".'
 
 
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a composite.
+
+    Attributes:
+        dataset: name in reasoning-gym.
+        parameters: the dataset's own, without ``seed`` and ``size``.
+        weight: how often it is drawn, compared with the others.
+    """
+
+    dataset: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+
 class ReasoningGym(Environment):
-    """Questions of one reasoning-gym dataset.
+    """Questions of one reasoning-gym dataset, or of several mixed by weight.
 
     The reward is the dataset's own score of what follows the last ``Answer:``, so that partial scores stay what the
     package gives; a completion without an answer gets 0. With ``worked`` the prompt asks for the steps, and the reward
@@ -31,9 +48,15 @@ class ReasoningGym(Environment):
     The splits are cut from one seeded stream of distinct questions, ``final`` first: its questions are the same
     whatever the size of the training split.
 
+    With a curriculum the training questions come in stages (:meth:`stages`), as many in each; ``selection`` and
+    ``final`` are of the last one.
+
     Args:
-        dataset: name in reasoning-gym, such as ``chain_sum``.
+        dataset: name in reasoning-gym, such as ``chain_sum``; None for a composite.
         parameters: the dataset's own, without ``seed`` and ``size``.
+        datasets: the parts of a composite, in place of ``dataset`` and ``parameters``.
+        curriculum: one entry a stage, from easy to hard: a level of the package's own curricula, or parameters that
+            change the given ones.
         worked: ask for the steps and read them (datasets in :data:`vpd.environments.worked.WORKED_FORMS`).
         feedback: what the text says: right or wrong; where the first error stands; the right answer too.
         train_size, selection_size, final_size: questions of each split.
@@ -46,9 +69,11 @@ class ReasoningGym(Environment):
 
     def __init__(
         self,
-        dataset: str,
+        dataset: str | None = None,
         *,
         parameters: Mapping[str, Any] | None = None,
+        datasets: Sequence[Part | Mapping[str, Any]] = (),
+        curriculum: Sequence[int | Mapping[str, Any]] = (),
         worked: bool = False,
         feedback: FeedbackLevel = "location",
         train_size: int = 2000,
@@ -56,28 +81,53 @@ class ReasoningGym(Environment):
         final_size: int = 300,
         seed: int = 0,
     ) -> None:
+        if (dataset is None) == (not datasets):
+            raise ConfigError("Set either data.dataset or data.datasets.")
+        if datasets and parameters:
+            raise ConfigError("The parts of a composite have parameters of their own: leave data.parameters out.")
         if worked and dataset not in WORKED_FORMS:
             raise ConfigError(
                 f"data.worked is for datasets whose steps can be read ({', '.join(sorted(WORKED_FORMS))}); "
-                f"leave it out for {dataset}."
+                f"leave it out for {dataset or 'a composite'}."
             )
         check_sizes(train_size=train_size, selection_size=selection_size, final_size=final_size)
-        self.dataset = dataset
         self.feedback = feedback
         self.seed = seed
-        self._form = WORKED_FORMS[dataset] if worked else None
-        sizes: dict[Split, int] = {"final": final_size, "selection": selection_size, "train": train_size}
-        entries, self._scorer = _distinct_entries(dataset, dict(parameters or {}), sum(sizes.values()), seed)
-        self._exact = _compares_texts(self._scorer)
-        self._tasks: dict[Split, list[Task]] = {}
-        start = 0
-        for split, size in sizes.items():
-            part = entries[start : start + size]
-            self._tasks[split] = [self._task(f"{dataset}/{split}/{i}", entry) for i, entry in enumerate(part)]
-            start += size
+        self._form = WORKED_FORMS[dataset] if worked and dataset else None
+        parts = [part if isinstance(part, Part) else Part(**part) for part in datasets]
+        parts = parts or [Part(str(dataset), parameters or {})]
+        stages = [[_at_stage(part, stage, bool(datasets)) for part in parts] for stage in curriculum or [{}]]
+        sizes = [
+            train_size * (rank + 1) // len(stages) - train_size * rank // len(stages) for rank in range(len(stages))
+        ]
+        # The last stage comes first, and of it the held-out questions: they stay the same whatever the training sizes.
+        seen: set[str] = set()
+        self._scorers: dict[int, Any] = {}
+        self._stages: list[list[Task]] = []
+        held_out: list[dict[str, Any]] = []
+        for rank in reversed(range(len(stages))):
+            extra = final_size + selection_size if rank == len(stages) - 1 else 0
+            entries, self._scorers[rank] = _distinct_entries(stages[rank], extra + sizes[rank], seed, seen)
+            held_out += entries[:extra]
+            self._stages.insert(0, [self._task(rank, entry) for entry in entries[extra:]])
+        last = len(stages) - 1
+        splits: dict[Split, list[Task]] = {
+            "train": [task for stage in self._stages for task in stage],
+            "selection": [self._task(last, entry) for entry in held_out[final_size:]],
+            "final": [self._task(last, entry) for entry in held_out[:final_size]],
+        }
+        name = dataset or "composite"
+        self._tasks: dict[Split, list[Task]] = {
+            split: [replace(task, id=f"{name}/{split}/{index}") for index, task in enumerate(tasks)]
+            for split, tasks in splits.items()
+        }
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return check_split(self._tasks, split)
+
+    def stages(self) -> Sequence[Sequence[Task]]:
+        ends = list(itertools.accumulate(map(len, self._stages)))
+        return [self._tasks["train"][start:end] for start, end in itertools.pairwise([0, *ends])]
 
     def judge(self, task: Task, completion: str) -> Verdict:
         _, answer = split_at_answer(completion)
@@ -101,12 +151,14 @@ class ReasoningGym(Environment):
         Questions without a stored right answer are passed over.
         """
         rng = random.Random(self.seed)
-        with_reference = [task for task in self._tasks["train"] if task.reference is not None]
+        # From all stages alike.
+        interleaved = (task for tasks in itertools.zip_longest(*self.stages()) for task in tasks if task is not None)
+        with_reference = [task for task in interleaved if task.reference is not None]
         return [self._demonstration(task, rng) for task in with_reference[:count]]
 
-    def _task(self, id: str, entry: Mapping[str, Any]) -> Task:
+    def _task(self, stage: int, entry: Mapping[str, Any]) -> Task:
         answer = entry["answer"]
-        data: dict[str, Any] = {"entry": entry}
+        data: dict[str, Any] = {"entry": entry, "stage": stage}
         text = f"{entry['question']}\n\n{PLAIN_INSTRUCTION}"
         if self._form is not None:
             expression = entry["metadata"]["expression"]
@@ -115,21 +167,28 @@ class ReasoningGym(Environment):
                 data["steps"] = self._form.steps(expression)
             except ValueError as error:
                 raise ConfigError(
-                    f"data.worked cannot be used with these data.parameters: {error}, and {self.dataset} made "
+                    f"data.worked cannot be used with these data.parameters: {error}, and the dataset made "
                     f"{expression!r}. Change the parameters or leave data.worked out."
                 ) from None
-        return Task(id, [{"role": "user", "content": text}], data, None if answer is None else str(answer))
+        return Task("", [{"role": "user", "content": text}], data, None if answer is None else str(answer))
 
     def _score(self, answer: str, task: Task) -> float | None:
         """The dataset's score, or None where its scorer cannot read the answer."""
         entry = task.data["entry"]
+        scorer = self._scorer(task)
         try:
-            return float(self._scorer.score_answer(answer, entry))
+            return float(scorer.score_answer(answer, entry))
         except Exception:
             # Some scorers raise on malformed answers. A scorer that fails on the right answer too is broken itself.
             if task.reference is not None:
-                self._scorer.score_answer(task.reference, entry)
+                scorer.score_answer(task.reference, entry)
             return None
+
+    def _scorer(self, task: Task) -> Any:
+        """The dataset of reasoning-gym that made the question."""
+        scorer = self._scorers[task.data["stage"]]
+        parts = getattr(scorer, "datasets", None)
+        return scorer if parts is None else parts[task.data["entry"]["metadata"]["source_dataset"]]
 
     def _outcome(self, task: Task, answer: str, score: float) -> str:
         said = f"Your answer, {quoted(answer)}, was checked and is {'right' if score == 1.0 else 'wrong'}"
@@ -137,7 +196,7 @@ class ReasoningGym(Environment):
             return f"{said}."
         if score == 1.0:
             return f"{said}: it has the form that was asked for, and every part of it is as it should be."
-        part = wrong_part(answer, task.reference, self._exact)
+        part = wrong_part(answer, task.reference, _compares_texts(self._scorer(task)))
         return f"{said}: it has the form that was asked for, but {part}." if part else f"{said}."
 
     def _with_steps(self, task: Task, completion: str, text: str) -> str:
@@ -160,33 +219,60 @@ class ReasoningGym(Environment):
         return Demonstration(task, f"Answer:{separator}{reference}", attempt)
 
 
-def _distinct_entries(
-    dataset: str, parameters: dict[str, Any], size: int, seed: int
-) -> tuple[list[dict[str, Any]], Any]:
-    """The first ``size`` distinct questions that the seed gives, and the dataset that scores their answers."""
+def _at_stage(part: Part, stage: int | Mapping[str, Any], composite: bool) -> Part:
+    """The part with a stage's parameters, or with those that its level of the package's curriculum stands for."""
+    if not isinstance(stage, int):
+        if stage and composite:
+            raise ConfigError("The stages of a composite are levels: data.curriculum must hold whole numbers.")
+        return replace(part, parameters={**part.parameters, **stage})
+    curricula = _factory(part.dataset).CURRICULA
+    if part.dataset not in curricula:
+        raise ConfigError(f"reasoning-gym has no curriculum for {part.dataset}: give each stage's parameters instead.")
+    curriculum = curricula[part.dataset]()
+    highest = max(len(attribute.levels) for attribute in curriculum.attributes.values()) - 1
+    if not 0 <= stage <= highest:
+        raise ConfigError(
+            f"The levels of reasoning-gym's curriculum for {part.dataset} are 0 to {highest}, not {stage}."
+        )
+    curriculum.set_global_level(stage)
+    config = curriculum.generate_configuration(dict(part.parameters))
+    parameters = {item.name: getattr(config, item.name) for item in fields(config) if item.name not in ("seed", "size")}
+    return replace(part, parameters=parameters)
+
+
+def _distinct_entries(parts: Sequence[Part], size: int, seed: int, seen: set[str]) -> tuple[list[dict[str, Any]], Any]:
+    """The first ``size`` distinct questions that the seed gives, and the dataset that scores their answers.
+
+    ``seen`` holds the keys of questions that are taken, and gets the new ones.
+    """
     # Entry i of a dataset depends on seed + i: neighbouring seeds give nearly the same questions, so they are spread.
     first_seed = random.Random(seed).randrange(2**30)
-    scorer = _create(dataset, parameters, first_seed, size)
-    found: dict[str, dict[str, Any]] = {}
+    scorer = _create(parts, first_seed, size)
+    found: list[dict[str, Any]] = []
     misses, chunk, start = 0, scorer, 0
     while len(found) < size:
         for index in range(size):
             entry = chunk[index]
             key = question_key(entry["question"])
-            if key not in found:
-                found[key] = entry
+            if key not in seen and len(found) < size:
+                found.append(entry)
+                seen.add(key)
                 misses = 0
             misses += 1
             # With M questions of which m are still missing, one of them turns up every M / m draws.
-            if misses > 1000 + 10 * len(found):
+            if misses > 1000 + 10 * len(seen):
                 raise ConfigError(
-                    f"reasoning-gym's {dataset} gives only about {len(found)} distinct questions with these "
+                    f"reasoning-gym's {_names(parts)} gives only about {len(found)} distinct questions with these "
                     f"parameters, but the splits need {size}: lower data.train_size, data.selection_size or "
                     f"data.final_size, or widen data.parameters."
                 )
         start += size
-        chunk = _create(dataset, parameters, first_seed + start, size)
-    return list(found.values())[:size], scorer
+        chunk = _create(parts, first_seed + start, size)
+    return found, scorer
+
+
+def _names(parts: Sequence[Part]) -> str:
+    return " and ".join(part.dataset for part in parts)
 
 
 def _compares_texts(scorer: Any) -> bool:
@@ -196,25 +282,38 @@ def _compares_texts(scorer: Any) -> bool:
     return type(scorer).score_answer is ProceduralDataset.score_answer
 
 
-def _create(dataset: str, parameters: dict[str, Any], seed: int, size: int) -> Any:
+def _factory(dataset: str) -> Any:
+    """reasoning-gym's factory, once it is known to have the dataset."""
     try:
-        from reasoning_gym.factory import DATASETS, create_dataset
+        from reasoning_gym import factory
     except ImportError:
         raise ConfigError(
             'The environment reasoning_gym needs the package reasoning-gym: pip install "vpd-rl[reasoning-gym]".'
         ) from None
-    if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f". Known: {', '.join(sorted(DATASETS))}."
+    if dataset not in factory.DATASETS:
+        near = difflib.get_close_matches(dataset, factory.DATASETS, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f". Known: {', '.join(sorted(factory.DATASETS))}."
         raise ConfigError(f"reasoning-gym has no dataset {dataset!r}{hint}")
-    fixed = sorted({"seed", "size"} & parameters.keys())
-    if fixed:
-        raise ConfigError(
-            f"data.parameters must not hold {' and '.join(fixed)}: data.seed and the sizes of the splits set them."
-        )
+    return factory
+
+
+def _create(parts: Sequence[Part], seed: int, size: int) -> Any:
+    for part in parts:
+        factory = _factory(part.dataset)
+        fixed = sorted({"seed", "size"} & part.parameters.keys())
+        if fixed:
+            raise ConfigError(
+                f"data.parameters must not hold {' and '.join(fixed)}: data.seed and the sizes of the splits set them."
+            )
     try:
-        return create_dataset(dataset, seed=seed, size=size, **parameters)
+        if len(parts) == 1:
+            return factory.create_dataset(parts[0].dataset, seed=seed, size=size, **parts[0].parameters)
+        from reasoning_gym.composite import DatasetSpec
+
+        specs = [DatasetSpec(part.dataset, part.weight, dict(part.parameters)) for part in parts]
+        return factory.create_dataset("composite", seed=seed, size=size, datasets=specs)
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
-            f"reasoning-gym's {dataset} does not take the data.parameters {parameters}: {error}."
+            f"reasoning-gym's {_names(parts)} does not take the data.parameters "
+            f"{[dict(part.parameters) for part in parts]}: {error}."
         ) from None

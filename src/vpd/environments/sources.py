@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vpd.config import ConfigError
+from vpd.types import Messages
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -78,6 +79,31 @@ def load_rows(path: str | Path, config: str | None = None) -> dict[str, list[Row
 def rows_of(dataset: Iterable[Any], name: str, origin: str | None = None) -> list[Row]:
     """The rows of a ``datasets.Dataset`` or of a list of dicts."""
     return [Row(f"{name}/{index}", f"{origin or name}, row {index}", values) for index, values in enumerate(dataset)]
+
+
+def chat_prompt(row: Row) -> Messages:
+    """The column ``prompt`` as chat messages: a text becomes the user's.
+
+    Raises:
+        ConfigError: it is neither a text nor chat messages that end with the user's; the row is named.
+    """
+    prompt = row.values.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not prompt or not all(_is_message(message) for message in prompt):
+        raise ConfigError(
+            f"{row.origin}: the column 'prompt' must be a text or chat messages (a list of role and content), "
+            f"got {prompt!r}."
+        )
+    if prompt[-1]["role"] != "user":
+        raise ConfigError(f"{row.origin}: the prompt's last message must be the user's, not {prompt[-1]['role']}.")
+    return prompt
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )
 
 
 def _load_dataset(path: str, config: str | None) -> dict[str, list[Row]]:

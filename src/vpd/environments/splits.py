@@ -60,8 +60,10 @@ def cut_splits(
     as ``selection`` always is; the rest is ``train``.
 
     Raises:
-        ConfigError: too few questions are left; the message names ``origin``.
+        ConfigError: nothing says where ``final`` comes from, or too few questions are left; ``origin`` is named.
     """
+    if test is None and final_size is None:
+        raise ConfigError(f"{origin} has no test split: set data.final_size to take the final questions from training.")
     check_sizes(selection_size=selection_size, final_size=final_size or 0)
     pool = without_duplicates(train, key)
     if test is None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from vpd.config import ConfigError
 from vpd.environments.answers import parse_integer, quoted
 from vpd.environments.base import Environment, Split
-from vpd.environments.sources import Row, load_rows
+from vpd.environments.sources import Row, chat_prompt, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.environments.worked import change_digit
-from vpd.types import Demonstration, Messages, Task, Verdict
+from vpd.types import Demonstration, Task, Verdict
 
 FeedbackLevel = Literal["outcome", "location", "reference"]
 
@@ -75,8 +75,6 @@ class ToolUse(Environment):
         seed: int = 0,
     ) -> None:
         rows = load_rows(path)
-        if "test" not in rows and final_size is None:
-            raise ConfigError(f"{path} has no test requests: set data.final_size to take some from the training ones.")
         self.feedback = feedback
         self.seed = seed
         self._tasks = cut_splits(
@@ -268,7 +266,7 @@ def _other_value(value: Any, rng: random.Random) -> Any:
 
 
 def _task(row: Row) -> Task:
-    prompt, calls, tools = (row.values.get(name) for name in ("prompt", "calls", "tools"))
+    calls, tools = (row.values.get(name) for name in ("calls", "tools"))
     # Data sets often keep such columns as text.
     try:
         calls, tools = (json.loads(v) if isinstance(v, str) and v.strip() else v for v in (calls, tools))
@@ -280,13 +278,7 @@ def _task(row: Row) -> Task:
         wanted = [_call(call) for call in calls]
     except UnreadableError as error:
         raise ConfigError(f"{row.origin}: in the column 'calls', {error}.") from None
-    messages: Messages
-    if isinstance(prompt, str) and prompt.strip():
-        messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and prompt:
-        messages = list(prompt)
-    else:
-        raise ConfigError(f"{row.origin}: the column 'prompt' must be a text or chat messages, got {prompt!r}.")
+    messages = chat_prompt(row)
     if tools:
         system = INSTRUCTION.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         if messages[0]["role"] == "system":
