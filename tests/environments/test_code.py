@@ -127,6 +127,14 @@ def judged(environment, chosen, program) -> Verdict:
             "returned a value of type object, which cannot be",
         ),
         ("Add", "def add(a, b):\n    return 'x' * 10**4", 0.0, "Your result: 'xxxx"),
+        (
+            "Add",
+            "def add(a, b):\n    return dict.fromkeys(range(10001))",
+            0.0,
+            "Your program ended with an error: returned a dict of more than 10000 items",
+        ),
+        ("Add", "def add(a, b):\n    return eval('a +')", 0.0, "Your program ended with an error: SyntaxError"),
+        ("twice", "eval('1 +')", 0.0, "Your program ended with an error: SyntaxError"),
     ],
 )
 def test_the_text_says_what_a_programmer_would_want_to_know(environment, kind, program, reward, text):
@@ -145,7 +153,7 @@ def test_private_tests_decide_the_evaluation_and_are_never_told(environment):
     texts = {
         cheat: "Your program ended with an error: ValueError\nLine 4: raise ValueError(f'{a} {b}')",
         "def add(a, b):\n    return 0": "Your program was run. 1 of 1 tests fail.",
-        "def add(a, b):\n    raise SyntaxError(f'{a} {b}')": ("Your program does not compile: SyntaxError"),
+        "def add(a, b):\n    raise SyntaxError(f'{a} {b}')": ("Your program ended with an error: SyntaxError"),
         "def add(a, b):\n    raise type(f'{a}', (Exception,), {})": (
             "Your program ended with an error: an exception of its own\nLine 2: raise type(f'{a}', (Exception,), {})"
         ),

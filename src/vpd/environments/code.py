@@ -10,12 +10,13 @@ import builtins
 import random
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
 from vpd.config import ConfigError
 from vpd.environments.base import Environment, Split
-from vpd.environments.code_sources import Problem, load_problems
+from vpd.environments.code_sources import HUMAN_EVAL, Problem, load_problems
 from vpd.environments.code_tests import CallTest, CheckTest, Failure, OutputTest, Test, run_tests
 from vpd.environments.splits import check_split, cut_splits, question_key, shuffled
 from vpd.sandbox import Limits, Sandbox, SandboxError
@@ -69,7 +70,14 @@ class Code(Environment):
         final_size: int | None = None,
         seed: int = 0,
     ) -> None:
+        self._limits = Limits(seconds=seconds, memory_mb=memory_mb)
+        try:
+            self._sandbox = Sandbox(sandbox, limits=self._limits)
+        except SandboxError as error:
+            raise ConfigError(str(error)) from error
         problems = load_problems(path)
+        if path == HUMAN_EVAL:
+            problems = {"train": self._without_wrong_examples(problems["train"])}
         if tests == "half":
             problems = {split: [_with_random_half(p, seed) for p in found] for split, found in problems.items()}
         self._tasks = cut_splits(
@@ -82,11 +90,6 @@ class Code(Environment):
             origin=path,
         )
         self._training = {task.id for task in self._tasks["train"]}
-        self._limits = Limits(seconds=seconds, memory_mb=memory_mb)
-        try:
-            self._sandbox = Sandbox(sandbox, limits=self._limits)
-        except SandboxError as error:
-            raise ConfigError(str(error)) from error
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return check_split(self._tasks, split)
@@ -122,6 +125,20 @@ class Code(Environment):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _without_wrong_examples(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Without the examples of a docstring that the problem's own solution contradicts, as some of HumanEval do."""
+        with ThreadPoolExecutor() as threads:
+            checked = threads.map(
+                lambda problem: run_tests(self._sandbox, str(problem.solution), problem.public, self._limits), problems
+            )
+            return [
+                replace(
+                    problem,
+                    public=tuple(t for t, failure in zip(problem.public, failures, strict=True) if failure is None),
+                )
+                for problem, failures in zip(problems, checked, strict=True)
+            ]
 
     def _describe(self, code: str, tests: Sequence[Test], failures: Sequence[Failure | None], told: bool) -> str:
         failed = [(test, failure) for test, failure in zip(tests, failures, strict=True) if failure is not None]

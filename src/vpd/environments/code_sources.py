@@ -180,8 +180,11 @@ def _examples(prompt: str, function: str) -> list[CallTest]:
     """The doctest examples of the prompt that call the function with literals and show a literal."""
     tests = []
     try:
-        examples: Sequence[doctest.Example] = doctest.DocTestParser().get_examples(prompt)
-    except ValueError:
+        # Of the docstring alone: to the parser, the quotes that close it would belong to the last example's result.
+        definitions = ast.walk(ast.parse(prompt))
+        docs = [ast.get_docstring(d) for d in definitions if isinstance(d, ast.FunctionDef) and d.name == function]
+        examples: Sequence[doctest.Example] = doctest.DocTestParser().get_examples("\n".join(filter(None, docs)))
+    except (SyntaxError, ValueError):
         return []
     for example in examples:
         try:

@@ -88,7 +88,8 @@ def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits
             for index in calls:
                 test = tests[index]
                 assert isinstance(test, CallTest)
-                results[index] = _of_answer(program.call(test.function, *test.arguments), test.expected)
+                answer = program.call(test.function, *test.arguments)
+                results[index] = _of_answer(answer, test.expected, loaded=program.loaded.error is None)
     out_of_time: Failure | None = None
     for index, test in enumerate(tests):
         if isinstance(test, OutputTest):
@@ -101,16 +102,18 @@ def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits
     return results
 
 
-def _of_error(message: str, line: int | None) -> Failure:
+def _of_error(message: str, line: int | None, *, began: bool) -> Failure:
+    """An exception; a program that began to run has compiled, whatever it then gave to ``eval``."""
     name = message.partition(":")[0]
-    return Failure("compile" if name in _SYNTAX_ERRORS else "error", message, line)
+    return Failure("compile" if name in _SYNTAX_ERRORS and not began else "error", message, line)
 
 
 def _of_script(ended: Ended, expected: str) -> Failure | None:
     if ended.stopped is not None:
         return Failure(ended.stopped)
     if ended.exit_code != 0:
-        return _of_error(_last_line(ended), line_of_traceback(ended.errors))
+        began = ended.errors.startswith("Traceback")
+        return _of_error(_last_line(ended), line_of_traceback(ended.errors), began=began)
     if not same_output(ended.output, expected):
         return Failure("wrong", actual=ended.output)
     return None
@@ -132,11 +135,11 @@ def line_of_traceback(text: str) -> int | None:
     return line
 
 
-def _of_answer(answer: Answer, expected: Any) -> Failure | None:
+def _of_answer(answer: Answer, expected: Any, *, loaded: bool) -> Failure | None:
     if answer.stopped is not None:
         return Failure(answer.stopped, line=answer.line)
     if answer.error is not None:
-        return _of_error(answer.error.rpartition("\n")[2], answer.line)
+        return _of_error(answer.error.rpartition("\n")[2], answer.line, began=loaded)
     if not _same_value(answer.value, expected):
         return Failure("wrong", actual=_shown(answer.value))
     return None
@@ -158,7 +161,7 @@ def _of_check(sandbox: Sandbox, code: str, test: CheckTest, limits: Limits) -> F
         return None
     last = answers[-1] if answers else program.loaded
     if last.error is not None:
-        return _of_answer(last, None)
+        return _of_answer(last, None, loaded=program.loaded.error is None)
     if verdict.stopped is not None:
         return Failure(verdict.stopped)
     return Failure("wrong", actual=_shown(last.value))

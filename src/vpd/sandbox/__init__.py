@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vpd.sandbox.levels import SAFE_LEVELS, choose_level, why_not
     from vpd.sandbox.limits import Limits
-    from vpd.sandbox.sandbox import (
-        SAFE_LEVELS,
-        Answer,
-        Ended,
-        Functions,
-        Level,
-        Sandbox,
-        SandboxError,
-        choose_level,
-        why_not,
-    )
+    from vpd.sandbox.sandbox import Answer, Functions, Sandbox
+    from vpd.sandbox.worker import Ended, Level, SandboxError
 
 __all__ = [
     "SAFE_LEVELS",
@@ -35,7 +28,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The sandboxed side imports this package too, and should hold none of the trainer's side.
     if name in __all__:
-        from vpd.sandbox import limits, sandbox
-
-        return getattr(limits if name == "Limits" else sandbox, name)
+        for module in ("limits", "worker", "levels", "sandbox"):
+            found = importlib.import_module(f"vpd.sandbox.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
     raise AttributeError(f"module 'vpd.sandbox' has no attribute {name!r}")

@@ -1,0 +1,330 @@
+"""A worker of the sandbox, seen from outside: a zygote in isolation, and the pipes of the program that it runs."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from vpd.sandbox import zygote
+from vpd.sandbox.limits import Limits
+
+Level: TypeAlias = Literal["full", "bubblewrap", "landlock", "unsafe"]
+
+_SOURCE_ROOT = Path(__file__).resolve().parents[2]
+_BOOTSTRAP = (
+    "import sys; sys.path.insert(0, {root!r}); from vpd.sandbox import zygote; sys.path.pop(0); zygote.main({args})"
+)
+# glibc otherwise reserves 64 MB of address space for each thread.
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
+_START_SECONDS = 20
+_GRACE_SECONDS = 5
+"""How long a worker may take beyond the program's own time before it counts as broken."""
+_PATIENCE = 0.2
+
+
+class SandboxError(RuntimeError):
+    """The sandbox itself does not work: nothing is said about the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a program.
+
+    Attributes:
+        output, errors: what it wrote, up to the limit; undecodable bytes are replaced.
+        exit_code: as a shell has it; minus the signal's number where one killed it.
+        stopped: the limit that ended it: ``time``, ``memory``, ``output``, ``disk``; None where it ended by itself.
+        seconds: from its start to its end.
+    """
+
+    output: str
+    errors: str
+    exit_code: int
+    stopped: Literal["time", "memory", "output", "disk"] | None
+    seconds: float
+
+
+class Worker:
+    """A zygote, and the socket to it."""
+
+    def __init__(self, level: Level) -> None:
+        ours, theirs = socket.socketpair()
+        self._channel = ours
+        self._folder = tempfile.mkdtemp(prefix="vpd-sandbox-") if level in ("landlock", "unsafe") else None
+        if self._folder is not None:
+            # Also where nobody closes the sandbox before the trainer ends.
+            weakref.finalize(self, zygote.remove_tree, self._folder)
+        arguments = f"{theirs.fileno()}, {level!r}, {_paths()!r}, {self._folder!r}"
+        command = [
+            *(_bubblewrap_command() if level == "bubblewrap" else []),
+            *(os.path.realpath(sys.executable), "-I", "-S", "-B"),
+            *("-c", _BOOTSTRAP.format(root=str(_SOURCE_ROOT), args=arguments)),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            env=_ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            cwd="/",
+        )
+        theirs.close()
+        ours.settimeout(_START_SECONDS)
+        try:
+            ready = ours.recv(len(b"ready"))
+        except OSError:
+            ready = b""
+        if ready != b"ready":
+            reason = self._last_words()
+            self.close()
+            raise SandboxError(f'The sandbox of level "{level}" did not start: {reason}')
+
+    def run_script(self, source: str, stdin: str, limits: Limits) -> Ended:
+        running = self.start({"kind": "script", "source": source}, limits, limits.seconds, limits.seconds)
+        running.feed(stdin.encode())
+        return running.wait()
+
+    def start(self, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float) -> Running:
+        return Running(self, job, limits, wall_seconds, cpu_seconds)
+
+    def send(self, job: dict[str, Any], descriptors: tuple[int, ...]) -> None:
+        try:
+            zygote.send(self._channel, job, descriptors)
+        except OSError as error:
+            raise SandboxError(f"The sandbox's worker is gone: {error}. {self._last_words()}") from error
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        self._channel.settimeout(seconds)
+        try:
+            message = zygote.receive(self._channel)
+        except OSError as error:
+            raise SandboxError(f"The sandbox's worker does not answer: {error}.") from error
+        if message is None:
+            raise SandboxError(f"The sandbox's worker has ended. {self._last_words()}")
+        return message[0]
+
+    def close(self) -> None:
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+        if self._folder is not None:
+            zygote.remove_tree(self._folder)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def _last_words(self) -> str:
+        self._process.kill()
+        self._process.wait()
+        said = self._process.stderr.read() if self._process.stderr is not None else b""
+        return said.decode(errors="replace").strip().rpartition("\n")[2] or "it said nothing."
+
+
+class Running:
+    """One program under way: its pipes, and what came through them."""
+
+    def __init__(
+        self, worker: Worker, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float
+    ) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._most = limits.output_kb * 1024
+        self._kept: dict[int, bytearray] = {}
+        self._too_much = False
+        self._wall_seconds = wall_seconds
+        self._ended: Ended | None = None
+        self._selector = selectors.DefaultSelector()
+        ours, theirs = [], []
+        # Standard input, output and error; for functions also requests and answers; and the one to abort by.
+        for outward in (False, True, True, *((False, True) if job["kind"] == "functions" else ()), False):
+            read, write = os.pipe()
+            ours.append(read if outward else write)
+            theirs.append(write if outward else read)
+        try:
+            limit = {**asdict(limits), "cpu_seconds": cpu_seconds}
+            worker.send({**job, "limits": limit, "wall_seconds": wall_seconds}, tuple(theirs))
+        except BaseException:
+            for descriptor in ours:
+                os.close(descriptor)
+            raise
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        self._stdin, self._output, self._errors, *channels, self._abort = ours
+        self._requests, self._answers = channels or (None, None)
+        for descriptor in (self._output, self._errors, self._answers):
+            if descriptor is not None:
+                os.set_blocking(descriptor, False)
+                self._kept[descriptor] = bytearray()
+                self._selector.register(descriptor, selectors.EVENT_READ)
+        self._open = set(ours)
+
+    def feed(self, data: bytes) -> None:
+        """Write standard input while reading output, so that neither side waits for the other for good."""
+        os.set_blocking(self._stdin, False)
+        deadline = time.monotonic() + self._wall_seconds + _GRACE_SECONDS
+        while data and time.monotonic() < deadline and self._output in self._open:
+            try:
+                data = data[os.write(self._stdin, data) :]
+            except BlockingIOError:
+                self._read(_PATIENCE / 10)
+            except BrokenPipeError:
+                break
+        self.close_stdin()
+
+    def close_stdin(self) -> None:
+        self._close(self._stdin)
+
+    def send(self, data: bytes) -> None:
+        """Write a request. The program reads requests only between calls, so that this ends or its pipe is closed."""
+        assert self._requests is not None
+        os.set_blocking(self._requests, False)
+        deadline = time.monotonic() + self._limits.seconds
+        while data and time.monotonic() < deadline:
+            try:
+                data = data[os.write(self._requests, data) :]
+            except BlockingIOError:
+                self._read(_PATIENCE / 10)
+            except BrokenPipeError:
+                return
+
+    def read_line(self, seconds: float) -> tuple[bytes | None, Literal["time", "output"] | None]:
+        """The next line of answers; or None, and the limit that was met (None where the program has ended)."""
+        assert self._answers is not None
+        kept = self._kept[self._answers]
+        deadline = time.monotonic() + seconds
+        while True:
+            line, newline, rest = kept.partition(b"\n")
+            if newline:
+                kept[:] = rest
+                return bytes(line), None
+            if self._too_much:
+                return None, "output"
+            if self._answers not in self._open:
+                return None, None
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None, "time"
+            self._read(left)
+
+    def abort(self) -> None:
+        """Have the program killed; nothing happens where it has ended."""
+        self._close(self._abort)
+
+    def wait(self) -> Ended:
+        """Until the program has ended, and read what it wrote."""
+        if self._ended is not None:
+            return self._ended
+        deadline = time.monotonic() + self._wall_seconds + _GRACE_SECONDS
+        while not self._too_much and {self._output, self._errors} & self._open and time.monotonic() < deadline:
+            if not self._read(_PATIENCE):
+                continue
+        if self._too_much:
+            self.abort()
+        report = self._worker.receive(max(deadline - time.monotonic(), _GRACE_SECONDS))
+        while self._read(0):
+            pass
+        for descriptor in list(self._open):
+            self._close(descriptor)
+        self._selector.close()
+        if not report["isolated"]:
+            raise SandboxError(f"A program could not be isolated and was not run: {report['problem']}")
+        output, errors = (self._kept[d].decode(errors="replace") for d in (self._output, self._errors))
+        self._ended = Ended(output, errors, report["exit_code"], self._stopped(report, errors), report["seconds"])
+        return self._ended
+
+    def _stopped(self, report: dict[str, Any], errors: str) -> Literal["time", "memory", "output", "disk"] | None:
+        if self._too_much:
+            return "output"
+        if report["ended_by"] in ("time", "disk"):
+            return report["ended_by"]
+        if report["exit_code"] == -signal.SIGKILL and report["cpu_seconds"] >= self._limits.seconds:
+            return "time"
+        if report["exit_code"] == -signal.SIGXFSZ:
+            return "disk"
+        if report["exit_code"] != 0:
+            last = errors.rstrip().rpartition("\n")[2]
+            if last.startswith("MemoryError"):
+                return "memory"
+            if last.startswith(("OSError: [Errno 27]", "OSError: [Errno 28]")):
+                return "disk"
+        return None
+
+    def _read(self, seconds: float) -> bool:
+        """Read what is there, waiting up to ``seconds`` for it; whether anything came, an end included."""
+        if not self._selector.get_map():
+            return False
+        ready = self._selector.select(seconds)
+        for key, _ in ready:
+            descriptor = key.fd
+            try:
+                data = os.read(descriptor, 1 << 16)
+            except BlockingIOError:
+                continue
+            if not data:
+                self._close(descriptor)
+                continue
+            kept = self._kept[descriptor]
+            kept += data[: self._most - len(kept)] if len(kept) < self._most else b""
+            self._too_much = self._too_much or len(kept) >= self._most
+        return bool(ready)
+
+    def _close(self, descriptor: int) -> None:
+        if descriptor in self._open:
+            self._open.discard(descriptor)
+            if descriptor in self._selector.get_map():
+                self._selector.unregister(descriptor)
+            os.close(descriptor)
+
+
+def _paths() -> zygote.Paths:
+    """What an interpreter needs to read: its library, and shared libraries.
+
+    Packages that are installed into it stay out: a dataset among them could hold the solutions.
+    """
+    paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
+    readable = _without_packages(paths["stdlib"])
+    for folder in (str(Path(sys.base_prefix, "lib")), "/lib", "/lib64", "/usr/lib", "/usr/lib64"):
+        readable += [folder] if os.path.islink(folder) else _without_packages(folder)
+    return {"readable": [*readable, "/etc/ld.so.cache", "/usr/share/zoneinfo"], "listable": [paths["stdlib"]]}
+
+
+def _without_packages(folder: str) -> list[str]:
+    """What a library folder holds, but for interpreters' folders and installed packages."""
+    if not os.path.isdir(folder):
+        return []
+    return [
+        str(path)
+        for path in sorted(Path(folder).iterdir())
+        if path.name not in ("site-packages", "dist-packages", "__pycache__")
+        and not (path.name.startswith(("python", "pypy")) and path.is_dir())
+    ]
+
+
+def _bubblewrap_command() -> list[str]:
+    shown = _paths()["readable"]
+    mounts = []
+    for path in [*shown, str(_SOURCE_ROOT / "vpd")]:
+        link = os.path.islink(path)
+        mounts += ["--symlink", os.readlink(path), path] if link else ["--ro-bind-try", path, path]
+    interpreter = os.path.realpath(sys.executable)
+    return [
+        *("bwrap", "--unshare-all", "--new-session", "--cap-drop", "ALL", "--clearenv"),
+        *("--size", str(64 * 2**20), "--tmpfs", "/tmp", "--dev", "/dev"),
+        *(part for name, value in _ENVIRONMENT.items() for part in ("--setenv", name, value)),
+        *(*mounts, "--ro-bind", interpreter, interpreter, "--"),
+    ]
