@@ -37,7 +37,7 @@ def arms(seconds: float, seed: int) -> dict[str, list[str]]:
     ]
     return {
         "VPD": loop,
-        "without E-steps": [*loop, 'algorithm={type="sdpo", divergence="js"}'],
+        "without E-steps": [*loop, 'algorithm={type="sdpo", divergence="js", teacher="live"}'],
         "more supervised steps": supervised,
         "VPD, permuted feedback": [*loop, "feedback.permute=true"],
     }

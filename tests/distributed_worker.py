@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +15,8 @@ from vpd.types import Rollout
 
 
 def recorded(trainer, scenario: str) -> list[Rollout]:
-    """Two prompts of four rollouts; in ``one_rank_idle`` those of the second prompt are ungraded."""
+    """Two prompts of four rollouts; those of the second are ungraded in ``one_rank_idle``, and without a text in
+    ``one_rank_untaught``."""
     environment, generator = ToyEnvironment(), torch.Generator().manual_seed(0)
     rollouts = []
     for group, task in enumerate(environment.tasks("train")[:2]):
@@ -22,23 +26,28 @@ def recorded(trainer, scenario: str) -> list[Rollout]:
             ids = trainer.tokenizer(text, add_special_tokens=False)["input_ids"]
             # Both outcomes in both groups, whatever the letters say.
             verdict = environment.judge(task, "b" if index % 2 else "a")
-            graded = scenario == "all_active" or group == 0
+            if scenario == "one_rank_untaught" and group == 1:
+                verdict = replace(verdict, feedback=None)
+            graded = scenario != "one_rank_idle" or group == 0
             rollouts.append(
                 Rollout(task, group, prompt, ids, [0.0] * len(ids), False, text, verdict if graded else None)
             )
     return rollouts
 
 
-def main(folder: Path, scenario: str) -> None:
-    trainer = toy_trainer(folder / "run")
+def main(folder: Path, scenario: str, algorithm: str) -> None:
+    trainer = toy_trainer(folder / "run", algorithm=json.loads(algorithm))
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     mine = [rollout for rollout in recorded(trainer, scenario) if rollout.group % processes == process]
     metrics, _ = trainer.update(trainer.with_feedback(mine), step=1)
     if trainer.accelerator.is_main_process:
         torch.save({"metrics": metrics, "weights": trainer.model.state_dict(), "before": before}, folder / "result.pt")
-    trainer.accelerator.end_training()
+    trainer.accelerator.wait_for_everyone()
+    # Not by the interpreter's own way out: a thread of gloo may wait for it to let go of a finished collective's
+    # tensors, while the process group's destructor waits for that thread.
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

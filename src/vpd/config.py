@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -243,11 +243,13 @@ class RolloutSettings(Section):
 class Templates(Section):
     """Texts around what the teacher is told; ``{...}`` marks the slots.
 
-    ``prompt`` holds the whole last user message, from ``{prompt}``, ``{solution}`` and ``{feedback}`` sections.
+    ``prompt`` holds the whole last user message, from ``{prompt}``, ``{solution}`` and ``{feedback}`` sections. A
+    critique stands where a solution would.
     """
 
     prompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
     solution: str = "\n\nCorrect solution:\n\n{text}"
+    critique: str = "\n\nThe following is a critique of your unsuccessful earlier attempt:\n\n{text}"
     feedback_on_failure: str = "\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n{text}"
     feedback_on_success: str = "\n\nThe following is feedback from your successful earlier attempt:\n\n{text}"
 
@@ -256,6 +258,7 @@ class Templates(Section):
         for name, slots in {
             "prompt": ("{prompt}", "{solution}", "{feedback}"),
             "solution": ("{text}",),
+            "critique": ("{text}",),
             "feedback_on_failure": ("{text}",),
             "feedback_on_success": ("{text}",),
         }.items():
@@ -265,9 +268,25 @@ class Templates(Section):
         return self
 
 
+class CritiqueSettings(Section):
+    endpoint: EndpointSettings | None = None
+    """Who writes the critiques; the network that is trained, by default."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Of a critique."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Of the network's own critiques; an endpoint has its own."""
+
+
 class FeedbackSettings(Section):
-    sources: list[Literal["environment", "sibling"]] = Field(default=["sibling", "environment"], min_length=1)
+    sources: list[Literal["environment", "sibling", "critique"]] = Field(
+        default=["sibling", "environment"], min_length=1
+    )
     """In order of preference; each group takes the first that it has."""
+    critique: CritiqueSettings = Field(default_factory=CritiqueSettings)
+    """Of the source ``critique``: two or three sentences on each failed attempt."""
+    sibling: Literal["first", "shortest"] = "first"
+    """Which of a group's successes is shown: the first, or the shortest in tokens. A success that rambles on behind its
+    answer teaches not to end, and the next ones ramble longer; the shortest one keeps a run from drifting that way."""
     feedback_only_without_solution: bool = False
     """Where a sibling's solution is shown, leave the environment's text out."""
     max_prompt_length: int = Field(default=10240, ge=1)
@@ -277,18 +296,58 @@ class FeedbackSettings(Section):
     templates: Templates = Field(default_factory=Templates)
 
 
-class MStepSettings(Section):
-    divergence: Literal["reverse_kl", "forward_kl", "js"] = "reverse_kl"
-    """Between student and teacher at each completion token."""
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    """Mixing weight of ``js``; 0 is the forward KL, 1 the reverse."""
+class UpdateSettings(Section):
+    has_teacher: ClassVar[bool] = True
+    """Whether the algorithm reads feedback."""
+
     loss_aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
     m_minibatch_prompts: int | None = Field(default=None, ge=1)
-    """Prompts, with all their rollouts, per optimizer step of the M-step; the whole batch by default."""
+    """Prompts, with all their rollouts, per optimizer step (of the M-step); the whole batch by default."""
     success_threshold: float = 1.0
     """A rollout whose reward reaches it is a success."""
     truncated: Literal["failure", "mask"] = "failure"
     """What a rollout is that the length limit ended: a failure that is told so, or left out of the losses."""
+
+
+class MStepSettings(UpdateSettings):
+    divergence: Literal["reverse_kl", "forward_kl", "js", "sampled"] = "reverse_kl"
+    """Between student and teacher at each completion token; ``sampled`` estimates the reverse KL's gradient from the
+    tokens that were written, without a sum over the vocabulary."""
+    alpha: float = Field(default=0.5, ge=0, le=1)
+    """Mixing weight of ``js``; 0 is the forward KL, 1 the reverse."""
+    top_k: int | None = Field(default=None, ge=1)
+    """K, tokens of the vocabulary that are told apart; all of them by default."""
+    support: Literal["student", "intersection"] = "student"
+    """With ``top_k``, which: the student's most likely ones, or their intersection with the teacher's."""
+    correction: Literal["tail", "renormalise", "stopgrad"] = "tail"
+    """With ``top_k``, what becomes of the other tokens: one bucket; nothing, both sides scaled to 1; or the approximate
+    surrogate of the reverse KL."""
+    control_variate: bool = True
+    """With ``sampled``: the exact divergence of each token as a baseline, which lowers the variance."""
+    teacher: Literal["live", "frozen", "ema", "trust_region"] = "live"
+    """Whose predictions behind the feedback are distilled: the network's at each minibatch; as they were after the
+    E-step; a running average's; or logits mixed from the initial network and the live one."""
+    ema_rate: float = Field(default=0.05, gt=0, le=1)
+    """With ``ema``: how far each optimizer step pulls the average towards the network."""
+    trust_region_share: float = Field(default=0.05, ge=0, le=1)
+    """With ``trust_region``: the live network's share of the logits."""
+    teacher_share: float = Field(default=1.0, gt=0, le=1)
+    """The target is this share of the teacher and the rest of the student itself, both as probabilities (top-D)."""
+    importance_clip: float | None = Field(default=None, gt=1)
+    """With ``sampled``: bound of the weight that corrects for updates since the rollout; a bound makes it biased."""
+
+    @model_validator(mode="after")
+    def _objective(self) -> MStepSettings:
+        if self.top_k is not None and self.divergence == "sampled":
+            raise ValueError('algorithm.top_k does nothing with divergence = "sampled": leave one of them out')
+        if self.top_k is not None and self.correction == "stopgrad" and self.divergence != "reverse_kl":
+            raise ValueError(
+                f'algorithm.correction = "stopgrad" is for reverse_kl, not {self.divergence}: '
+                'take "tail" or "renormalise"'
+            )
+        if self.importance_clip is not None and self.divergence != "sampled":
+            raise ValueError('algorithm.importance_clip is for divergence = "sampled": leave it out')
+        return self
 
 
 class VPD(MStepSettings):
@@ -301,17 +360,85 @@ class VPD(MStepSettings):
     """Temperature of the implicit reward."""
     e_minibatch_prompts: int | None = Field(default=None, ge=1)
     """Prompts, with all their rollouts, per optimizer step of the E-step; the whole batch by default."""
+    e_epochs: int = Field(default=1, ge=1)
+    """Passes over the batch in one E-step."""
+    prior: Literal["dynamic", "fixed"] = "dynamic"
+    """What the teacher is held to: the student at the start of each E-step, or the initial model."""
+    length_reference: float | None = Field(default=None, gt=0)
+    """Multiply ``bco_beta`` by this many tokens over a completion's length, so that long ones weigh no more; None
+    leaves the sums over tokens as in the paper."""
+    shift_momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the last E-step's shift in this one's; 0 as in the paper's algorithm."""
     e_learning_rate_factor: float = Field(default=1.0, ge=0)
     """The E-step's learning rate is the run's times this; it also holds for what momentum carries into M-steps."""
 
 
 class SDPO(MStepSettings):
-    """Self-distillation with the live teacher: the same loop without E-steps."""
+    """Self-distillation policy optimisation: the same loop without E-steps."""
 
     type: Literal["sdpo"] = "sdpo"
+    teacher: Literal["live", "frozen", "ema", "trust_region"] = "ema"
+    """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps."""
 
 
-AlgorithmSettings: TypeAlias = Annotated[VPD | SDPO, Field(discriminator="type")]
+class PolicyGradientSettings(UpdateSettings):
+    """GRPO's objective, alone or mixed with a teacher."""
+
+    epsilon: float = Field(default=0.2, ge=0)
+    """The probability ratio stops counting below 1 - epsilon."""
+    epsilon_high: float = Field(default=0.28, ge=0)
+    """And above 1 + epsilon_high."""
+    scale_rewards: bool = False
+    """Divide a group's advantages by its rewards' standard deviation."""
+
+
+class GRPO(PolicyGradientSettings):
+    """Group relative policy optimisation: rewards alone, no teacher."""
+
+    has_teacher: ClassVar[bool] = False
+    type: Literal["grpo"] = "grpo"
+
+
+class Joint(PolicyGradientSettings, MStepSettings):
+    """The sum of the distillation loss and GRPO's."""
+
+    type: Literal["joint"] = "joint"
+    distillation_weight: float = Field(default=1.0, ge=0)
+    reward_weight: float = Field(default=1.0, ge=0)
+
+
+class Reshape(PolicyGradientSettings):
+    """GRPO with log q - log pi of each token added to its advantage."""
+
+    type: Literal["reshape"] = "reshape"
+    distillation_weight: float = Field(default=1.0, ge=0)
+    reward_weight: float = Field(default=1.0, ge=0)
+
+
+class Reweight(PolicyGradientSettings):
+    """GRPO whose advantages weigh more at tokens where the teacher agrees with their sign."""
+
+    type: Literal["reweight"] = "reweight"
+    weight_epsilon: float = Field(default=0.2, ge=0, lt=1)
+    """A token's weight stays between 1 - weight_epsilon and 1 + weight_epsilon."""
+    mixing: float = Field(default=1.0, ge=0, le=1)
+    """Share of the weighted advantage in the first batch; it falls linearly."""
+    mixing_steps: int = Field(default=100, ge=1)
+    """Rollout batches until it is zero."""
+
+
+class OPSA(PolicyGradientSettings):
+    """A control without teacher and reward: it lowers the least likely of the tokens that were written."""
+
+    has_teacher: ClassVar[bool] = False
+    type: Literal["opsa"] = "opsa"
+    token_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of a batch's completion tokens that are lowered, those of the smallest probability."""
+
+
+AlgorithmSettings: TypeAlias = Annotated[
+    VPD | SDPO | GRPO | Joint | Reshape | Reweight | OPSA, Field(discriminator="type")
+]
 
 
 class WarmStartSettings(Section):
@@ -396,6 +523,17 @@ class VPDConfig(Section):
         if isinstance(values, dict) and isinstance(values.get("algorithm"), dict):
             values = {**values, "algorithm": {"type": "vpd", **values["algorithm"]}}
         return values
+
+    @model_validator(mode="after")
+    def _sampling(self) -> VPDConfig:
+        rollout = self.rollout
+        is_cut = rollout.top_p < 1.0 or rollout.top_k > 0 or rollout.min_p > 0.0
+        if is_cut and getattr(self.algorithm, "divergence", None) == "sampled":
+            raise ValueError(
+                'algorithm.divergence = "sampled" needs untruncated sampling, since a token that is never drawn has no '
+                "part in its estimate: leave rollout.top_p, top_k and min_p at their defaults"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> VPDConfig:

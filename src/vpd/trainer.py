@@ -20,14 +20,15 @@ from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from vpd import algorithms
-from vpd.algorithms.example import Example, make_examples
+from vpd.algorithms.example import Example, make_examples, with_teacher
 from vpd.algorithms.m_step import TokenNumbers
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
 from vpd.config import ConfigError, VPDConfig
 from vpd.environments import SPLITS, Environment, choose_environment
 from vpd.evaluation import Evaluator, Gap
 from vpd.evaluation.statistics import batch_statistics
-from vpd.feedback import FeedbackTexts, PromptBuilder, build_views
+from vpd.feedback import Critic, EndpointCritic, FeedbackTexts, PromptBuilder, SelfCritic, build_views
+from vpd.policy.copies import make_copies
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
 from vpd.policy.optimizer import make_optimizer, make_scheduler
@@ -43,7 +44,7 @@ from vpd.runs.journal import Journal
 from vpd.runs.memory import peak_memory_bytes
 from vpd.runs.samples import RolloutRecord
 from vpd.runs.timing import Timer
-from vpd.runs.warnings import batch_warnings, gap_warning
+from vpd.runs.warnings import batch_warnings, gap_warning, settings_warnings
 from vpd.seeds import mix
 from vpd.types import Rollout, Task, TeacherView
 
@@ -58,6 +59,7 @@ class TrainingState:
         skipped_e_steps: E-iterations whose batch held one class only.
         stage: of the curriculum, from 0.
         stage_start: rollout batches that were done before it began.
+        memory: what the algorithm keeps from one batch to the next.
         rows: the final table so far.
     """
 
@@ -66,6 +68,7 @@ class TrainingState:
     skipped_e_steps: int = 0
     stage: int = 0
     stage_start: int = 0
+    memory: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,9 +135,15 @@ class VPDTrainer:
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = optimizers[0] or make_optimizer(self.args.optim, trainable)
         self.scheduler = optimizers[1] or make_scheduler(self.args.optim, optimizer, self.args.run.max_steps)
+        copies = make_copies(policy, self.args.algorithm)
         prepared, prepared_optimizer = self.accelerator.prepare(policy, optimizer)
         self.learner = Learner(
-            prepared, prepared_optimizer, self.accelerator, self.args.optim, self.args.rollout.temperature
+            prepared,
+            prepared_optimizer,
+            self.accelerator,
+            self.args.optim,
+            self.args.rollout.temperature,
+            copies=copies,
         )
         self.model = self.learner.module.model
         self.prompts = PromptBuilder(
@@ -153,11 +162,14 @@ class VPDTrainer:
             self.args.rollout,
             eos,
         )
-        self.evaluator = Evaluator(self.sampler, self.environment, self.args, self.accelerator)
+        self.critic = self._make_critic()
+        self.evaluator = Evaluator(self.sampler, self.environment, self.args, self.accelerator, self.critic)
         self.stages = [list(stage) for stage in self.environment.stages()]
         self._check_prompts()
         self.state = TrainingState()
-        self.accelerator.register_for_checkpointing(self.state, self.scheduler)
+        for weights in copies.values():
+            weights.to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self.state, self.scheduler, *copies.values())
         self.callbacks = Callbacks(
             callbacks or [],
             training_args,
@@ -167,6 +179,14 @@ class VPDTrainer:
             self.scheduler,
             self.accelerator.is_main_process,
         )
+
+    def _make_critic(self) -> Critic | None:
+        settings = self.args.feedback
+        if "critique" not in settings.sources or not self.args.algorithm.has_teacher:
+            return None
+        if settings.critique.endpoint is not None:
+            return EndpointCritic(settings.critique)
+        return SelfCritic(lambda chats: self.sampler.answer(chats, settings.critique))
 
     def train(self, resume_from_checkpoint: bool = False) -> dict[str, Any]:
         """Run everything: warm start, pre-flight, the EM loop, the final evaluation.
@@ -271,16 +291,14 @@ class VPDTrainer:
         """Decide successes and build the teacher's prompts of judged rollouts."""
         threshold = self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
-        views = build_views(rollouts, is_success, self.prompts, permute=self.args.feedback.permute)
-        if self.args.algorithm.truncated == "mask":
-            views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
+        views = build_views(rollouts, is_success, self.prompts, critic=self.critic, permute=self.args.feedback.permute)
         return Batch(rollouts, is_success, views)
 
     def update(
         self, batch: Batch, step: int, timer: Timer | None = None
     ) -> tuple[dict[str, Any], dict[int, TokenNumbers]]:
         """The algorithm's updates on one batch: metrics, and the numbers of each token by rollout index."""
-        examples = make_examples(batch.rollouts, batch.is_success, batch.views)
+        examples = self._examples(batch)
         statistics = batch_statistics(
             batch.rollouts, batch.is_success, batch.views, self.learner.total, self.learner.largest
         )
@@ -292,6 +310,7 @@ class VPDTrainer:
             self.args.rollout.prompts_per_step,
             timer or Timer(),
             self._sampler_of_fresh_examples(step) if self.args.eval.margin_tasks else None,
+            self.state.memory,
         )
         learning_rate = self.learner.optimizer.param_groups[0]["lr"]
         return statistics | result.metrics | {"learning_rate": learning_rate}, result.tokens
@@ -327,9 +346,13 @@ class VPDTrainer:
             tasks = list(self.environment.tasks("selection"))[: self.args.eval.margin_tasks][process::processes]
             seed = mix(self.args.run.seed, -step, process)
             batch = self.with_feedback(self.sampler.sample(tasks, self.args.rollout.num_generations, seed=seed))
-            return make_examples(batch.rollouts, batch.is_success, batch.views)
+            return with_teacher(self._examples(batch))
 
         return sample_fresh
+
+    def _examples(self, batch: Batch) -> list[Example]:
+        masks = self.args.algorithm.truncated == "mask"
+        return make_examples(batch.rollouts, batch.is_success, batch.views, mask_truncated=masks)
 
     def _is_finished(self, guard: InterruptGuard) -> bool:
         """Whether to stop; every process answers alike, since a signal or the clock may reach one alone."""
@@ -351,7 +374,11 @@ class VPDTrainer:
             self.journal.say(f"Warm start on {result.sequences} sequences: {how}, {result.seconds:.0f} s.")
             self.journal.log(0, "warm_start", {"steps": result.steps, "loss": result.loss, "seconds": result.seconds})
             self._add_row("after warm start")
-        if self.args.eval.preflight_tasks and self.args.run.max_steps:
+        for weights in self.learner.copies.values():
+            weights.assign(self.learner.module)
+        for name, text in settings_warnings(self.args).items():
+            self.journal.warn(name, text)
+        if self.args.eval.preflight_tasks and self.args.run.max_steps and self.args.algorithm.has_teacher:
             gap = self._measure_gap("Pre-flight")
             if warning := gap_warning(gap.low, gap.n):
                 self.journal.warn("no_gap", warning)
@@ -369,7 +396,7 @@ class VPDTrainer:
     def _after_training(self) -> None:
         if self.state.step:
             self._add_row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
-            if self.args.eval.preflight_tasks:
+            if self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
                 self._measure_gap("After training")
         if self.journal.folder is not None:
             try:

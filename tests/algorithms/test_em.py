@@ -10,8 +10,9 @@ from toy import toy_trainer
 
 from vpd.algorithms import vpd
 from vpd.algorithms.e_step import measure_margin, refine_teacher
-from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view
+from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view, with_teacher
 from vpd.algorithms.m_step import token_weights
+from vpd.config import MStepSettings
 from vpd.evaluation import measure_gap
 from vpd.packing import pack
 from vpd.policy.objectives import Distil, PredictorStates, Refine
@@ -21,7 +22,7 @@ from vpd.runs.timing import Timer
 def examples_of(trainer, step, split="train"):
     tasks = trainer.tasks_of_step(step) if split == "train" else list(trainer.environment.tasks(split))
     batch = trainer.with_feedback(trainer.sampler.sample(tasks, 4, seed=step))
-    return make_examples(batch.rollouts, batch.is_success, batch.views)
+    return with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
 
 
 def gradients(trainer):
@@ -37,7 +38,7 @@ def test_the_m_step_sends_no_gradient_through_the_teacher(tmp_path):
 
     def student_gradients(teacher_hidden):
         trainer.model.zero_grad()
-        objective = Distil(teacher_hidden, teacher["rows"], weights, "reverse_kl", 0.5, 1.0)
+        objective = Distil(teacher_hidden, teacher["rows"], weights, MStepSettings(), 1.0)
         module(learner.pack(examples, student_view), objective).loss.backward()
         return gradients(trainer)
 

@@ -1,9 +1,7 @@
 import json
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from openai_server import Server
 
 from vpd.config import ConfigError, RubricData
 from vpd.environments import SPLITS, Rubric, judge_all, make_environment
@@ -13,61 +11,9 @@ from vpd.types import Verdict
 GOOD = '{"feedback": "Right, but long.", "score": 0.75}'
 
 
-class Server:
-    """An OpenAI-compatible endpoint that answers from a list: texts, or numbers for errors with that status."""
-
-    def __init__(self):
-        self.answers: list[str | int | None] = []
-        self.requests: list[dict] = []
-        self.keys: list[str | None] = []
-        self.seconds = 0.0
-        self.most_at_once = self._at_once = 0
-        self._lock = threading.Lock()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                with server._lock:
-                    server._at_once += 1
-                    server.most_at_once = max(server.most_at_once, server._at_once)
-                    server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                    server.keys.append(self.headers["Authorization"])
-                    answer = server.answers.pop(0) if server.answers else GOOD
-                time.sleep(server.seconds)
-                if isinstance(answer, int):
-                    status, body = answer, {"error": {"message": "no"}}
-                else:
-                    message = {"role": "assistant", "content": answer}
-                    choice = {"index": 0, "finish_reason": "stop", "message": message}
-                    status, body = (
-                        200,
-                        {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]},
-                    )
-                data = json.dumps(body).encode()
-                with server._lock:
-                    server._at_once -= 1
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.send_header("retry-after-ms", "5")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-
-
 @pytest.fixture
 def server():
-    server = Server()
+    server = Server(GOOD)
     yield server
     server.close()
 

@@ -35,6 +35,15 @@ def test_a_sibling_is_a_success_of_the_group_and_never_oneself():
     assert all(text.feedback is None for text in texts)
 
 
+def test_the_shortest_success_may_be_the_sibling():
+    rollouts = group(0, 1, 1, 1)
+    rollouts[1].completion_ids.extend([7, 7])
+    texts = choose(rollouts, sources=["sibling"], sibling="shortest")
+    assert [text.solution for text in texts] == ["answer 2", "answer 2", "answer 3", "answer 2"]
+    first = choose(rollouts, sources=["sibling"])
+    assert [text.solution for text in first] == ["answer 1", "answer 2", "answer 1", "answer 1"]
+
+
 def test_a_lone_success_has_no_sibling_and_no_other_source_takes_its_place():
     texts = choose(group(0, 1, 0), sources=["sibling", "environment"])
     assert texts[1] is None

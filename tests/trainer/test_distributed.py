@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -20,12 +21,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(folder: Path, processes: int, scenario: str) -> dict:
+def run(folder: Path, processes: int, scenario: str, algorithm: dict) -> dict:
     folder.mkdir()
     port = str(free_port())
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), scenario],
+            [sys.executable, str(WORKER), str(folder), scenario, json.dumps(algorithm)],
             env={
                 **os.environ,
                 "RANK": str(rank),
@@ -49,10 +50,30 @@ def run(folder: Path, processes: int, scenario: str) -> dict:
 
 @pytest.mark.parametrize("scenario", ["all_active", "one_rank_idle"])
 def test_two_processes_equal_one(tmp_path, scenario):
-    one, two = run(tmp_path / "one", 1, scenario), run(tmp_path / "two", 2, scenario)
+    one, two = (run(tmp_path / str(count), count, scenario, {"type": "vpd", "e_step_every": 2}) for count in (1, 2))
     assert one["metrics"]["e_step"] == two["metrics"]["e_step"] == 1
     for name in ("e_loss", "m_loss", "reward_shift", "margin_before", "margin_after", "divergence", "active_share"):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-3), name
+    assert_same_weights(one, two)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "algorithm"),
+    [
+        ("one_rank_untaught", {"type": "joint", "divergence": "js"}),
+        ("one_rank_idle", {"type": "reshape"}),
+        ("all_active", {"type": "opsa"}),
+        ("one_rank_untaught", {"type": "sdpo", "divergence": "sampled"}),
+    ],
+)
+def test_two_processes_equal_one_with_the_other_algorithms(tmp_path, scenario, algorithm):
+    one, two = (run(tmp_path / str(count), count, scenario, algorithm) for count in (1, 2))
+    assert two["metrics"]["m_loss"] == pytest.approx(one["metrics"]["m_loss"], rel=1e-3, abs=1e-7)
+    assert two["metrics"]["grad_norm"] == pytest.approx(one["metrics"]["grad_norm"], rel=1e-3)
+    assert_same_weights(one, two)
+
+
+def assert_same_weights(one, two):
     changed = 0
     for name, weight in one["weights"].items():
         # Gradients add up in another order; Adam's first steps turn their rounding into at most this.

@@ -363,6 +363,13 @@ def test_a_curriculum_goes_on_when_enough_succeeds_and_stays_when_not(tmp_path):
     assert len(set(seen)) == 34 == len(set(seen[:34]))
 
 
+def test_a_stage_that_is_not_mastered_is_not_left(tmp_path):
+    trainer = staged_trainer(tmp_path / "run", max_steps=2)
+    trainer.environment.judge = lambda task, completion: Verdict(0.0, "Wrong.")
+    trainer.train()
+    assert trainer.state.stage == 0
+
+
 def test_a_resumed_run_goes_on_in_its_stage(tmp_path):
     staged_trainer(tmp_path / "run", max_steps=2, save_steps=1).train()
     resumed = staged_trainer(tmp_path / "run", max_steps=3, save_steps=1)

@@ -22,10 +22,11 @@ from vpd.algorithms.example import Example, minibatches, student_view, teacher_v
 from vpd.config import VPD
 from vpd.losses import implicit_rewards
 from vpd.packing import PackedBatch
+from vpd.policy.copies import INITIAL
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Objective, Refine
 
-SOURCES = ("environment", "sibling")
+SOURCES = ("environment", "sibling", "critique")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def refine_teacher(
     settings: VPD,
     batch_prompts: int,
     fresh: Sequence[Example] | None = None,
+    memory: dict[str, float] | None = None,
 ) -> dict[str, float | None]:
     """Run one E-step on the active rollouts of a batch, which must hold both classes.
 
@@ -89,30 +91,40 @@ def refine_teacher(
         settings: beta, minibatch and learning-rate factor.
         batch_prompts: prompts of the batch over all processes.
         fresh: held-out rollouts on which to measure the margin before and after; None (on every process) leaves it out.
+        memory: where the shift is kept from one E-step to the next, for ``shift_momentum``.
 
     Returns:
         Metrics. Margins are those of the batch and of ``fresh``, before and after, of all rollouts and of those with
         each source of feedback; NaN where a class is absent.
     """
 
+    def prior_of_student(of: Sequence[Example]) -> Tensor:
+        weights = learner.copies[INITIAL] if settings.prior == "fixed" else None
+        return learner.sequence_log_probs(of, student_view, weights)
+
     def rewards_of(of: Sequence[Example], prior: Tensor) -> Tensor:
-        return implicit_rewards(learner.sequence_log_probs(of, teacher_view), prior, settings.bco_beta)
+        return implicit_rewards(learner.sequence_log_probs(of, teacher_view), prior, betas(of, settings))
 
     is_success = _successes(examples)
-    prior = learner.sequence_log_probs(examples, student_view)
+    prior = prior_of_student(examples)
     rewards_before = rewards_of(examples, prior)
     before = measure_margin(learner, rewards_before, is_success)
     margins = _margins_by_source(learner, "margin_before", examples, rewards_before)
     if fresh is not None:
-        fresh_prior = learner.sequence_log_probs(fresh, student_view)
+        fresh_prior = prior_of_student(fresh)
         margins |= _margins_by_source(learner, "margin_fresh_before", fresh, rewards_of(fresh, fresh_prior))
+
+    shift = before.reward_shift
+    if memory is not None:
+        shift += settings.shift_momentum * (memory.get("reward_shift", shift) - shift)
+        memory["reward_shift"] = shift
 
     prior_of = {example.rollout: prior[index] for index, example in enumerate(examples)}
     steps = []
-    for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts):
+    for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts) * settings.e_epochs:
         if not learner.total(len(minibatch))[0]:
             continue
-        make_pass = _refining_pass(learner, settings, prior_of, before)
+        make_pass = _refining_pass(learner, settings, prior_of, before, shift)
         parts = learner.micro_batches(minibatch, [teacher_view])
         steps.append(learner.optimise(parts, make_pass, factor=settings.e_learning_rate_factor))
 
@@ -125,11 +137,20 @@ def refine_teacher(
             "e_loss": sum(step.loss for step in steps),
             "e_grad_norm": sum(step.grad_norm for step in steps) / len(steps),
             "e_clipped_share": sum(step.clipped for step in steps) / len(steps),
-            "reward_shift": before.reward_shift,
+            "reward_shift": shift,
         }
         | margins
-        | _length_effects(learner, examples, rewards_before - before.reward_shift, is_success)
+        | _gradient_weights(learner, rewards_before - shift, is_success)
+        | _length_effects(learner, examples, rewards_before - shift, is_success)
     )
+
+
+def betas(examples: Sequence[Example], settings: VPD) -> Tensor:
+    """The implicit reward's temperature for each rollout [B]: one for all, unless a reference length is set."""
+    lengths = torch.tensor([float(len(example.completion)) for example in examples])
+    if settings.length_reference is None:
+        return torch.full_like(lengths, settings.bco_beta)
+    return settings.bco_beta * settings.length_reference / lengths
 
 
 def _successes(examples: Sequence[Example]) -> Tensor:
@@ -152,20 +173,27 @@ def _margins_by_source(
 
 
 def _refining_pass(
-    learner: Learner, settings: VPD, prior_of: dict[int, Tensor], start: Margin
+    learner: Learner, settings: VPD, prior_of: dict[int, Tensor], start: Margin, shift: float
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
     def make_pass(part: list[Example]) -> tuple[PackedBatch, Objective]:
         return learner.pack(part, teacher_view), Refine(
             prior_log_probs=torch.stack([prior_of[example.rollout] for example in part]) if part else torch.zeros(0),
             is_success=torch.tensor([example.is_success for example in part], dtype=torch.bool),
-            reward_shift=start.reward_shift,
+            reward_shift=shift,
             success_count=start.success_count,
             failure_count=start.failure_count,
-            bco_beta=settings.bco_beta,
+            betas=betas(part, settings),
             temperature=learner.temperature,
         )
 
     return make_pass
+
+
+def _gradient_weights(learner: Learner, shifted_rewards: Tensor, is_success: Tensor) -> dict[str, float | None]:
+    """Mean weight of each class's gradient at the start, between 0 and 1: a stale shift turns one of them off."""
+    weights = torch.where(is_success, -shifted_rewards, shifted_rewards).sigmoid()
+    measured = measure_margin(learner, weights, is_success)
+    return {"e_weight_success": measured.success, "e_weight_failure": measured.failure}
 
 
 def _length_effects(

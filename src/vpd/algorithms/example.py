@@ -10,16 +10,17 @@ from vpd.types import Rollout, TeacherView
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A rollout with feedback: one completion behind two prompts.
+    """A graded rollout: one completion behind the student's prompt and, where it has feedback, the teacher's.
 
     Attributes:
         rollout: index of the rollout in the batch.
         group: index of its prompt in the batch, counted over all processes.
         student_prompt: token ids.
-        teacher_prompt: token ids.
+        teacher_prompt: token ids; empty where there is no feedback.
         completion: token ids, the same for student and teacher; T of them.
-        is_success: whether the outcome counts as a success.
-        source: the kind of feedback.
+        reward: the outcome.
+        is_success: whether it counts as a success.
+        source: the kind of feedback; None where there is none.
     """
 
     rollout: int
@@ -27,8 +28,13 @@ class Example:
     student_prompt: list[int]
     teacher_prompt: list[int]
     completion: list[int]
+    reward: float
     is_success: bool
-    source: str
+    source: str | None
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.source is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +61,34 @@ def teacher_view(example: Example) -> tuple[list[int], int]:
 
 
 def make_examples(
-    rollouts: Sequence[Rollout], is_success: Sequence[bool], views: Sequence[TeacherView | None]
+    rollouts: Sequence[Rollout],
+    is_success: Sequence[bool],
+    views: Sequence[TeacherView | None],
+    mask_truncated: bool = False,
 ) -> list[Example]:
-    """The active rollouts: graded, with feedback, and with at least one token. The others take no part in any loss."""
+    """The graded rollouts with at least one token; the others take no part in any loss.
+
+    With ``mask_truncated`` those that the length limit ended are left out too.
+    """
     return [
         Example(
             rollout=index,
             group=rollout.group,
             student_prompt=rollout.prompt_ids,
-            teacher_prompt=view.prompt_ids,
+            teacher_prompt=[] if view is None else view.prompt_ids,
             completion=rollout.completion_ids,
+            reward=rollout.verdict.reward,
             is_success=success,
-            source=view.source,
+            source=None if view is None else view.source,
         )
         for index, (rollout, success, view) in enumerate(zip(rollouts, is_success, views, strict=True))
-        if view is not None and rollout.verdict is not None and rollout.completion_ids
+        if rollout.verdict is not None and rollout.completion_ids and not (mask_truncated and rollout.truncated)
     ]
+
+
+def with_teacher(examples: Sequence[Example]) -> list[Example]:
+    """Those that have feedback, and so a teacher."""
+    return [example for example in examples if example.has_teacher]
 
 
 def minibatches(examples: Sequence[Example], prompts: int | None, batch_prompts: int) -> list[list[Example]]:

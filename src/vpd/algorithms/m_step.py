@@ -9,17 +9,19 @@ without gradient. No importance weights correct for the E-step in between (VPD, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vpd.algorithms.example import Example, minibatches, student_view, teacher_view
+from vpd.algorithms.teacher import TeacherStates, kept_head, read_teacher
 from vpd.config import MStepSettings
 from vpd.packing import PackedBatch
+from vpd.policy.head import head_of
 from vpd.policy.learner import Learner
-from vpd.policy.objectives import Distil, Objective, Outputs, PredictorStates
+from vpd.policy.objectives import Distil, Objective, Outputs
 
 
 @dataclass
@@ -39,22 +41,43 @@ class MStepResult:
     tokens: dict[int, TokenNumbers] = field(default_factory=dict)
 
 
+def old_log_probs(
+    learner: Learner, examples: Sequence[Example], settings: MStepSettings
+) -> Mapping[int, Tensor] | None:
+    """log pi(y_t) [T] by rollout index, before any update, where the sampled estimate will ask for it."""
+    if settings.divergence != "sampled":
+        return None
+    found = learner.token_log_probs(examples, student_view)
+    return {example.rollout: values for example, values in zip(examples, found, strict=True)}
+
+
 def distil(
-    learner: Learner, examples: Sequence[Example], settings: MStepSettings, batch_prompts: int, bco_beta: float
+    learner: Learner,
+    examples: Sequence[Example],
+    settings: MStepSettings,
+    batch_prompts: int,
+    bco_beta: float,
+    old: Mapping[int, Tensor] | None = None,
 ) -> MStepResult:
     """Run the M-step on the active rollouts of a batch, one optimizer step a minibatch.
 
     Args:
         learner: the policy.
-        examples: this process's active rollouts.
+        examples: this process's active rollouts: those with a teacher.
         settings: divergence, aggregation and minibatch.
         batch_prompts: prompts of the batch over all processes.
         bco_beta: temperature of the implicit reward, for the reported margin.
+        old: from :func:`old_log_probs`, called before the E-step.
     """
     result = MStepResult({})
     steps = []
     entropy_sum = 0.0
-    for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts):
+    planned = [
+        (minibatch, learner.micro_batches(minibatch, [student_view, teacher_view]))
+        for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts)
+    ]
+    kept = _frozen_states(learner, [part for _, parts in planned for part in parts], settings)
+    for minibatch, parts in planned:
         token_count, sequence_count = learner.total(sum(len(e.completion) for e in minibatch), len(minibatch))
         if not token_count:
             continue
@@ -62,10 +85,9 @@ def distil(
         def keep_numbers(part: list[Example], outputs: Outputs) -> None:
             nonlocal entropy_sum
             entropy_sum += float(outputs.values["entropy"].sum())
-            result.tokens.update(_split_by_rollout(part, outputs))
+            result.tokens.update(split_by_rollout(part, outputs))
 
-        make_pass = _distilling_pass(learner, settings, token_count, sequence_count)
-        parts = learner.micro_batches(minibatch, [student_view, teacher_view])
+        make_pass = _distilling_pass(learner, settings, token_count, sequence_count, old, kept)
         steps.append(learner.optimise(parts, make_pass, keep_numbers))
     if steps:
         result.metrics = _metrics(learner, examples, result.tokens, entropy_sum, bco_beta) | {
@@ -77,20 +99,64 @@ def distil(
 
 
 def _distilling_pass(
-    learner: Learner, settings: MStepSettings, token_count: float, sequence_count: float
+    learner: Learner,
+    settings: MStepSettings,
+    token_count: float,
+    sequence_count: float,
+    old: Mapping[int, Tensor] | None,
+    kept: Mapping[int, TeacherStates],
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
     def make_pass(part: list[Example]) -> tuple[PackedBatch, Objective]:
-        teacher = learner.score(learner.pack(part, teacher_view), PredictorStates()).values
-        return learner.pack(part, student_view), Distil(
-            teacher_hidden=teacher.get("hidden", torch.zeros(0)),
-            teacher_rows=teacher.get("rows", torch.zeros(0, dtype=torch.long)),
-            token_weights=token_weights(part, settings.loss_aggregation, token_count, sequence_count),
-            kind=settings.divergence,
-            alpha=settings.alpha,
-            temperature=learner.temperature,
+        objective = distilling_objective(
+            learner, part, settings, token_count, sequence_count, old, states=kept.get(id(part))
         )
+        return learner.pack(part, student_view), objective
 
     return make_pass
+
+
+def _frozen_states(
+    learner: Learner, parts: Sequence[list[Example]], settings: MStepSettings
+) -> dict[int, TeacherStates]:
+    """For a frozen teacher: what it predicts for every part before the first update, by the part's identity."""
+    if settings.teacher != "frozen":
+        return {}
+    head = kept_head(head_of(learner.module.model))
+    return {id(part): replace(read_teacher(learner, part, settings), head=head) for part in parts}
+
+
+def distilling_objective(
+    learner: Learner,
+    taught: list[Example],
+    settings: MStepSettings,
+    token_count: float,
+    sequence_count: float,
+    old: Mapping[int, Tensor] | None = None,
+    tokens: Tensor | None = None,
+    states: TeacherStates | None = None,
+) -> Distil:
+    """The M-step's loss on some rollouts with a teacher, which is read in a pass of its own.
+
+    Args:
+        learner: the policy.
+        taught: the rollouts; none of them on a process that has none left.
+        settings: the divergence.
+        token_count, sequence_count: over all such rollouts of the minibatch, all processes.
+        old: from :func:`old_log_probs`.
+        tokens: which of the student batch's completion tokens are theirs; None where it holds no others.
+        states: what the teacher predicts, where it was read before.
+    """
+    states = states or read_teacher(learner, taught, settings)
+    return Distil(
+        teacher_hidden=states.hidden,
+        teacher_rows=states.rows,
+        teacher_head=states.head,
+        token_weights=token_weights(taught, settings.loss_aggregation, token_count, sequence_count),
+        settings=settings,
+        temperature=learner.temperature,
+        tokens=tokens,
+        old_log_probs=torch.cat([old[example.rollout] for example in taught]) if old and taught else None,
+    )
 
 
 def token_weights(part: Sequence[Example], aggregation: str, token_count: float, sequence_count: float) -> Tensor:
@@ -109,7 +175,8 @@ def token_weights(part: Sequence[Example], aggregation: str, token_count: float,
     )
 
 
-def _split_by_rollout(part: Sequence[Example], outputs: Outputs) -> dict[int, TokenNumbers]:
+def split_by_rollout(part: Sequence[Example], outputs: Outputs) -> dict[int, TokenNumbers]:
+    """The values of a :class:`Distil` pass over ``part``, by rollout index."""
     lengths = [len(example.completion) for example in part]
     columns = [
         outputs.values[name].float().cpu().split(lengths)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vpd.algorithms.example import Example
-from vpd.algorithms.m_step import MStepResult, distil
+from vpd.algorithms.example import Example, with_teacher
+from vpd.algorithms.m_step import MStepResult, distil, old_log_probs
 from vpd.config import SDPO
 from vpd.policy.learner import Learner
 from vpd.runs.timing import Timer
@@ -21,5 +21,7 @@ def update(
     learner: Learner, examples: Sequence[Example], settings: SDPO, batch_prompts: int, timer: Timer
 ) -> MStepResult:
     """One iteration's update: the M-step."""
+    examples = with_teacher(examples)
     with timer("m_step"):
-        return distil(learner, examples, settings, batch_prompts, _MARGIN_BETA)
+        old = old_log_probs(learner, examples, settings)
+        return distil(learner, examples, settings, batch_prompts, _MARGIN_BETA, old)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vpd.algorithms.e_step import holds_both_classes, refine_teacher
-from vpd.algorithms.example import Example
-from vpd.algorithms.m_step import MStepResult, distil
+from vpd.algorithms.example import Example, with_teacher
+from vpd.algorithms.m_step import MStepResult, distil, old_log_probs
 from vpd.config import VPD
 from vpd.policy.learner import Learner
 from vpd.runs.timing import Timer
@@ -29,19 +29,23 @@ def update(
     batch_prompts: int,
     timer: Timer,
     sample_fresh: Callable[[], list[Example]] | None = None,
+    memory: dict[str, float] | None = None,
 ) -> MStepResult:
     """One iteration's updates: the E-step where it is due and possible, then the M-step.
 
     The metric ``e_step`` is 1 for an E-step, 0 for one that was due but had one class only, None where none was due.
     """
+    examples = with_teacher(examples)
+    with timer("m_step"):
+        old = old_log_probs(learner, examples, settings)
     metrics: dict[str, float | None] = {"e_step": None}
     if is_e_iteration(step, settings.e_step_every):
         metrics = {"e_step": 0.0}
         if holds_both_classes(learner, examples):
             fresh = sample_fresh() if sample_fresh is not None else None
             with timer("e_step"):
-                metrics = refine_teacher(learner, examples, settings, batch_prompts, fresh)
+                metrics = refine_teacher(learner, examples, settings, batch_prompts, fresh, memory)
     with timer("m_step"):
-        result = distil(learner, examples, settings, batch_prompts, settings.bco_beta)
+        result = distil(learner, examples, settings, batch_prompts, settings.bco_beta, old)
     result.metrics = metrics | result.metrics
     return result

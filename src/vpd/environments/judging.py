@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import functools
 import inspect
 import math
 import queue
@@ -14,6 +12,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from vpd.environments.base import Environment
+from vpd.loop import event_loop
 from vpd.types import Task, Verdict
 
 Outcome: TypeAlias = Verdict | Exception
@@ -113,29 +112,9 @@ def _wait_for_all(awaitables: list[Awaitable[Verdict]], seconds: float | None) -
                 results.append(asyncio.CancelledError() if task.cancelled() else task.exception() or task.result())
         return results
 
-    future = asyncio.run_coroutine_threadsafe(gather(), _event_loop())
+    future = asyncio.run_coroutine_threadsafe(gather(), event_loop())
     try:
         return future.result()
     except BaseException:
         future.cancel()
         raise
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop on a thread of its own for the whole process.
-
-    A notebook's loop is already running, and network clients that a judge keeps belong to the loop of their first use.
-    """
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="vpd-judges", daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=5)
-        if not thread.is_alive():
-            loop.close()
-
-    atexit.register(stop)
-    return loop

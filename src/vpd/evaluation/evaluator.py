@@ -8,6 +8,7 @@ from vpd.config import VPDConfig
 from vpd.environments import Environment, Split
 from vpd.evaluation.accuracy import Evaluation, evaluate
 from vpd.evaluation.gap import Gap, measure_gap
+from vpd.feedback import Critic
 from vpd.rollout.sampler import RolloutSampler
 from vpd.runs.timing import Timer
 from vpd.seeds import mix
@@ -21,11 +22,18 @@ class Evaluator:
         environment: has the splits.
         args: settings of the run.
         accelerator: tells this process's place among all.
+        critic: of failed attempts, where the feedback has one.
     """
 
     def __init__(
-        self, sampler: RolloutSampler, environment: Environment, args: VPDConfig, accelerator: Accelerator
+        self,
+        sampler: RolloutSampler,
+        environment: Environment,
+        args: VPDConfig,
+        accelerator: Accelerator,
+        critic: Critic | None = None,
     ) -> None:
+        self._critic = critic
         self._sampler = sampler
         self._environment = environment
         self._args = args
@@ -55,4 +63,5 @@ class Evaluator:
             self._args.rollout.num_generations,
             self._args.algorithm.success_threshold,
             mix(self._args.run.seed, 0, 0),
+            self._critic,
         )

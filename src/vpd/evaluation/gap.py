@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from vpd.evaluation.intervals import bootstrap_interval
-from vpd.feedback import build_views
+from vpd.feedback import Critic, build_views
 from vpd.rollout.sampler import RolloutSampler
 from vpd.types import Rollout, Task
 
@@ -37,7 +37,12 @@ class Gap:
 
 
 def measure_gap(
-    sampler: RolloutSampler, tasks: Sequence[Task], num_generations: int, success_threshold: float, seed: int
+    sampler: RolloutSampler,
+    tasks: Sequence[Task],
+    num_generations: int,
+    success_threshold: float,
+    seed: int,
+    critic: Critic | None = None,
 ) -> Gap:
     """Sample the student, give it feedback, and let the teacher answer once behind each feedback prompt.
 
@@ -47,12 +52,14 @@ def measure_gap(
         num_generations: student rollouts a task; feedback from siblings needs 2 or more.
         success_threshold: the reward from which a completion succeeds.
         seed: of the completions.
+        critic: of failed attempts, where the feedback has one.
     """
     rollouts = sampler.sample(tasks, num_generations, seed=seed)
     views = build_views(
         rollouts,
         [_succeeds(rollout, success_threshold) for rollout in rollouts],
         sampler.prompts,
+        critic=critic,
         permute=sampler.prompts.settings.permute,
     )
     active = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]

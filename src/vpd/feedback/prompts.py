@@ -51,6 +51,19 @@ class PromptBuilder:
             )
         return ids
 
+    def chat(self, messages: Messages) -> list[int] | None:
+        """A chat whose content is data, as token ids; None where it is longer than the teacher's limit.
+
+        Special tokens inside the messages stay plain text.
+        """
+        marks = [_unused_mark(f"message-{index}", messages) for index in range(len(messages))]
+        rendered = self._render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
+        contents = {mark: str(message["content"]) for mark, message in zip(marks, messages, strict=True)}
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, marks))})", rendered):
+            ids += self._encode(contents.get(piece, piece), as_data=piece in contents)
+        return ids if len(ids) <= self.settings.max_prompt_length else None
+
     def teacher(self, prompt: Messages, texts: FeedbackTexts) -> TeacherView:
         """The task's chat with solution and feedback appended to its last user message.
 
@@ -88,11 +101,13 @@ class PromptBuilder:
         content = _fill(
             templates.prompt,
             prompt=str(prompt[-1]["content"]),
-            solution=_section(templates.solution, texts.solution, marks["solution"]),
+            solution=_section(templates.critique, texts.critique, marks["solution"])
+            if texts.solution is None
+            else _section(templates.solution, texts.solution, marks["solution"]),
             feedback=_section(_feedback_template(templates, texts), texts.feedback, marks["feedback"]),
         )
         rendered = self._render([*prompt[:-1], {**prompt[-1], "content": content}])
-        values = {marks["solution"]: texts.solution, marks["feedback"]: texts.feedback}
+        values = {marks["solution"]: texts.solution or texts.critique, marks["feedback"]: texts.feedback}
         pieces, slots = [], []
         for piece in re.split(f"({'|'.join(map(re.escape, marks.values()))})", rendered):
             if piece in values:

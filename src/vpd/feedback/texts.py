@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vpd.config import FeedbackSettings
 from vpd.types import Rollout
@@ -22,6 +22,7 @@ class FeedbackTexts:
         source: the kind that the rollout's group uses.
         is_success: whether the rollout succeeded; picks the template around ``feedback``.
         solution: a successful sibling's text, or None.
+        critique: what a critic wrote of the attempt, or None.
         feedback: the environment's text, or None.
     """
 
@@ -29,10 +30,14 @@ class FeedbackTexts:
     is_success: bool
     solution: str | None = None
     feedback: str | None = None
+    critique: str | None = None
 
 
 def choose_texts(
-    group: Sequence[Rollout], is_success: Sequence[bool], settings: FeedbackSettings
+    group: Sequence[Rollout],
+    is_success: Sequence[bool],
+    settings: FeedbackSettings,
+    critiques: Sequence[str | None] | None = None,
 ) -> list[FeedbackTexts | None]:
     """Choose what the teacher is told about each rollout of one group.
 
@@ -44,6 +49,7 @@ def choose_texts(
         group: the graded rollouts of one prompt, B of them.
         is_success: B flags.
         settings: sources in order of preference.
+        critiques: B texts on failed attempts, None where there is none.
 
     Returns:
         B entries; None for a rollout without feedback.
@@ -56,18 +62,35 @@ def choose_texts(
                 FeedbackTexts("environment", success, feedback=text) if (text := _environment_text(rollout)) else None
                 for rollout, success in zip(group, is_success, strict=True)
             ]
+        if source == "critique" and critiques is not None and any(critiques):
+            return _critique_texts(group, is_success, critiques)
     return [None] * len(group)
+
+
+def _critique_texts(
+    group: Sequence[Rollout], is_success: Sequence[bool], critiques: Sequence[str | None]
+) -> list[FeedbackTexts | None]:
+    """Failures get their critique; successes, of which there is nothing to criticise, the environment's text."""
+    texts: list[FeedbackTexts | None] = []
+    for rollout, success, critique in zip(group, is_success, critiques, strict=True):
+        feedback = _environment_text(rollout) if success else None
+        written = None if success else critique
+        has_any = bool(written or feedback)
+        texts.append(FeedbackTexts("critique", success, feedback=feedback, critique=written) if has_any else None)
+    return texts
 
 
 def _sibling_texts(
     group: Sequence[Rollout], is_success: Sequence[bool], settings: FeedbackSettings
 ) -> list[FeedbackTexts | None]:
-    """The first successful completion for everyone, the second for its own author.
+    """One successful completion for everyone, a second one for its own author.
 
     Few distinct solutions mean few distinct teacher prompts, which packing then computes once for all.
     """
     show_feedback = "environment" in settings.sources and not settings.feedback_only_without_solution
     successes = [index for index, success in enumerate(is_success) if success]
+    if settings.sibling == "shortest":
+        successes.sort(key=lambda index: len(group[index].completion_ids))
     texts: list[FeedbackTexts | None] = []
     for index, (rollout, success) in enumerate(zip(group, is_success, strict=True)):
         sibling = next((other for other in successes if other != index), None)
@@ -109,7 +132,7 @@ def permute_across_groups(texts: Sequence[FeedbackTexts | None], groups: Sequenc
         assert donated is not None
         own = texts[index]
         assert own is not None
-        permuted[index] = FeedbackTexts(donated.source, own.is_success, donated.solution, donated.feedback)
+        permuted[index] = replace(donated, is_success=own.is_success)
     return permuted
 
 

@@ -1,4 +1,6 @@
-"""Distillation loss of the M-step: a divergence between student and teacher at every token, over the full vocabulary.
+"""Distillation loss of the M-step: a divergence between student and teacher at every token.
+
+Over the full vocabulary, unless a support of a few tokens is asked for (:mod:`vpd.losses.support`):
 
     reverse_kl   D = KL(pi || q)                                   dD/da = pi (log pi/q - D)
     forward_kl   D = KL(q || pi)                                   dD/da = pi - q
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vpd.losses.head import DEFAULT_CHUNK_SIZE, Head, HeadGradient, check_hidden, check_settings, chunks
+from vpd.losses.support import Correction, Support, supported_divergence
 
 DivergenceKind: TypeAlias = Literal["reverse_kl", "forward_kl", "js"]
 
@@ -54,6 +57,10 @@ def divergence(
     kind: DivergenceKind = "reverse_kl",
     alpha: float = 0.5,
     temperature: float = 1.0,
+    teacher_share: float = 1.0,
+    top_k: int | None = None,
+    support: Support = "student",
+    correction: Correction = "tail",
     chunk_size: int = DEFAULT_CHUNK_SIZE,
 ) -> TokenLoss:
     """Divergence between student pi and teacher q at each token (VPD, arXiv 2605.15113, M-step).
@@ -73,6 +80,13 @@ def divergence(
         alpha: the teacher's share of the mixture of ``"js"``, in [0, 1]. The formula vanishes at both ends, where its
             rescaled limits stand in: 0 means forward KL, 1 reverse KL.
         temperature: divides the logits of both sides; the loss is not rescaled by its square.
+        teacher_share: a, makes the target q' = a q + (1 - a) stopgrad(pi) (top-D, arXiv 2607.04751), in (0, 1]; 1 is
+            the teacher itself.
+        top_k: K, tokens of the vocabulary that are told apart; None means all of them.
+        support: with ``top_k``, which: the ``"student"``'s most likely ones, or their ``"intersection"`` with the
+            teacher's.
+        correction: with ``top_k``, what becomes of the rest: ``"tail"``, ``"renormalise"``, or ``"stopgrad"`` (reverse
+            KL only).
         chunk_size: tokens whose logits exist at a time.
 
     Raises:
@@ -107,6 +121,17 @@ def divergence(
         raise ValueError(f"kind must be one of {', '.join(get_args(DivergenceKind))}; got {kind!r}.")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be between 0 (forward KL) and 1 (reverse KL), got {alpha}.")
+    if not 0.0 < teacher_share <= 1.0:
+        raise ValueError(f"teacher_share must be above 0 and at most 1, got {teacher_share}.")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 token, or None for all; got {top_k}.")
+    if support not in get_args(Support) or correction not in get_args(Correction):
+        raise ValueError(
+            f"support must be one of {', '.join(get_args(Support))} and correction one of "
+            f"{', '.join(get_args(Correction))}; got {support!r} and {correction!r}."
+        )
+    if top_k is not None and correction == "stopgrad" and kind != "reverse_kl":
+        raise ValueError(f'The correction "stopgrad" is for reverse_kl, not {kind}: take "tail" or "renormalise".')
     if kind == "js" and alpha in (0.0, 1.0):
         kind = "forward_kl" if alpha == 0.0 else "reverse_kl"
 
@@ -119,7 +144,17 @@ def divergence(
         targets,
         student_head,
         teacher_head,
-        _Settings(kind, alpha, temperature, chunk_size, torch.is_grad_enabled()),
+        _Settings(
+            kind,
+            alpha,
+            temperature,
+            teacher_share,
+            None if top_k is None else min(top_k, student_head.vocabulary_size),
+            support,
+            correction,
+            chunk_size,
+            torch.is_grad_enabled(),
+        ),
     )
     if targets is None:
         return TokenLoss(total, per_token, entropy)
@@ -131,6 +166,10 @@ class _Settings:
     kind: DivergenceKind
     alpha: float
     temperature: float
+    teacher_share: float
+    top_k: int | None
+    support: Support
+    correction: Correction
     chunk_size: int
     grad_enabled: bool
     """Whether the caller is under ``torch.no_grad``: inside a Function's forward, gradient mode is always off."""
@@ -174,6 +213,11 @@ class _FusedDivergence(torch.autograd.Function):
                     written = targets[rows, None]
                     target_log_probs[0][rows] = student_log_probs.gather(1, written)[:, 0]
                     target_log_probs[1][rows] = teacher_log_probs.gather(1, written)[:, 0]
+                if settings.teacher_share < 1.0:
+                    teacher_log_probs = torch.logaddexp(
+                        teacher_log_probs + math.log(settings.teacher_share),
+                        student_log_probs + math.log1p(-settings.teacher_share),
+                    )
                 per_token[rows], grad_logits = _divergence_and_gradient(
                     student_log_probs, student_probs, teacher_log_probs, settings
                 )
@@ -203,6 +247,17 @@ def _divergence_and_gradient(
 
     The three inputs, [T, V] each, are used up as working memory.
     """
+    if settings.top_k is not None:
+        return supported_divergence(
+            student_log_probs,
+            teacher_log_probs,
+            settings.kind,
+            settings.alpha,
+            settings.top_k,
+            settings.support,
+            settings.correction,
+        )
+
     if settings.kind == "forward_kl":
         log_ratio = torch.sub(teacher_log_probs, student_log_probs, out=student_log_probs)
         teacher_probs = teacher_log_probs.exp_()

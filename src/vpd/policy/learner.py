@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from vpd.config import OptimSettings
 from vpd.packing import PackedBatch, pack, plan_micro_batches
+from vpd.policy.copies import WeightCopy
 from vpd.policy.module import PolicyModule
-from vpd.policy.objectives import Objective, Outputs, SequenceLogProbs
+from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 
 T = TypeVar("T")
 View: TypeAlias = Callable[[T], tuple[list[int], int]]
@@ -51,6 +52,8 @@ class Learner:
         policy: the accelerator's wrapping of a :class:`PolicyModule`.
         optimizer: one for both steps.
         temperature: of student and teacher in every loss.
+        tokens: counts of training passes.
+        copies: other weights that settings ask for: :func:`vpd.policy.copies.make_copies`.
     """
 
     policy: torch.nn.Module
@@ -59,6 +62,7 @@ class Learner:
     settings: OptimSettings
     temperature: float
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    copies: dict[str, WeightCopy] = field(default_factory=dict)
 
     @property
     def module(self) -> PolicyModule:
@@ -75,6 +79,12 @@ class Learner:
         """The largest of a number over all processes."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
         return float(torch.as_tensor(self.accelerator.gather(tensor)).max())
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The finite numbers [n] of all processes in one tensor, on the CPU; n may differ between processes."""
+        padded = self.accelerator.pad_across_processes(values.to(self.accelerator.device), pad_index=float("inf"))  # pyright: ignore[reportArgumentType]
+        gathered = torch.as_tensor(self.accelerator.gather(padded)).cpu()
+        return gathered[gathered.isfinite()]
 
     def micro_batches(self, items: Sequence[T], views: Sequence[View[T]]) -> list[list[T]]:
         """Split items so that each view of a part stays within the token budget.
@@ -101,19 +111,37 @@ class Learner:
         return batch.to(self.accelerator.device)
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch, objective: Objective) -> Outputs:
-        """One pass without gradient, dropout off."""
+    def score(self, batch: PackedBatch, objective: Objective, weights: WeightCopy | None = None) -> Outputs:
+        """One pass without gradient, dropout off; of the policy, or of a copy of it."""
+        if weights is not None:
+            with self.accelerator.autocast():
+                return weights.module(batch, objective)
         self.policy.eval()
         return self.policy(batch, objective)
 
-    def sequence_log_probs(self, items: Sequence[T], view: View[T]) -> Tensor:
+    def sequence_log_probs(self, items: Sequence[T], view: View[T], weights: WeightCopy | None = None) -> Tensor:
         """log pi(y|.) of each completion behind one view's prompt, summed over tokens: [B], on the CPU."""
-        parts = []
+        token_log_probs = self.token_log_probs(items, view, weights)
+        return torch.stack([values.sum() for values in token_log_probs]) if items else torch.zeros(0)
+
+    def token_log_probs(self, items: Sequence[T], view: View[T], weights: WeightCopy | None = None) -> list[Tensor]:
+        """log pi(y_t|.) of each item's completion tokens behind one view's prompt: one [T] an item, on the CPU."""
+        objective = TokenLogProbs(self.temperature)
+        return [values["log_probs"] for values in self.token_values(items, view, objective, weights)]
+
+    def token_values(
+        self, items: Sequence[T], view: View[T], objective: Objective, weights: WeightCopy | None = None
+    ) -> list[dict[str, Tensor]]:
+        """What an objective says of each completion token [S]: by name, one [T] an item, on the CPU, in fp32."""
+        results: list[dict[str, Tensor]] = []
         for part in self.micro_batches(items, [view]):
-            outputs = self.score(self.pack(part, view), SequenceLogProbs(self.temperature))
-            if part:
-                parts.append(outputs.values["log_probs"].float().cpu())
-        return torch.cat(parts) if parts else torch.zeros(0)
+            outputs = self.score(self.pack(part, view), objective, weights)
+            if not part:
+                continue
+            lengths = [len(sequence) - start for sequence, start in map(view, part)]
+            columns = {name: values.float().cpu().split(lengths) for name, values in outputs.values.items()}
+            results += [{name: column[i] for name, column in columns.items()} for i in range(len(part))]
+        return results
 
     def optimise(
         self,
@@ -152,6 +180,8 @@ class Learner:
         with self._scaled_learning_rate(factor):
             self.optimizer.step()
         self.optimizer.zero_grad()
+        for weights in self.copies.values():
+            weights.follow(self.module)
         return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm)
 
     @contextlib.contextmanager

@@ -7,13 +7,24 @@ group often begin alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vpd.losses import DivergenceKind, Head, bco_loss, divergence, implicit_rewards, token_log_probs
+from vpd.config import MStepSettings
+from vpd.losses import (
+    DivergenceKind,
+    Head,
+    bco_loss,
+    clipped_policy_gradient,
+    divergence,
+    implicit_rewards,
+    sampled_divergence,
+    token_log_probs,
+)
 from vpd.packing import PackedBatch
 
 
@@ -52,14 +63,19 @@ def _per_sequence(values: Tensor, batch: PackedBatch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SequenceLogProbs:
-    """``values["log_probs"]`` [B]: log-probability of each completion, summed over its tokens."""
+class TokenLogProbs:
+    """``values["log_probs"]`` [S] of the completion tokens, and with ``entropy`` also ``values["entropy"]`` [S]."""
 
     temperature: float
+    entropy: bool = False
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        log_probs = _log_probs(hidden, head, batch, self.temperature)
-        return Outputs(values={"log_probs": _per_sequence(log_probs, batch)})
+        values = {"log_probs": _log_probs(hidden, head, batch, self.temperature)}
+        if self.entropy:
+            (rows,), inverse = _distinct(batch.predictor)
+            states = hidden.index_select(0, rows)
+            values["entropy"] = divergence(states, states, head, temperature=self.temperature).entropy[inverse]
+        return Outputs(values=values)
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Refine:
         is_success: [B] bool.
         reward_shift: delta, a constant of the E-step.
         success_count, failure_count: over the whole E-batch, all processes.
+        betas: [B], the implicit reward's temperature.
     """
 
     prior_log_probs: Tensor
@@ -98,13 +115,13 @@ class Refine:
     reward_shift: float
     success_count: int
     failure_count: int
-    bco_beta: float
+    betas: Tensor
     temperature: float
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature), batch)
         loss = bco_loss(
-            implicit_rewards(log_probs, self.prior_log_probs.to(log_probs.device), self.bco_beta),
+            implicit_rewards(log_probs, self.prior_log_probs.to(log_probs.device), self.betas.to(log_probs.device)),
             self.is_success.to(log_probs.device),
             self.reward_shift,
             success_count=self.success_count,
@@ -115,38 +132,121 @@ class Refine:
 
 @dataclass(frozen=True)
 class Distil:
-    """The M-step's loss: divergence between student and stop-gradient teacher at every completion token.
+    """The M-step's loss: divergence between student and stop-gradient teacher at the completion tokens that have one.
 
     Attributes:
         teacher_hidden, teacher_rows: what :class:`PredictorStates` gave for the same completions behind the teacher's
             prompts.
         token_weights: [S], the loss's weight of each completion token.
+        settings: which divergence.
+        teacher_head: maps ``teacher_hidden`` to logits; None for the student's.
+        tokens: which of the batch's completion tokens have a teacher, S of them; None for all.
+        old_log_probs: [S], of the policy that wrote the tokens, for the sampled estimate.
     """
 
     teacher_hidden: Tensor
     teacher_rows: Tensor
     token_weights: Tensor
-    kind: DivergenceKind
-    alpha: float
+    settings: MStepSettings
     temperature: float
+    teacher_head: Head | None = None
+    tokens: Tensor | None = None
+    old_log_probs: Tensor | None = None
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        (rows, teacher_rows, targets), inverse = _distinct(batch.predictor, self.teacher_rows, batch.targets)
+        columns = (batch.predictor, batch.targets)
+        if self.tokens is not None:
+            columns = tuple(column[self.tokens.to(column.device)] for column in columns)
+        (rows, teacher_rows, targets), inverse = _distinct(columns[0], self.teacher_rows, columns[1])
         weights = self.token_weights.to(hidden.device)
-        result = divergence(
-            hidden.index_select(0, rows),
-            self.teacher_hidden.index_select(0, teacher_rows),
-            head,
-            token_weights=weights.new_zeros(rows.numel()).index_add(0, inverse, weights),
-            kind=self.kind,
-            alpha=self.alpha,
-            temperature=self.temperature,
-            targets=targets,
-        )
+        weights = weights.new_zeros(rows.numel()).index_add(0, inverse, weights)
+        states, teacher_states = hidden.index_select(0, rows), self.teacher_hidden.index_select(0, teacher_rows)
+        is_sampled = self.settings.divergence == "sampled"
+        kind: DivergenceKind = "reverse_kl" if self.settings.divergence == "sampled" else self.settings.divergence
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_sampled):
+            result = divergence(
+                states,
+                teacher_states,
+                head,
+                self.teacher_head,
+                token_weights=weights,
+                targets=targets,
+                teacher_share=self.settings.teacher_share,
+                kind=kind,
+                alpha=self.settings.alpha,
+                temperature=self.temperature,
+                top_k=self.settings.top_k,
+                support=self.settings.support,
+                correction=self.settings.correction,
+            )
         values = {
             "divergence": result.per_token,
             "entropy": result.entropy,
             "student_log_probs": result.student_log_probs,
             "teacher_log_probs": result.teacher_log_probs,
         }
-        return Outputs(loss=result.total, values={name: value[inverse] for name, value in values.items()})
+        values = {name: value[inverse] for name, value in values.items()}
+        if not is_sampled:
+            return Outputs(loss=result.total, values=values)
+        loss = sampled_divergence(
+            token_log_probs(states, head, targets, temperature=self.temperature)[inverse],
+            values["teacher_log_probs"],
+            self.token_weights.to(hidden.device),
+            old_log_probs=None if self.old_log_probs is None else self.old_log_probs.to(hidden.device),
+            baseline=values["divergence"] if self.settings.control_variate else None,
+            importance_clip=self.settings.importance_clip,
+        )
+        return Outputs(loss=loss, values=values)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """GRPO's clipped loss on the completion tokens.
+
+    Attributes:
+        advantages, old_log_probs, token_weights: [S].
+        shape: makes the advantages [S] from the given ones and the teacher's lead, log q - log pi; None leaves them.
+        teacher_log_probs: [S], log q of each token for ``shape``; nan where there is no teacher (a lead of 0).
+        epsilon, epsilon_high: bounds of the ratio.
+    """
+
+    advantages: Tensor
+    old_log_probs: Tensor
+    token_weights: Tensor
+    temperature: float
+    epsilon: float
+    epsilon_high: float
+    shape: Callable[[Tensor, Tensor], Tensor] | None = None
+    teacher_log_probs: Tensor | None = None
+
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
+        log_probs = _log_probs(hidden, head, batch, self.temperature)
+        current, old = log_probs.detach(), self.old_log_probs.to(hidden.device)
+        advantages = self.advantages.to(hidden.device)
+        if self.shape is not None and self.teacher_log_probs is not None:
+            lead = (self.teacher_log_probs.to(hidden.device) - current).nan_to_num(nan=0.0)
+            advantages = self.shape(advantages, lead)
+        loss = clipped_policy_gradient(
+            log_probs,
+            advantages,
+            old,
+            self.token_weights.to(hidden.device),
+            clip_low=self.epsilon,
+            clip_high=self.epsilon_high,
+        )
+        ratio = torch.exp(current - old)
+        outside = torch.where(advantages > 0, ratio > 1 + self.epsilon_high, ratio < 1 - self.epsilon)
+        return Outputs(loss=loss, values={"is_clipped": outside & (advantages != 0)})
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Several losses on the same tokens, each times its weight."""
+
+    terms: Sequence[tuple[float, Objective]]
+
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
+        outputs = [(weight, objective(hidden, head, batch)) for weight, objective in self.terms]
+        losses = [weight * output.loss for weight, output in outputs if output.loss is not None]
+        values = {name: value for _, output in outputs for name, value in output.values.items()}
+        return Outputs(loss=torch.stack(losses).sum(), values=values)

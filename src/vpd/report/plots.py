@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from vpd.report.data import Entry, RunData, number, series
 
 BLUE, ORANGE, GREEN, RED, VIOLET = "#3b82f6", "#f08c2e", "#22a06b", "#e5484d", "#9a6dd7"
+GREY = "#8a8f98"
 """Readable on a white and on a dark page."""
 
 _INK = "#010203"
@@ -113,6 +114,7 @@ def phases(run: RunData) -> Figure | None:
     for key, label, color in (
         ("seconds_rollout", "rollouts", BLUE),
         ("seconds_judge", "judge", VIOLET),
+        ("seconds_critique", "critiques", GREY),
         ("seconds_e_step", "E-step", ORANGE),
         ("seconds_m_step", "M-step", GREEN),
         ("seconds_sync", "weights to the sampler", RED),

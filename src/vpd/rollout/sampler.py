@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from vpd.config import RolloutSettings
+from vpd.config import CritiqueSettings, RolloutSettings
 from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
 from vpd.feedback.prompts import PromptBuilder
 from vpd.rollout.local import LocalEngine, Sample
 from vpd.runs.timing import Timer
-from vpd.types import Rollout, Task, Verdict
+from vpd.types import Messages, Rollout, Task, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,32 @@ class RolloutSampler:
             for index, (task, prompt, group) in enumerate(zip(tasks, prompts, samples, strict=True))
         ]
         return self._judged(rollouts)
+
+    def answer(self, chats: Sequence[Messages], settings: CritiqueSettings) -> list[str | None]:
+        """One answer of the network to each chat, ended by the budget at the latest; None for a chat that is too long.
+
+        The draws depend on the number of tokens sampled so far, which a resumed run has alike within a step.
+        """
+        prompts = [self.prompts.chat(chat) for chat in chats]
+        fitting = [index for index, prompt in enumerate(prompts) if prompt is not None]
+        with self.timer("critique"):
+            samples = self.engine.generate(
+                [prompt for prompt in prompts if prompt is not None],
+                num_generations=1,
+                max_new_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                top_p=1.0,
+                top_k=0,
+                min_p=0.0,
+                eos_token_ids=set(self.eos_token_ids),
+                stop_strings=[],
+                seed=self.sampled_tokens,
+            )
+        answers: list[str | None] = [None] * len(chats)
+        for index, (sample,) in zip(fitting, samples, strict=True):
+            self.sampled_tokens += len(sample.token_ids)
+            answers[index] = str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True))
+        return answers
 
     def _generate(
         self, prompts: list[list[int]], num_generations: int, seed: int, temperature: float | None, top_p: float | None

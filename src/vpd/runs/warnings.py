@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vpd.config import VPD, VPDConfig
+
 
 def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> dict[str, str]:
     """Warnings, name to text, for the metrics of one training step."""
@@ -32,6 +34,19 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> d
             "optim.learning_rate alone. Lower it if the reward falls."
         )
     return warnings
+
+
+def settings_warnings(settings: VPDConfig) -> dict[str, str]:
+    """What works against itself in a run's settings, though it is not a mistake: by name."""
+    algorithm = settings.algorithm
+    if isinstance(algorithm, VPD) and algorithm.teacher == "ema":
+        return {
+            "averaged_teacher": (
+                "With a running average as the teacher, an E-step moves what the M-step distils by "
+                f'{algorithm.ema_rate:.0%} only, which nearly cancels it: algorithm.teacher = "live" keeps it.'
+            )
+        }
+    return {}
 
 
 def gap_warning(low: float, tasks_with_feedback: int) -> str | None:

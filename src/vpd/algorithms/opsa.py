@@ -1,0 +1,48 @@
+"""OPSA (arXiv 2608.31046), a placebo without teacher or reward: what pushing down unlikely tokens gains by itself.
+
+On the given share of a batch's completion tokens with the lowest log-probability the advantage is
+-1/2 - 1/2 H / log V, with H the student's entropy there and V the vocabulary; elsewhere it is 0. The mean is over all
+completion tokens, as GRPO's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vpd.algorithms.example import Example, student_view
+from vpd.algorithms.m_step import MStepResult
+from vpd.algorithms.policy_step import policy_step
+from vpd.config import OPSA
+from vpd.policy.head import head_of
+from vpd.policy.learner import Learner
+from vpd.policy.objectives import TokenLogProbs
+from vpd.runs.timing import Timer
+
+
+def update(
+    learner: Learner, examples: Sequence[Example], settings: OPSA, batch_prompts: int, timer: Timer
+) -> MStepResult:
+    """One iteration's update."""
+    with timer("m_step"):
+        advantages = lowest_token_advantages(learner, examples, settings.token_share)
+        return policy_step(learner, examples, settings, batch_prompts, advantages)
+
+
+def lowest_token_advantages(learner: Learner, examples: Sequence[Example], share: float) -> dict[int, Tensor]:
+    """The advantage of each completion token [T], by rollout index."""
+    objective = TokenLogProbs(learner.temperature, entropy=True)
+    found = learner.token_values(examples, student_view, objective)
+    own = torch.cat([values["log_probs"] for values in found]) if found else torch.zeros(0)
+    log_probs = learner.gather(own).sort().values
+    if not len(log_probs):
+        return {}
+    threshold = log_probs[max(math.ceil(share * len(log_probs)), 1) - 1]
+    scale = 0.5 / math.log(head_of(learner.module.model).vocabulary_size)
+    return {
+        example.rollout: torch.where(values["log_probs"] <= threshold, -0.5 - scale * values["entropy"], 0.0)
+        for example, values in zip(examples, found, strict=True)
+    }

@@ -1,0 +1,105 @@
+"""Divergences over a few tokens of the vocabulary instead of all: the student's K most likely ones, or those of them
+that are also among the teacher's.
+
+Cutting the sum off at K would give a wrong gradient, one that does not vanish where student and teacher agree. So the
+rest is dealt with in one of three ways:
+
+    tail          The rest is one bucket, which makes both sides proper distributions over K + 1 outcomes.
+    renormalise   Both sides are scaled to sum to 1 over the K tokens.
+    stopgrad      sum over the K of pi (stopgrad log pi - log q), with pi from the whole vocabulary; reverse KL only,
+                  approximate (arXiv 2605.11182).
+
+The gradient of all three is zero where pi = q. The K tokens are chosen anew at every token and are constants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Support: TypeAlias = Literal["student", "intersection"]
+Correction: TypeAlias = Literal["tail", "renormalise", "stopgrad"]
+
+_MOST_LOG_RATIO = 80.0
+"""exp(80) is near the largest float."""
+
+
+def supported_divergence(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    kind: str,
+    alpha: float,
+    top_k: int,
+    support: Support,
+    correction: Correction,
+) -> tuple[Tensor, Tensor]:
+    """Divergence [T] of one chunk and its gradient with respect to the student's logits, [T, V].
+
+    Args:
+        student_log_probs, teacher_log_probs: [T, V]; the teacher's are used up as working memory.
+        kind: ``reverse_kl``, ``forward_kl`` or ``js``.
+        alpha: of ``js``, strictly between 0 and 1.
+        top_k: K, at most V.
+        support, correction: see the module.
+    """
+    tokens = student_log_probs.topk(top_k, dim=-1).indices
+    is_member = torch.ones_like(tokens, dtype=torch.bool)
+    if support == "intersection":
+        likely = teacher_log_probs.topk(top_k, dim=-1).indices
+        is_member = (tokens[:, :, None] == likely[:, None, :]).any(-1)
+    student = student_log_probs.gather(1, tokens).masked_fill(~is_member, -math.inf)
+    teacher = teacher_log_probs.gather(1, tokens).masked_fill(~is_member, -math.inf)
+
+    if correction == "stopgrad":
+        log_ratio = torch.where(is_member, student - teacher, 0.0)
+        divergence = (student.exp() * log_ratio).sum(-1)
+        gradient = student_log_probs.exp().mul_(-divergence[:, None])
+        return divergence, gradient.scatter_add_(1, tokens, student.exp() * log_ratio)
+
+    if correction == "renormalise":
+        student, teacher = _renormalised(student), _renormalised(teacher)
+        divergence, slope = _divergence_and_slope(student, teacher, kind, alpha)
+        gradient = torch.zeros_like(student_log_probs).scatter_add_(1, tokens, student.exp() * slope)
+        return divergence, gradient
+
+    # The rest as one more outcome; its probability from the rest itself, since 1 minus the others' would cancel.
+    chosen = torch.where(is_member, -math.inf, 0.0)
+    rest = [
+        log_probs.scatter_add(1, tokens, chosen).logsumexp(-1, keepdim=True)
+        for log_probs in (student_log_probs, teacher_log_probs)
+    ]
+    outcomes = [torch.cat(pair, dim=1) for pair in ((student, rest[0]), (teacher, rest[1]))]
+    divergence, slope = _divergence_and_slope(outcomes[0], outcomes[1], kind, alpha)
+    # Each token of the rest takes its share of the bucket's gradient.
+    gradient = torch.exp(student_log_probs, out=teacher_log_probs).mul_(slope[:, -1:])
+    own = torch.where(is_member, student.exp() * slope[:, :-1], gradient.gather(1, tokens))
+    return divergence, gradient.scatter_(1, tokens, own)
+
+
+def _renormalised(log_probs: Tensor) -> Tensor:
+    """Scaled to sum to 1 over the members; rows without any stay without."""
+    total = log_probs.logsumexp(-1, keepdim=True)
+    return torch.where(total.isneginf(), -math.inf, log_probs - total)
+
+
+def _divergence_and_slope(student: Tensor, teacher: Tensor, kind: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """Divergence [T] of two distributions over outcomes, and what pi of an outcome is multiplied by in its gradient.
+
+    An outcome that neither side can have (log-probability minus infinity on both) contributes nothing.
+    """
+    possible = ~(student.isneginf() & teacher.isneginf())
+    log_ratio = torch.where(possible, teacher - student, 0.0).clamp(-_MOST_LOG_RATIO, _MOST_LOG_RATIO)
+    student_probs, teacher_probs = student.exp(), teacher.exp()
+    if kind == "forward_kl":
+        return (teacher_probs * log_ratio).sum(-1), torch.where(possible, 1.0 - log_ratio.exp(), 0.0)
+    if kind == "reverse_kl":
+        divergence = -(student_probs * log_ratio).sum(-1)
+        return divergence, torch.where(possible, -log_ratio - divergence[:, None], 0.0)
+    mixture_over_student = torch.logaddexp(log_ratio + math.log(alpha), torch.full_like(log_ratio, math.log1p(-alpha)))
+    kl_student = -(student_probs * mixture_over_student).sum(-1)
+    kl_teacher = (teacher_probs * (log_ratio - mixture_over_student)).sum(-1)
+    slope = (alpha - 1.0) * (mixture_over_student + kl_student[:, None])
+    return (1.0 - alpha) * kl_student + alpha * kl_teacher, torch.where(possible, slope, 0.0)

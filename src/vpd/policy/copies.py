@@ -1,0 +1,79 @@
+"""A second set of weights, for the options that need one: the initial model, or a running average."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from vpd.config import AlgorithmSettings
+from vpd.losses import Head
+from vpd.policy.head import head_of
+from vpd.policy.module import PolicyModule
+
+INITIAL, AVERAGE = "initial", "average"
+"""Names of the copies: the policy as it was before training, and its running average."""
+
+
+def make_copies(policy: PolicyModule, settings: AlgorithmSettings) -> dict[str, WeightCopy]:
+    """The copies that an algorithm's settings ask for; most ask for none."""
+    teacher = getattr(settings, "teacher", None)
+    copies = {}
+    if teacher == "trust_region" or getattr(settings, "prior", None) == "fixed":
+        copies[INITIAL] = WeightCopy(policy)
+    if teacher == "ema":
+        copies[AVERAGE] = WeightCopy(policy, settings.ema_rate)  # pyright: ignore[reportAttributeAccessIssue]
+    return copies
+
+
+class WeightCopy:
+    """A frozen copy of the policy.
+
+    Weights that are not trained are shared with the policy: with adapters only these are copied. Make it before the
+    policy is prepared for training, since accelerate's wrapping is bound to the one module.
+
+    Args:
+        policy: what to copy.
+        rate: how far each optimizer step pulls the copy towards the trained weights; 0 keeps it as it was assigned.
+    """
+
+    def __init__(self, policy: PolicyModule, rate: float = 0.0) -> None:
+        frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
+        self.rate = rate
+        self._trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        self.module: PolicyModule = copy.deepcopy(policy, dict(frozen)).requires_grad_(False).eval()
+
+    @property
+    def head(self) -> Head:
+        return head_of(self.module.model)
+
+    def to(self, device: torch.device) -> None:
+        self.module.to(device)
+
+    @torch.no_grad()
+    def assign(self, policy: nn.Module) -> None:
+        """Take over the policy's weights as they are now."""
+        self._pull(policy, 1.0)
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module) -> None:
+        """After an optimizer step: move by ``rate`` towards the policy's weights."""
+        if self.rate:
+            self._pull(policy, self.rate)
+
+    def _pull(self, policy: nn.Module, rate: float) -> None:
+        own, theirs = dict(self.module.named_parameters()), dict(policy.named_parameters())
+        for name in self._trained:
+            own[name].lerp_(theirs[name].to(own[name]), rate)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copied weights, for a checkpoint."""
+        own = dict(self.module.named_parameters())
+        return {name: own[name] for name in self._trained}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = dict(self.module.named_parameters())
+        for name, value in state.items():
+            own[name].copy_(value)

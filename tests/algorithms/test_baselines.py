@@ -1,0 +1,196 @@
+"""GRPO and its mixtures with a teacher: what each update is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import toy_trainer
+
+from vpd import algorithms
+from vpd.algorithms.example import make_examples, student_view
+from vpd.algorithms.opsa import lowest_token_advantages
+from vpd.algorithms.policy_step import group_advantages
+from vpd.algorithms.reweight import mixing
+from vpd.config import GRPO, OPSA, SDPO, ConfigError, Joint, Reshape, Reweight, VPDConfig
+from vpd.runs.timing import Timer
+
+NO_CLIP = {"epsilon": 1e6, "epsilon_high": 1e6}
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    # Gradients are compared, and a clipped norm would hide their sizes.
+    return toy_trainer(tmp_path / "run", optim={"max_grad_norm": 1e9})
+
+
+@pytest.fixture
+def examples(trainer):
+    """Two groups of four with both outcomes; the second half of each has no teacher."""
+    batch = trainer.with_feedback(trainer.sampler.sample(trainer.tasks_of_step(1), 4, seed=1))
+    found = make_examples(batch.rollouts, batch.is_success, batch.views)
+    assert {example.is_success for example in found} == {True, False}
+    return found
+
+
+def without_teacher(examples, chosen):
+    return [replace(e, teacher_prompt=[], source=None) if chosen(e) else e for e in examples]
+
+
+def update(trainer, examples, settings, step=1):
+    """The gradient that the update hands to the optimizer, by parameter; the weights stay as they are."""
+    found = {}
+
+    def keep(*args, **kwargs):
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+
+    actual, trainer.learner.optimizer.step = trainer.learner.optimizer.step, keep
+    result = algorithms.update(trainer.learner, examples, settings, step, 2, Timer())
+    trainer.learner.optimizer.step = actual
+    return found, result
+
+
+def assert_close(first, second, tolerance=1e-5):
+    assert first.keys() == second.keys()
+    largest = max(float(value.abs().max()) for value in second.values())
+    assert largest > 0
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=tolerance * largest, msg=name)
+
+
+def test_advantages_are_centred_within_each_group_and_scaled_as_trl_does(examples):
+    plain, scaled = (group_advantages(examples, scale) for scale in (False, True))
+    for group in (0, 1):
+        members = [example for example in examples if example.group == group]
+        rewards = torch.tensor([example.reward for example in members])
+        for example, reward in zip(members, rewards, strict=True):
+            assert len(plain[example.rollout]) == len(example.completion)
+            expected = reward - rewards.mean()
+            torch.testing.assert_close(plain[example.rollout][0], expected)
+            torch.testing.assert_close(scaled[example.rollout][0], expected / (rewards.std() + 1e-4))
+
+
+def test_grpo_is_the_policy_gradient_of_all_graded_rollouts(trainer, examples):
+    unread = without_teacher(examples, lambda example: True)
+    found, result = update(trainer, unread, GRPO())
+    module, learner = trainer.learner.module, trainer.learner
+    trainer.model.zero_grad()
+    advantages = group_advantages(examples, False)
+    count = sum(len(example.completion) for example in examples)
+    total = torch.zeros(())
+    for example in examples:
+        sequence, start = student_view(example)
+        logits = trainer.model(torch.tensor([sequence])).logits[0, start - 1 : -1] / learner.temperature
+        written = torch.tensor(example.completion)
+        log_probs = logits.log_softmax(-1).gather(1, written[:, None])[:, 0]
+        total = total - (advantages[example.rollout] * log_probs).sum() / count
+    total.backward()
+    assert module is not None
+    assert_close(found, {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None})
+    assert result.metrics["ratio_clipped_share"] == 0.0
+    assert result.tokens == {}
+
+
+def test_the_joint_gradient_is_the_weighted_sum_of_its_parts(trainer, examples):
+    some = without_teacher(examples, lambda example: example.rollout % 2 == 0)
+    joint, result = update(trainer, some, Joint(distillation_weight=0.3, reward_weight=2.0))
+    distilled, _ = update(trainer, some, SDPO())
+    rewarded, _ = update(trainer, some, GRPO())
+    assert_close(joint, {name: 0.3 * distilled[name] + 2.0 * rewarded[name] for name in joint})
+    # The numbers token by token are those of the rollouts with a teacher.
+    assert set(result.tokens) == {example.rollout for example in some if example.has_teacher}
+    for example in some:
+        if example.has_teacher:
+            assert len(result.tokens[example.rollout].divergence) == len(example.completion)
+
+
+def test_reshaping_adds_the_teachers_lead_to_each_tokens_advantage(trainer, examples):
+    some = without_teacher(examples, lambda example: example.rollout % 2 == 0)
+    rewarded, _ = update(trainer, some, GRPO(**NO_CLIP))
+    assert_close(update(trainer, some, Reshape(distillation_weight=0.0, **NO_CLIP))[0], rewarded)
+    # The lead alone is the sampled estimate without its baseline, over all tokens instead of those with a teacher.
+    lead, _ = update(trainer, some, Reshape(reward_weight=0.0, **NO_CLIP))
+    sampled, _ = update(trainer, some, SDPO(divergence="sampled", control_variate=False))
+    taught = sum(len(example.completion) for example in some if example.has_teacher)
+    share = taught / sum(len(example.completion) for example in some)
+    assert_close(lead, {name: share * value for name, value in sampled.items()})
+
+
+def test_reweighting_fades_into_grpo(trainer, examples):
+    settings = Reweight(weight_epsilon=0.3, mixing=0.8, mixing_steps=10, **NO_CLIP)
+    assert [round(mixing(settings, step), 2) for step in (1, 6, 11, 50)] == [0.8, 0.4, 0.0, 0.0]
+    rewarded, _ = update(trainer, examples, GRPO(**NO_CLIP))
+    assert_close(update(trainer, examples, settings, step=11)[0], rewarded)
+    weighted, _ = update(trainer, examples, settings, step=1)
+    assert any((weighted[name] - rewarded[name]).abs().max() > 1e-6 for name in weighted)
+    # Without a teacher every token's weight is 1.
+    alone = without_teacher(examples, lambda example: True)
+    assert_close(update(trainer, alone, settings, step=1)[0], rewarded)
+
+
+def test_opsa_lowers_the_least_likely_tokens_and_asks_nobody(trainer, examples):
+    advantages = lowest_token_advantages(trainer.learner, examples, 0.2)
+    values = torch.cat([advantages[example.rollout] for example in examples])
+    log_probs = torch.cat(trainer.learner.token_log_probs(examples, student_view))
+    chosen = values != 0
+    assert 0.2 <= chosen.float().mean() < 0.2 + 2 / len(values)
+    assert log_probs[chosen].max() <= log_probs[~chosen].min()
+    # Minus a half for a sure student, minus one for one that knows nothing.
+    assert ((values[chosen] >= -1.0) & (values[chosen] < -0.5)).all()
+    unread = without_teacher(examples, lambda example: True)
+    assert update(trainer, [replace(e, reward=0.0) for e in unread], OPSA())[0].keys()
+
+
+@pytest.mark.parametrize("control_variate", [False, True])
+def test_the_sampled_estimate_trains_and_corrects_for_updates_in_between(trainer, examples, control_variate):
+    settings = SDPO(divergence="sampled", control_variate=control_variate)
+    once, result = update(trainer, examples, settings)
+    assert result.metrics["divergence"] > 0
+    # Before any update the policy is the one that wrote the tokens: the ratio is 1, and a bound on it changes nothing.
+    bounded, _ = update(trainer, examples, SDPO(**settings.model_dump() | {"importance_clip": 1.01}))
+    assert_close(bounded, once)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"type": "grpo"},
+        {"type": "grpo", "scale_rewards": True, "m_minibatch_prompts": 1},
+        {"type": "joint", "divergence": "js", "top_k": 5},
+        {"type": "joint", "divergence": "sampled"},
+        {"type": "reshape"},
+        {"type": "reweight"},
+        {"type": "opsa"},
+        {"type": "sdpo", "top_k": 3, "support": "intersection"},
+        {"type": "sdpo", "top_k": 3, "correction": "stopgrad"},
+        {"type": "vpd", "divergence": "sampled", "m_minibatch_prompts": 1, "importance_clip": 2.0},
+    ],
+)
+def test_each_algorithm_runs_from_a_config(tmp_path, algorithm):
+    trainer = toy_trainer(tmp_path / "run", algorithm=algorithm, run={"max_steps": 1})
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    result = trainer.train()
+    assert result["algorithm"] == algorithm["type"]
+    assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ({"type": "sdpo", "divergence": "sampled", "top_k": 5}, "top_k does nothing"),
+        ({"type": "vpd", "divergence": "js", "top_k": 5, "correction": "stopgrad"}, "is for reverse_kl, not js"),
+        ({"type": "vpd", "importance_clip": 2.0}, "importance_clip is for divergence"),
+        ({"type": "grpo", "divergence": "js"}, "divergence"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(algorithm, message):
+    with pytest.raises(ConfigError, match=message):
+        VPDConfig.parse({"algorithm": algorithm})
+
+
+@pytest.mark.parametrize("rollout", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_the_sampled_estimate_refuses_truncated_sampling(rollout):
+    with pytest.raises(ConfigError, match="untruncated sampling"):
+        VPDConfig.parse({"algorithm": {"type": "vpd", "divergence": "sampled"}, "rollout": rollout})
+    VPDConfig.parse({"algorithm": {"type": "grpo"}, "rollout": rollout})

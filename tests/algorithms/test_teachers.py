@@ -1,0 +1,195 @@
+"""Whose predictions are distilled, and what the E-step holds the teacher to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig
+from test_em import examples_of
+from toy import toy_trainer
+
+from vpd.algorithms.e_step import betas, refine_teacher
+from vpd.algorithms.example import student_view, teacher_view
+from vpd.algorithms.m_step import distil
+from vpd.algorithms.teacher import read_teacher
+from vpd.config import SDPO, VPD, ConfigError
+from vpd.losses import Head, divergence
+from vpd.policy.copies import AVERAGE, INITIAL
+from vpd.runs.folder import read_metrics
+
+
+def make(tmp_path, **algorithm):
+    default = {} if "type" in algorithm else {"type": "vpd", "e_step_every": 2}
+    return toy_trainer(tmp_path / "run", algorithm=default | algorithm)
+
+
+def stir(trainer, seed=0):
+    """Move the weights, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def logits_of(trainer, examples, settings):
+    states = read_teacher(trainer.learner, examples, settings)
+    head = states.head or Head(trainer.model.get_output_embeddings().weight)
+    return (states.hidden @ head.weight.T.float())[states.rows].detach()
+
+
+def test_the_average_follows_each_optimizer_step(tmp_path):
+    trainer = make(tmp_path, type="sdpo", teacher="ema", ema_rate=0.25, m_minibatch_prompts=1)
+    average = trainer.learner.copies[AVERAGE]
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    steps = []
+    actual = trainer.learner.optimizer.step
+
+    def step(*args, **kwargs):
+        actual(*args, **kwargs)
+        steps.append(None)
+        for name, value in trainer.model.state_dict().items():
+            expected[name].lerp_(value, 0.25)
+
+    trainer.learner.optimizer.step = step
+    distil(trainer.learner, examples_of(trainer, 1), trainer.args.algorithm, 2, 0.1)
+    assert len(steps) == 2
+    for name, value in average.module.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+        assert not torch.equal(value, trainer.model.state_dict()[name]) or "norm" in name
+
+
+def test_each_teacher_predicts_what_it_should(tmp_path):
+    trainer = make(tmp_path, teacher="trust_region", trust_region_share=0.3)
+    examples = examples_of(trainer, 1)
+    initial = logits_of(trainer, examples, VPD())
+    stir(trainer)
+    live = logits_of(trainer, examples, VPD())
+    assert (initial - live).abs().max() > 0.1
+    mixed = logits_of(trainer, examples, trainer.args.algorithm)
+    torch.testing.assert_close(mixed, 0.7 * initial + 0.3 * live, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_teacher_does_not_move_between_minibatches_and_a_live_one_does(tmp_path):
+    divergences = {}
+    for teacher in ("live", "frozen"):
+        trainer = make(tmp_path / teacher, type="sdpo", teacher=teacher, m_minibatch_prompts=1)
+        examples = examples_of(trainer, 1)
+        before = trainer.learner.token_log_probs(examples, teacher_view)
+        result = distil(trainer.learner, examples, trainer.args.algorithm, 2, 0.1)
+        second = [index for index, example in enumerate(examples) if example.group == 1]
+        divergences[teacher] = max(
+            float((torch.tensor(result.tokens[examples[i].rollout].teacher_log_probs) - before[i]).abs().max())
+            for i in second
+        )
+    assert divergences["frozen"] < 1e-4 < 1e-3 < divergences["live"]
+
+
+def test_a_share_of_the_teacher_is_mixed_as_probabilities_with_the_student():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 4, generator=generator, requires_grad=True)
+    teacher, weight = torch.randn(5, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    loss = divergence(student, teacher, Head(weight), kind="forward_kl", teacher_share=0.2)
+    pi, q = (student @ weight.T).softmax(-1), (teacher @ weight.T).softmax(-1)
+    target = 0.2 * q + 0.8 * pi.detach()
+    expected = (target * (target / pi).log()).sum(-1)
+    torch.testing.assert_close(loss.per_token, expected.detach())
+    torch.testing.assert_close(
+        torch.autograd.grad(loss.total, student)[0], torch.autograd.grad(expected.sum(), student)[0]
+    )
+    with pytest.raises(ValueError, match="teacher_share must be above 0"):
+        divergence(student, teacher, Head(weight), teacher_share=0.0)
+
+
+def test_with_adapters_only_these_are_copied(tmp_path):
+    settings = {"type": "sdpo", "teacher": "ema"}
+    adapters = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    trainer = toy_trainer(tmp_path / "run", peft_config=adapters, algorithm=settings)
+    average = trainer.learner.copies[AVERAGE]
+    own, theirs = (dict(module.named_parameters()) for module in (average.module, trainer.learner.module))
+    for name, parameter in theirs.items():
+        assert (own[name] is parameter) == (not parameter.requires_grad), name
+    assert set(average.state_dict()) == {name for name, parameter in theirs.items() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("settings", [{"type": "sdpo", "teacher": "ema"}, {"prior": "fixed", "shift_momentum": 0.5}])
+def test_a_resumed_run_has_its_copies_and_its_shift_back(tmp_path, settings):
+    algorithm = {"type": "vpd", "e_step_every": 1, **settings} if "type" not in settings else settings
+    run = {"max_steps": 3, "save_steps": 1}
+    toy_trainer(tmp_path / "whole", algorithm=algorithm, run=run).train()
+    toy_trainer(tmp_path / "cut", algorithm=algorithm, run={**run, "max_steps": 2}).train()
+    resumed = toy_trainer(tmp_path / "cut", algorithm=algorithm, run=run)
+    resumed.train(resume_from_checkpoint=True)
+
+    def last_loss(folder):
+        line = [line for line in read_metrics(tmp_path / folder) if line["event"] == "train"][-1]
+        return line["step"], line["m_loss"], line.get("e_loss"), line.get("reward_shift")
+
+    assert last_loss("cut") == last_loss("whole")
+
+
+def test_the_fixed_prior_is_the_initial_model(tmp_path):
+    trainer = make(tmp_path, prior="fixed")
+    examples = examples_of(trainer, 1)
+    before = trainer.learner.sequence_log_probs(examples, student_view)
+    stir(trainer)
+    assert (trainer.learner.sequence_log_probs(examples, student_view) - before).abs().max() > 0.1
+    copies = trainer.learner.copies
+    torch.testing.assert_close(trainer.learner.sequence_log_probs(examples, student_view, copies[INITIAL]), before)
+    trainer.args.optim.learning_rate = 0.0
+    metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2)
+    is_success = torch.tensor([example.is_success for example in examples])
+    trainer.learner.optimizer.zero_grad()
+    assert metrics["reward_shift"] is not None
+    dynamic = refine_teacher(trainer.learner, examples, VPD(), 2)
+    assert abs(metrics["reward_shift"] - dynamic["reward_shift"]) > 0.01
+    assert is_success.any()
+
+
+def test_a_reference_length_takes_the_length_out_of_the_temperature(tmp_path):
+    trainer = make(tmp_path)
+    examples = examples_of(trainer, 1)
+    lengths = torch.tensor([float(len(example.completion)) for example in examples])
+    assert len(set(lengths.tolist())) > 1
+    torch.testing.assert_close(betas(examples, VPD(bco_beta=0.2)), torch.full_like(lengths, 0.2))
+    torch.testing.assert_close(betas(examples, VPD(bco_beta=0.2, length_reference=10.0)) * lengths, 2.0 + 0 * lengths)
+    metrics = refine_teacher(trainer.learner, examples, VPD(length_reference=1e-6), 2)
+    assert abs(metrics["margin_before"]) < 1e-5
+
+
+def test_the_shift_keeps_its_momentum(tmp_path):
+    trainer = make(tmp_path)
+    examples, memory = examples_of(trainer, 1), {"reward_shift": 5.0}
+    plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2)
+    held = refine_teacher(
+        trainer.learner, examples, VPD(e_learning_rate_factor=0.0, shift_momentum=0.9), 2, memory=memory
+    )
+    assert held["reward_shift"] == pytest.approx(4.5 + 0.1 * plain["reward_shift"], abs=1e-3)
+    assert memory["reward_shift"] == held["reward_shift"]
+    # A shift far above all rewards: successes count in full, failures hardly.
+    assert held["e_weight_success"] > 0.95 > 0.05 > held["e_weight_failure"]
+    assert plain["e_weight_success"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_epochs_of_an_e_step_are_as_many_optimizer_steps(tmp_path):
+    trainer = make(tmp_path)
+    examples, steps = examples_of(trainer, 1), []
+    actual = trainer.learner.optimizer.step
+    trainer.learner.optimizer.step = lambda *args, **kwargs: (steps.append(None), actual(*args, **kwargs))
+    refine_teacher(trainer.learner, examples, VPD(e_epochs=3, e_minibatch_prompts=1), 2)
+    assert len(steps) == 6
+
+
+def test_an_averaged_teacher_under_vpd_is_warned_of(tmp_path):
+    trainer = make(tmp_path, teacher="ema")
+    trainer.train()
+    warnings = [line["name"] for line in read_metrics(tmp_path / "run") if line["event"] == "warning"]
+    assert "averaged_teacher" in warnings
+    assert SDPO().teacher == "ema"
+
+
+def test_a_capped_head_cannot_be_mixed():
+    from vpd.algorithms.teacher import mixed_head
+
+    head = Head(torch.eye(3), softcap=2.0)
+    with pytest.raises(ConfigError, match="cap their logits"):
+        mixed_head(head, head, 0.5)

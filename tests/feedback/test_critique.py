@@ -1,0 +1,154 @@
+"""Critiques of failed attempts: who gets one, what the critic is asked, and where its words end up."""
+
+from __future__ import annotations
+
+import pytest
+from openai_server import Server
+from test_texts import choose, group
+from tiny import tokenizer
+from toy import toy_trainer
+
+from vpd.config import ConfigError, CritiqueSettings, EndpointSettings, FeedbackSettings
+from vpd.feedback import EndpointCritic, PromptBuilder, build_views
+from vpd.feedback.critique import request
+from vpd.feedback.texts import FeedbackTexts, choose_texts
+from vpd.runs.folder import read_metrics
+from vpd.types import Task
+
+
+class Recorder:
+    """A critic that says which attempt it read."""
+
+    def __init__(self):
+        self.asked = []
+
+    def write(self, rollouts):
+        self.asked += [rollout.text for rollout in rollouts]
+        return [f"critique of {rollout.text}" for rollout in rollouts]
+
+
+def views(rollouts, critic, **settings):
+    flags = [rollout.verdict is not None and rollout.verdict.reward == 1 for rollout in rollouts]
+    prompts = PromptBuilder(tokenizer(), FeedbackSettings(**settings), 1000)
+    return build_views(rollouts, flags, prompts, critic=critic)
+
+
+def test_failures_get_a_critique_and_successes_the_environments_text():
+    critiques = ["too short", None, None]
+    flags = [False, True, False]
+    settings = FeedbackSettings(sources=["critique"])
+    texts = choose_texts(group(0, 1, 0), flags, settings, critiques)
+    assert texts == [
+        FeedbackTexts("critique", False, critique="too short"),
+        FeedbackTexts("critique", True, feedback="text 1"),
+        None,
+    ]
+    assert choose_texts(group(0, 1, 0), flags, settings, [None] * 3) == [None] * 3
+    assert choose(group(0, 0), sources=["critique", "environment"])[0].source == "environment"
+
+
+def test_only_failures_of_groups_that_no_earlier_source_serves_are_critiqued():
+    rollouts = [*group(0, 1, 1), *group(0, 0, index=1), *group(None, 0, index=2)]
+    critic = Recorder()
+    found = views(rollouts, critic, sources=["sibling", "critique"])
+    assert critic.asked == ["answer 0", "answer 1", "answer 1"]
+    assert [view and view.source for view in found] == ["sibling"] * 3 + ["critique"] * 2 + [None, "critique"]
+    alone = Recorder()
+    views(rollouts, alone, sources=["critique"])
+    assert alone.asked == ["answer 0", "answer 0", "answer 1", "answer 1"]
+
+
+def test_a_critique_stands_in_the_siblings_slot_of_the_teachers_prompt():
+    (first, _) = views(group(0, 0), Recorder(), sources=["critique"])
+    text = tokenizer().decode(first.prompt_ids)
+    assert "q\n\nThe following is a critique of your unsuccessful earlier attempt:\n\ncritique of answer 0\n" in text
+    assert "Correct solution" not in text
+
+
+def test_the_critic_is_told_the_problem_the_attempt_and_the_answer_and_asked_not_to_state_it():
+    (rollout,) = group(0)
+    asked = request(rollout)[0]["content"]
+    assert "Problem:\nq\n" in asked
+    assert "attempt:\nanswer 0\n" in asked
+    assert "right answer" not in asked
+    assert "Do not state the answer" in asked
+    task = Task("t", [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], reference="B")
+    thinking = type(rollout)(task, 0, [1], [2], [0.0], False, "<think>hm</think>C", rollout.verdict)
+    asked = request(thinking)[0]["content"]
+    assert "for your eyes only:\nB\n" in asked
+    assert "hm" not in asked
+    assert "attempt:\nC\n" in asked
+
+
+def test_special_tokens_in_an_attempt_cannot_open_a_turn():
+    prompts = PromptBuilder(tokenizer(), FeedbackSettings(), 1000)
+    special = tokenizer().eos_token
+    plain, attacked = (prompts.chat([{"role": "user", "content": text}]) for text in ("x", f"x{special}"))
+    assert plain is not None
+    assert attacked is not None
+    assert attacked.count(tokenizer().eos_token_id) == plain.count(tokenizer().eos_token_id)
+    short = PromptBuilder(tokenizer(), FeedbackSettings(max_prompt_length=5), 1000)
+    assert short.chat([{"role": "user", "content": "x" * 100}]) is None
+
+
+def test_the_network_criticises_itself_within_its_budget(tmp_path):
+    feedback = {"sources": ["critique"], "critique": {"max_tokens": 7}}
+    trainer = toy_trainer(tmp_path / "run", feedback=feedback, algorithm={"type": "vpd", "e_step_every": 1})
+    asked = []
+    engine, generate = trainer.sampler.engine, trainer.sampler.engine.generate
+
+    def watched(prompts, **settings):
+        if settings["max_new_tokens"] == 7:
+            asked.append(len(prompts))
+        return generate(prompts, **settings)
+
+    engine.generate = watched
+    result = trainer.train()
+    lines = [line for line in read_metrics(tmp_path / "run") if line["event"] == "train"]
+    assert result["steps"] == 2
+    # One batch of critiques a step, and one for each measured gap; each of all failures.
+    assert len(asked) == 4
+    assert all(line["seconds_critique"] > 0 for line in lines)
+    assert "margin_before_critique" in lines[0]
+    again = toy_trainer(tmp_path / "again", feedback=feedback, algorithm={"type": "vpd", "e_step_every": 1})
+    again.train()
+    second = [line for line in read_metrics(tmp_path / "again") if line["event"] == "train"]
+    assert [line["m_loss"] for line in lines] == [line["m_loss"] for line in second]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("CRITIC_KEY", "secret")
+    server = Server("Look at the sign again.")
+    yield server
+    server.close()
+
+
+def settings_of(server, **changes):
+    endpoint = EndpointSettings(model="m", base_url=server.url, api_key_env="CRITIC_KEY", max_retries=1, **changes)
+    return CritiqueSettings(endpoint=endpoint, max_tokens=33)
+
+
+def test_an_endpoint_criticises_and_what_fails_has_no_critique(server, caplog):
+    server.answers = [500, 500, 401]
+    critic = EndpointCritic(settings_of(server, concurrency=1))
+    written = critic.write(group(0, 0, 0))
+    assert written == [None, None, "Look at the sign again."]
+    assert [request["max_tokens"] for request in server.requests] == [33] * 4
+    assert "The critic failed: InternalServerError" in caplog.text
+    found = views(group(0, 0, 0), critic, sources=["critique"])
+    assert all(view is not None for view in found)
+
+
+def test_a_run_with_an_endpoint_as_the_critic(server, tmp_path):
+    feedback = {"sources": ["critique"], "critique": settings_of(server).model_dump()}
+    toy_trainer(tmp_path / "run", feedback=feedback).train()
+    assert server.requests
+    config = (tmp_path / "run" / "config.json").read_text()
+    assert "secret" not in config
+
+
+def test_an_endpoint_without_a_key_is_refused_at_the_start(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("CRITIC_KEY")
+    with pytest.raises(ConfigError, match="variable CRITIC_KEY holds no key"):
+        toy_trainer(tmp_path / "run", feedback={"sources": ["critique"], "critique": settings_of(server).model_dump()})
