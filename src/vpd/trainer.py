@@ -292,6 +292,8 @@ class VPDTrainer:
         threshold = self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
         views = build_views(rollouts, is_success, self.prompts, critic=self.critic, permute=self.args.feedback.permute)
+        if self.args.algorithm.truncated == "mask":
+            views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
         return Batch(rollouts, is_success, views)
 
     def update(

@@ -95,7 +95,7 @@ def test_grpo_is_the_policy_gradient_of_all_graded_rollouts(trainer, examples):
 def test_the_joint_gradient_is_the_weighted_sum_of_its_parts(trainer, examples):
     some = without_teacher(examples, lambda example: example.rollout % 2 == 0)
     joint, result = update(trainer, some, Joint(distillation_weight=0.3, reward_weight=2.0))
-    distilled, _ = update(trainer, some, SDPO())
+    distilled, _ = update(trainer, some, SDPO(teacher="live"))
     rewarded, _ = update(trainer, some, GRPO())
     assert_close(joint, {name: 0.3 * distilled[name] + 2.0 * rewarded[name] for name in joint})
     # The numbers token by token are those of the rollouts with a teacher.
@@ -111,7 +111,7 @@ def test_reshaping_adds_the_teachers_lead_to_each_tokens_advantage(trainer, exam
     assert_close(update(trainer, some, Reshape(distillation_weight=0.0, **NO_CLIP))[0], rewarded)
     # The lead alone is the sampled estimate without its baseline, over all tokens instead of those with a teacher.
     lead, _ = update(trainer, some, Reshape(reward_weight=0.0, **NO_CLIP))
-    sampled, _ = update(trainer, some, SDPO(divergence="sampled", control_variate=False))
+    sampled, _ = update(trainer, some, SDPO(teacher="live", divergence="sampled", control_variate=False))
     taught = sum(len(example.completion) for example in some if example.has_teacher)
     share = taught / sum(len(example.completion) for example in some)
     assert_close(lead, {name: share * value for name, value in sampled.items()})
@@ -144,7 +144,7 @@ def test_opsa_lowers_the_least_likely_tokens_and_asks_nobody(trainer, examples):
 
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_the_sampled_estimate_trains_and_corrects_for_updates_in_between(trainer, examples, control_variate):
-    settings = SDPO(divergence="sampled", control_variate=control_variate)
+    settings = SDPO(teacher="live", divergence="sampled", control_variate=control_variate)
     once, result = update(trainer, examples, settings)
     assert result.metrics["divergence"] > 0
     # Before any update the policy is the one that wrote the tokens: the ratio is 1, and a bound on it changes nothing.

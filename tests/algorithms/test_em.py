@@ -76,7 +76,8 @@ def test_the_e_loss_is_the_bco_loss_of_the_implicit_rewards(tmp_path):
     by_hand = (
         -(rewards[is_success] - shift).sigmoid().log().mean() - (shift - rewards[~is_success]).sigmoid().log().mean()
     )
-    objective = Refine(prior, is_success, float(shift), int(is_success.sum()), int((~is_success).sum()), 0.1, 1.0)
+    betas = torch.full((len(examples),), 0.1)
+    objective = Refine(prior, is_success, float(shift), int(is_success.sum()), int((~is_success).sum()), betas, 1.0)
     loss = learner.module(learner.pack(examples, teacher_view), objective).loss
     torch.testing.assert_close(loss.float(), by_hand, rtol=1e-4, atol=1e-5)
     assert abs(measure_margin(learner, rewards, is_success).reward_shift - float(shift)) < 1e-6

@@ -125,7 +125,7 @@ def test_a_scorer_that_fails_on_the_right_answer_is_broken(monkeypatch):
 
 def test_location_names_the_place_and_reference_the_answer():
     environment = ReasoningGym("chain_sum", parameters={"min_digits": 4}, **SIZES)
-    task = Task("t", [], {"entry": {"answer": "1234"}}, "1234")
+    task = Task("t", [], {"stage": 0, "entry": {"answer": "1234"}}, "1234")
     assert "but the tens digit is wrong" in text(environment, task, "Answer: 1294")
     assert "the ones and thousands digits are wrong" in text(environment, task, "Answer: 5230")
     assert "the sign is wrong" in text(environment, task, "Answer: -1234")
@@ -140,7 +140,7 @@ def test_location_names_the_place_and_reference_the_answer():
 
 def test_location_in_texts_only_where_one_answer_is_right():
     exact = ReasoningGym("word_sequence_reversal", train_size=1, selection_size=1, final_size=1)
-    task = Task("t", [], {"entry": {"answer": "one, two, three"}}, "one, two, three")
+    task = Task("t", [], {"stage": 0, "entry": {"answer": "one, two, three"}}, "one, two, three")
     assert "word 2 is the first that is wrong" in text(exact, task, "Answer: one, four, three")
     many = ReasoningGym("countdown", train_size=1, selection_size=1, final_size=1)
     assert text(many, many.tasks("train")[0], "Answer: 1 + 1").endswith("is wrong.")
@@ -246,6 +246,6 @@ def test_levels_of_the_package_curriculum_are_stages():
     environment = ReasoningGym("chain_sum", curriculum=[0, 2], **SIZES)
     easy, hard = (max(len(task.prompt[-1]["content"]) for task in stage) for stage in environment.stages())
     assert easy < hard
-    with pytest.raises(ConfigError, match="levels of reasoning-gym's curriculum for chain_sum are 0 to 3, not 9"):
-        ReasoningGym("chain_sum", curriculum=[9], **SIZES)
+    with pytest.raises(ConfigError, match="levels of reasoning-gym's curriculum for chain_sum are 0 to 10, not 11"):
+        ReasoningGym("chain_sum", curriculum=[11], **SIZES)
     assert ReasoningGym(datasets=PARTS, curriculum=[0, 1], **SIZES).stages()

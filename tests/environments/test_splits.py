@@ -24,7 +24,7 @@ def cut(train, test=None, selection_size=2, final_size=None, seed=0):
         None if test is None else make_tasks("test", test),
         key=key,
         selection_size=selection_size,
-        final_size=final_size,
+        final_size=0 if test is None and final_size is None else final_size,
         seed=seed,
         origin="the data",
     )

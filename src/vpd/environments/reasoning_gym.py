@@ -285,7 +285,7 @@ def _compares_texts(scorer: Any) -> bool:
 def _factory(dataset: str) -> Any:
     """reasoning-gym's factory, once it is known to have the dataset."""
     try:
-        from reasoning_gym import factory
+        import reasoning_gym.factory as factory
     except ImportError:
         raise ConfigError(
             'The environment reasoning_gym needs the package reasoning-gym: pip install "vpd-rl[reasoning-gym]".'
