@@ -406,6 +406,12 @@ class Joint(PolicyGradientSettings, MStepSettings):
     distillation_weight: float = Field(default=1.0, ge=0)
     reward_weight: float = Field(default=1.0, ge=0)
 
+    @model_validator(mode="after")
+    def _teacher(self) -> Joint:
+        if self.teacher == "frozen":
+            raise ValueError('algorithm.teacher = "frozen" is not offered with joint: take "live" or "ema"')
+        return self
+
 
 class Reshape(PolicyGradientSettings):
     """GRPO with log q - log pi of each token added to its advantage."""

@@ -6,8 +6,8 @@ import asyncio
 import atexit
 import functools
 import threading
-from collections.abc import Awaitable, Sequence
-from typing import TypeVar
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -18,7 +18,12 @@ def run_all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
     async def gather() -> list[T]:
         return list(await asyncio.gather(*awaitables))
 
-    future = asyncio.run_coroutine_threadsafe(gather(), event_loop())
+    return run(gather())
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine, which is cancelled where the waiting is interrupted."""
+    future = asyncio.run_coroutine_threadsafe(coroutine, event_loop())
     try:
         return future.result()
     except BaseException:

@@ -182,6 +182,7 @@ def test_each_algorithm_runs_from_a_config(tmp_path, algorithm):
         ({"type": "vpd", "divergence": "js", "top_k": 5, "correction": "stopgrad"}, "is for reverse_kl, not js"),
         ({"type": "vpd", "importance_clip": 2.0}, "importance_clip is for divergence"),
         ({"type": "grpo", "divergence": "js"}, "divergence"),
+        ({"type": "joint", "teacher": "frozen"}, "is not offered with joint"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(algorithm, message):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from vpd.environments.base import Environment
-from vpd.loop import event_loop
+from vpd.loop import run
 from vpd.types import Task, Verdict
 
 Outcome: TypeAlias = Verdict | Exception
@@ -112,9 +112,4 @@ def _wait_for_all(awaitables: list[Awaitable[Verdict]], seconds: float | None) -
                 results.append(asyncio.CancelledError() if task.cancelled() else task.exception() or task.result())
         return results
 
-    future = asyncio.run_coroutine_threadsafe(gather(), event_loop())
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
+    return run(gather())
