@@ -122,3 +122,24 @@ def test_a_missing_config_is_named(workspace):
     result = vpd(workspace, "train", "nowhere.toml")
     assert result.returncode == 2
     assert "nowhere.toml" in result.stderr
+
+
+STUDY = """
+config = "config.toml"
+output_dir = "study"
+seeds = [0, 1]
+[[arms]]
+name = "VPD"
+[[arms]]
+name = "GRPO"
+set = ['algorithm={type="grpo"}']
+"""
+
+
+def test_compare_runs_all_arms_and_sets_them_side_by_side(workspace):
+    (workspace / "study.toml").write_text(STUDY)
+    compared = vpd(workspace, "compare", "study.toml")
+    assert compared.returncode == 0, compared.stderr + compared.stdout
+    assert "| GRPO |" in compared.stdout
+    assert {path.name for path in (workspace / "study").glob("*.png")} == {"learning.png", "margin.png"}
+    assert len(list((workspace / "study").glob("*/*/report.html"))) == 4

@@ -1,4 +1,4 @@
-"""The command line: ``vpd train | eval | report | doctor``."""
+"""The command line: ``vpd train | eval | compare | report | doctor``."""
 
 from __future__ import annotations
 
@@ -99,6 +99,28 @@ def evaluate_model(
     disable_progress_bar()
     evaluation = evaluate_standalone(settings, split, tasks)
     Console().print(_result_table([{"name": model, **evaluation.summary()}]))
+
+
+@app.command()
+def compare(
+    study: Annotated[Path, typer.Argument(help="A TOML file: one config, several arms, several seeds.")],
+    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+) -> None:
+    """Run several settings by several seeds from one start, and set them side by side.
+
+    Started again, it keeps the finished runs and goes on with the others.
+    """
+    from vpd.report.comparison import write_comparison
+    from vpd.runs.study import Study, run_study
+
+    plan, console = Study.load(study), Console()
+    try:
+        run_study(plan, workers, say=console.print)
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from here.")
+        raise typer.Exit(130) from None
+    console.print(write_comparison(plan), markup=False)
+    console.print(f"The table, the plots and all numbers are in {plan.output_dir}.")
 
 
 @app.command()

@@ -485,6 +485,8 @@ class EvalSettings(Section):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    eval_on_start: bool = True
+    """Measure the final split before training too: of the model as it came, and after the warm start."""
     final_tasks: int | None = Field(default=None, ge=0)
     """Questions of the final split to report on; all by default, 0 skips the final table."""
     preflight_tasks: int = Field(default=32, ge=0)
@@ -603,7 +605,7 @@ class VPDConfig(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError("\n".join(_sentences(error, origin))) from None
+            raise ConfigError("\n".join(sentences_of(error, origin, cls))) from None
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -622,13 +624,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[name] = value
 
 
-def _sentences(error: ValidationError, origin: str) -> list[str]:
+def sentences_of(error: ValidationError, origin: str, schema: type[BaseModel]) -> list[str]:
+    """What is wrong with settings that ``schema`` refused, each in a sentence.
+
+    Args:
+        error: pydantic's.
+        origin: where the settings came from.
+        schema: whose keys are named where one is unknown.
+    """
     sentences = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         match item["type"]:
             case "extra_forbidden":
-                sentences.append(f"Unknown setting {where} in {origin}.{_known_keys(item['loc'])}")
+                sentences.append(f"Unknown setting {where} in {origin}.{_known_keys(item['loc'], schema)}")
             case "missing":
                 sentences.append(f"The setting {where} is missing in {origin}.")
             case _:
@@ -638,9 +647,9 @@ def _sentences(error: ValidationError, origin: str) -> list[str]:
     return sentences
 
 
-def _known_keys(location: tuple[int | str, ...]) -> str:
+def _known_keys(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """The keys allowed where an unknown one was found, by walking the schema along ``location``."""
-    models: list[type[BaseModel]] = [VPDConfig]
+    models: list[type[BaseModel]] = [schema]
     for part in location[:-1]:
         found: list[type[BaseModel]] = []
         for model in models:

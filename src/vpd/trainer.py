@@ -365,7 +365,8 @@ class VPDTrainer:
     def _before_training(self) -> None:
         settings = self.args.warm_start
         self.sampler.engine.sync()
-        self._add_row("base model")
+        if self.args.eval.eval_on_start:
+            self._add_row("base model")
         if settings.demonstrations:
             threshold = self.args.algorithm.success_threshold
             eos = end_of_turn(self.tokenizer)
@@ -375,7 +376,8 @@ class VPDTrainer:
             how = f"{result.steps} steps, loss {result.loss:.3f}" if result.steps else f"found in {result.folder}"
             self.journal.say(f"Warm start on {result.sequences} sequences: {how}, {result.seconds:.0f} s.")
             self.journal.log(0, "warm_start", {"steps": result.steps, "loss": result.loss, "seconds": result.seconds})
-            self._add_row("after warm start")
+            if self.args.eval.eval_on_start or not self.args.run.max_steps:
+                self._add_row("after warm start")
         for weights in self.learner.copies.values():
             weights.assign(self.learner.module)
         for name, text in settings_warnings(self.args).items():

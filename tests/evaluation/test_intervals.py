@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from vpd.evaluation.intervals import bootstrap_interval, wilson_interval
+from vpd.evaluation.intervals import bootstrap_interval, crossed_interval, wilson_interval
 from vpd.evaluation.statistics import repeated_share
 
 
@@ -31,3 +32,17 @@ def test_repetition_counts_the_three_grams_that_came_before():
     assert repeated_share([1, 2, 3, 4, 5]) == 0
     assert repeated_share([1, 2, 3, 1, 2, 3]) == pytest.approx(1 / 4)
     assert repeated_share([1, 2]) == 0
+
+
+def test_crossing_seeds_and_questions_counts_both_spreads():
+    draw = np.random.default_rng(1)
+    seeds, questions = draw.normal(0, 0.3, size=(12, 1)), draw.normal(0, 1, size=(1, 300))
+
+    def width(values):
+        low, high = crossed_interval(values.tolist())
+        return high - low
+
+    alone = width(0 * seeds + questions)
+    assert alone == pytest.approx(2 * 1.96 * questions.std() / math.sqrt(300), rel=0.1)
+    assert width(seeds + 0 * questions) == pytest.approx(2 * 1.96 * seeds.std() / math.sqrt(12), rel=0.15)
+    assert width(seeds + questions) == pytest.approx(math.hypot(alone, width(seeds + 0 * questions)), rel=0.1)

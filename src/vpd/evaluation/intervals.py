@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 _Z = 1.959963984540054  # two-sided 95% of the normal distribution
 _RESAMPLES = 2000
@@ -36,5 +37,30 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
         return math.nan, math.nan
     array = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(seed).integers(len(array), size=(_RESAMPLES, len(array)))
-    low, high = np.quantile(array[picks].mean(axis=1), [0.025, 0.975])
+    return _percentiles(array[picks].mean(axis=1))
+
+
+def crossed_interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of a mean over training seeds and questions, resampling both.
+
+    Args:
+        values: [S, Q], seeds by questions: scores, or differences of two arms that share seeds and questions.
+        seed: of the resampling.
+
+    Returns:
+        (nan, nan) for no values. With few seeds the interval is too narrow: the variance of resampled means is smaller
+        than the variance of the mean by the factor (S - 1) / S, and the tails of so few values are thin.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if not array.size:
+        return math.nan, math.nan
+    seeds, questions = array.shape
+    draw = np.random.default_rng(seed)
+    seed_shares = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES) / seeds
+    question_shares = draw.multinomial(questions, np.full(questions, 1 / questions), size=_RESAMPLES) / questions
+    return _percentiles(((seed_shares @ array) * question_shares).sum(axis=1))
+
+
+def _percentiles(means: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -105,11 +105,9 @@ class RunFolder:
     def write_config(self, config: BaseModel | Mapping[str, Any]) -> str:
         """Write the resolved settings; return those that differ from the ones written before, as a sentence's part."""
         values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
-        before = _flat(self.read_config() or {})
-        now = _flat(_plain(values))
+        before = self.read_config()
         atomic_write_text(self.config_path, _json(values, indent=2) + "\n")
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        return ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in changed if before)
+        return changed_settings(before, values) if before else ""
 
     def read_config(self) -> dict[str, Any] | None:
         """The settings that the folder's run began with; None where there are none yet."""
@@ -206,6 +204,13 @@ class RunFolder:
 
     def _old(self, checkpoint: Path) -> Path:
         return self._checkpoints / f".old-{checkpoint.name}.tmp"
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ between two configs, as a sentence's part; empty where none do."""
+    old, new = _flat(_plain(before)), _flat(_plain(now))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
 
 
 def checkpoint_step(path: Path) -> int:

@@ -1,0 +1,233 @@
+"""What a study's runs say together: a table with intervals and paired differences, and curves with bands."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vpd.evaluation import crossed_interval
+from vpd.report.data import Entry, number, series
+from vpd.report.plots import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
+from vpd.runs.files import RunError, atomic_write_text
+from vpd.runs.folder import read_json, read_metrics
+from vpd.runs.study import START, Study, runs_of
+
+_COLORS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
+_SMOOTHED_OVER = 5
+
+Curve = list[tuple[float, float]]
+"""Steps and values."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run.
+
+    Attributes:
+        outcomes: the share of successes of each question of the final split.
+        steps, train_seconds: of training.
+        tokens_rollout, tokens_computed: sampled in training, and run through training passes.
+        success_rate: of the rollouts, by step.
+        selection: accuracy on the selection split, where it was measured.
+        margin: of the implicit rewards, teacher against student, on fresh rollouts: before any update on them.
+    """
+
+    seed: int
+    outcomes: dict[str, float]
+    steps: int
+    train_seconds: float
+    tokens_rollout: int
+    tokens_computed: int
+    success_rate: Curve
+    selection: Curve
+    margin: Curve
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm's runs in numbers; accuracies and differences in [0, 1], each with its 95% interval.
+
+    Attributes:
+        accuracy: mean over seeds and questions.
+        difference: of this arm and the first one, on the same seeds and questions; None for the first.
+    """
+
+    name: str
+    runs: list[RunResult]
+    accuracy: tuple[float, float, float]
+    difference: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished study; ``start`` has the measurements of the shared start."""
+
+    start: list[Entry]
+    arms: list[ArmResult]
+
+
+def compare(study: Study) -> Comparison:
+    """Read the runs of a finished study.
+
+    Raises:
+        RunError: a run has no final evaluation, or the arms were asked different questions.
+    """
+    start = read_json(Path(study.output_dir) / START / "result.json") or {}
+    runs = [
+        [_read(run.folder, seed) for run, seed in zip(runs_of(study, arm), study.seeds, strict=True)]
+        for arm in study.arms
+    ]
+    questions = sorted(runs[0][0].outcomes)
+    for arm, of_arm in zip(study.arms, runs, strict=True):
+        if any(sorted(run.outcomes) != questions for run in of_arm):
+            raise RunError(f"{arm.name} was asked or graded on other questions than {study.arms[0].name}.")
+    scores = [[[run.outcomes[question] for question in questions] for run in of_arm] for of_arm in runs]
+    arms = []
+    for arm, of_arm, values in zip(study.arms, runs, scores, strict=True):
+        lead = [
+            [own - other for own, other in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(values, scores[0], strict=True)
+        ]
+        arms.append(ArmResult(arm.name, of_arm, _mean(values), None if values is scores[0] else _mean(lead)))
+    return Comparison(start.get("rows", []), arms)
+
+
+def write_comparison(study: Study) -> str:
+    """Write ``comparison.json``, ``table.md``, and ``learning`` and ``margin`` as PNG and SVG; return the table."""
+    comparison, folder = compare(study), Path(study.output_dir)
+    table = table_of(comparison)
+    atomic_write_text(folder / "comparison.json", json.dumps(asdict(comparison), indent=1, allow_nan=False) + "\n")
+    atomic_write_text(folder / "table.md", table)
+    figures = {"learning": learning_curves(comparison), "margin": margin_curves(comparison)}
+    for name, figure in figures.items():
+        if figure is not None:
+            FigureCanvasAgg(figure).print_figure(folder / f"{name}.png", dpi=150)
+            FigureCanvasSVG(figure).print_figure(folder / f"{name}.svg", metadata={"Date": None})
+    return table
+
+
+def table_of(comparison: Comparison) -> str:
+    """The comparison as a Markdown table."""
+    first = comparison.arms[0].name
+    lines = [
+        f"| | accuracy (95% interval) | difference from {first} | seeds | steps | training s | rollout tokens "
+        "| training tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in comparison.start:
+        lines.append(f"| {row['name']} | {row['accuracy']:.1%} | | | | | | |")
+    for arm in comparison.arms:
+        mean, low, high = arm.accuracy
+        difference = ""
+        if arm.difference is not None:
+            value, below, above = (100 * part for part in arm.difference)
+            difference = f"{value:+.1f} ({below:+.1f} to {above:+.1f})"
+        columns = (
+            [run.steps for run in arm.runs],
+            [run.train_seconds for run in arm.runs],
+            [run.tokens_rollout for run in arm.runs],
+            [run.tokens_computed for run in arm.runs],
+        )
+        means = " | ".join(f"{statistics.fmean(column):,.0f}" for column in columns)
+        accuracy = f"{mean:.1%} ({low:.1%} to {high:.1%})"
+        lines.append(f"| {arm.name} | {accuracy} | {difference} | {len(arm.runs)} | {means} |")
+    return "\n".join(lines) + "\n"
+
+
+def learning_curves(comparison: Comparison) -> Figure | None:
+    """Success rate of the rollouts, and accuracy on the selection split where it was measured."""
+    return _curves(
+        comparison,
+        {"success rate of rollouts": "success_rate", "accuracy, selection split": "selection"},
+    )
+
+
+def margin_curves(comparison: Comparison) -> Figure | None:
+    """The margin of implicit rewards on fresh rollouts."""
+    return _curves(comparison, {"margin on fresh rollouts": "margin"})
+
+
+def _read(folder: Path, seed: int) -> RunResult:
+    result, metrics = read_json(folder / "result.json"), read_metrics(folder)
+    finals = [entry for entry in metrics if entry.get("event") == "eval" and entry.get("split") == "final"]
+    if result is None or not finals:
+        raise RunError(f"The run in {folder} has no evaluation on the final split: set eval.final_tasks above 0.")
+    train = [entry for entry in metrics if entry.get("event") == "train"]
+    selection = [entry for entry in metrics if entry.get("event") == "eval" and entry.get("split") == "selection"]
+    # At an E-iteration the M-step's own margin comes after an update on the same rollouts.
+    margins = [{**entry, "margin": entry.get("margin_before", entry.get("margin"))} for entry in train]
+    return RunResult(
+        seed=seed,
+        outcomes=finals[-1]["outcomes"],
+        steps=result["steps"],
+        train_seconds=result["train_seconds"],
+        tokens_rollout=sum(int(number(entry.get("tokens_rollout")) or 0) for entry in train),
+        tokens_computed=sum(int(number(entry.get("tokens_computed")) or 0) for entry in train),
+        success_rate=_points(train, "success_rate"),
+        selection=_points(selection, "accuracy"),
+        margin=_points(margins, "margin"),
+    )
+
+
+def _points(entries: Sequence[Entry], key: str) -> Curve:
+    return list(zip(*series(entries, key), strict=True))
+
+
+def _mean(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    return (statistics.fmean(value for row in values for value in row), *crossed_interval(values))
+
+
+def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
+    """One panel for each label with data: an arm's mean over seeds, in a band from its lowest to its highest seed."""
+    shown = {
+        label: name for label, name in panels.items() if any(getattr(r, name) for a in comparison.arms for r in a.runs)
+    }
+    if not shown:
+        return None
+    figure = Figure(figsize=(6.4, 3.4 * len(shown)), layout="constrained")
+    for row, (label, name) in enumerate(shown.items()):
+        axes = figure.add_subplot(len(shown), 1, row + 1)
+        for index, arm in enumerate(comparison.arms):
+            style = "-" if index < len(_COLORS) else "--"
+            curves = [getattr(run, name) for run in arm.runs]
+            _band(axes, arm.name, curves, _COLORS[index % len(_COLORS)], style)
+        axes.set_xlabel("rollout batch")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: str) -> None:
+    smooth = [dict(_smoothed(curve)) for curve in curves]
+    steps = sorted(set.union(set(), *smooth))
+    values = [[curve[step] for curve in smooth if step in curve] for step in steps]
+    if not steps:
+        return
+    axes.plot(steps, [statistics.fmean(each) for each in values], color=color, linestyle=style, label=name)
+    axes.fill_between(
+        steps, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.15, linewidth=0
+    )
+
+
+def _smoothed(curve: Curve) -> Curve:
+    """The mean of each value with the ones right before it, since single batches are noisy."""
+    if len(curve) < 4 * _SMOOTHED_OVER:
+        return curve
+    values = [value for _, value in curve]
+    return [
+        (step, math.fsum(values[max(0, i + 1 - _SMOOTHED_OVER) : i + 1]) / min(i + 1, _SMOOTHED_OVER))
+        for i, (step, _) in enumerate(curve)
+    ]

@@ -1,0 +1,63 @@
+"""What a study's table says, against numbers known by construction."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vpd.report.comparison import compare, table_of, write_comparison
+from vpd.runs import RunError, RunFolder
+from vpd.runs.study import Study, runs_of
+
+
+def make_study(tmp_path, outcomes, seeds=(0, 1), selection=()):
+    """A finished study: ``outcomes[arm][seed]`` lists the questions' scores."""
+    arms = [{"name": name} for name in outcomes]
+    study = Study(config="none.toml", output_dir=str(tmp_path), seeds=list(seeds), arms=arms)  # pyright: ignore
+    for arm in study.arms:
+        for run, scores in zip(runs_of(study, arm), outcomes[arm.name], strict=True):
+            folder = RunFolder(run.folder)
+            for step in (1, 2, 3):
+                margins = {"margin": 9.0, "margin_before": 0.5} if step == 2 else {"margin": 0.1 * step}
+                folder.log(step, "train", {"success_rate": 0.2 * step, "tokens_rollout": 10, **margins})
+            for step in selection:
+                folder.log(step, "eval", {"split": "selection", "accuracy": 0.3})
+            named = {f"q{i}": score for i, score in enumerate(scores)}
+            folder.log(3, "eval", {"split": "final", "accuracy": 0.0, "outcomes": named})
+            folder.write_result({"rows": [], "steps": 3, "train_seconds": 6.0, "interrupted": None})
+    return study
+
+
+def test_differences_are_paired_by_seed_and_question(tmp_path):
+    # Seeds and questions differ widely, but B is always ahead by half a point: the difference has no spread.
+    first = [[0.0, 0.5, 0.0, 0.5], [0.5, 0.5, 0.5, 0.0]]
+    ahead = [[score + 0.5 for score in seed] for seed in first]
+    comparison = compare(make_study(tmp_path, {"A": first, "B": ahead}))
+    mean, low, high = comparison.arms[0].accuracy
+    assert mean == pytest.approx(0.3125)
+    assert low < 0.25
+    assert high > 0.4
+    assert comparison.arms[0].difference is None
+    assert comparison.arms[1].difference == pytest.approx((0.5, 0.5, 0.5))
+    assert "+50.0 (+50.0 to +50.0)" in table_of(comparison)
+
+
+def test_the_margin_of_an_e_iteration_is_the_one_before_its_update(tmp_path):
+    comparison = compare(make_study(tmp_path, {"A": [[1.0], [0.0]]}))
+    assert dict(comparison.arms[0].runs[0].margin) == pytest.approx({1: 0.1, 2: 0.5, 3: 0.3})
+    assert comparison.arms[0].runs[0].tokens_rollout == 30
+
+
+def test_other_questions_are_not_compared(tmp_path):
+    with pytest.raises(RunError, match="B was asked or graded on other questions"):
+        compare(make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0, 1.0], [0.0, 0.0]]}))
+
+
+def test_everything_is_written(tmp_path):
+    table = write_comparison(make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0], [1.0]]}, selection=(2, 3)))
+    assert (tmp_path / "table.md").read_text() == table
+    assert {path.name for path in tmp_path.glob("*.*g")} == {"learning.png", "learning.svg", "margin.png", "margin.svg"}
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    assert [run["seed"] for run in numbers["arms"][1]["runs"]] == [0, 1]
+    assert numbers["arms"][0]["runs"][0]["outcomes"] == {"q0": 1.0}

@@ -1,0 +1,133 @@
+"""Studies: which runs there are, with which settings, and what is run again."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+from vpd.config import ConfigError
+from vpd.runs import RunError, RunFolder
+from vpd.runs import study as study_module
+from vpd.runs.study import Study, run_study, runs_of, start_of
+
+CONFIG = """
+[data]
+environment = "reasoning_gym"
+dataset = "chain_sum"
+[warm_start]
+demonstrations = 4
+[run]
+max_steps = 2
+"""
+
+STUDY = """
+config = "config.toml"
+output_dir = "{output}"
+seeds = [3, 4]
+set = ["run.max_steps=7"]
+[[arms]]
+name = "VPD"
+[[arms]]
+name = "GRPO, fast"
+set = ['algorithm={{type="grpo"}}', "optim.learning_rate=1e-4"]
+[[arms]]
+name = "cold"
+set = ["model.name=base"]
+"""
+
+# Stands for ``python -m vpd.cli train CONFIG --resume --set ...``: writes what a run would, and what it was asked.
+RUNNER = """
+import sys
+from pathlib import Path
+from vpd.config import VPDConfig
+from vpd.runs import RunFolder
+overrides = sys.argv[sys.argv.index("--resume") + 1:]
+assert set(overrides[::2]) == {"--set"}
+settings = VPDConfig.load(sys.argv[sys.argv.index("train") + 1], overrides[1::2])
+if settings.optim.learning_rate == 0.5:
+    sys.exit("The learning rate is absurd.")
+folder = RunFolder.open(settings.run.output_dir, resume=True)
+folder.write_config(settings)
+resumed = folder.latest_checkpoint() is not None
+folder.write_result({"rows": [], "interrupted": None, "resumed": resumed})
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    (tmp_path / "config.toml").write_text(CONFIG)
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(output=tmp_path / "out"))
+    runner = tmp_path / "runner.py"
+    runner.write_text(RUNNER)
+    popen = study_module.subprocess.Popen
+
+    def run_the_stand_in(command, **options):
+        assert command[1:4] == ["-m", "vpd.cli", "train"]
+        return popen([sys.executable, str(runner), *command[3:]], **options)
+
+    monkeypatch.setattr(study_module.subprocess, "Popen", run_the_stand_in)
+    return Study.load(path)
+
+
+def test_all_arms_begin_with_the_start_and_differ_in_what_they_set(study):
+    start = start_of(study).settings(study.config)
+    assert (start.run.max_steps, start.warm_start.demonstrations) == (0, 4)
+    settings = [[run.settings(study.config) for run in runs_of(study, arm)] for arm in study.arms]
+    model = f"{start.run.output_dir}/model"
+    assert [[s.model.name for s in of_arm] for of_arm in settings] == [[model] * 2, [model] * 2, ["base"] * 2]
+    assert all(s.warm_start.demonstrations == 0 and s.run.max_steps == 7 for of_arm in settings for s in of_arm)
+    assert [s.run.seed for s in settings[1]] == [3, 4]
+    assert settings[1][0].algorithm.type == "grpo"
+    assert settings[0][0].algorithm.type == "vpd"
+    assert len({s.run.output_dir for of_arm in settings for s in of_arm}) == 6
+
+
+def test_finished_runs_are_kept_and_interrupted_ones_go_on(study):
+    lines = []
+    run_study(study, workers=2, say=lines.append)
+    assert sum("is done" in line for line in lines) == 7
+    kept, cut_off, interrupted = (runs_of(study, arm)[0] for arm in study.arms)
+    shutil.rmtree(cut_off.folder)
+    RunFolder(cut_off.folder).write_config(cut_off.settings(study.config))
+    folder = RunFolder(interrupted.folder, resume=True)
+    folder.write_result({"interrupted": 2})
+    folder.commit_checkpoint(1, lambda path: None, 1)
+
+    lines.clear()
+    run_study(study, say=lines.append)
+    assert [line.split(" begins")[0] for line in lines if "begins" in line] == ["GRPO, fast, seed 3", "cold, seed 3"]
+    results = [study_module.read_json(run.folder / "result.json") for run in (kept, cut_off, interrupted)]
+    assert [result and result["resumed"] for result in results] == [False, False, True]
+
+
+def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(study):
+    run_study(study, say=lambda line: None)
+    study.arms[1].set[1] = "optim.learning_rate=2e-4"
+    with pytest.raises(ConfigError, match=r"optim.learning_rate was 0.0001 and is 0.0002"):
+        run_study(study, say=lambda line: None)
+
+
+def test_a_run_that_fails_stops_the_study_with_its_words(study):
+    study.arms[0].set.append("optim.learning_rate=0.5")
+    with pytest.raises(RunError, match=r"VPD, seed 3 ended with exit code 1: The learning rate is absurd"):
+        run_study(study, say=lambda line: None)
+    assert not runs_of(study, study.arms[2])[1].folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('name = "cold"', 'name = "vpd"'), "would share its folder 'vpd'"),
+        (('name = "cold"', 'name = "Start"'), "would share its folder 'start'"),
+        (("seeds = [3, 4]", "seeds = [3, 3]"), "names one twice"),
+        (('name = "cold"', 'nam = "cold"'), "Known there: name, set"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, change, message):
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(output="out").replace(*change))
+    with pytest.raises(ConfigError, match=message):
+        Study.load(path)
