@@ -8,7 +8,7 @@ import pytest
 
 from vpd.config import SDPO, VPD, ConfigError, VPDConfig
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.toml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

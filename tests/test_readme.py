@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from toy import toy_model
 
 import vpd
 from vpd.config import VPDConfig
+from vpd.feedback import FeedbackTexts, Group, choose_texts
+from vpd.runs.study import Study, runs_of, start_of
+from vpd.types import Rollout, Task, Verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +53,7 @@ def run(source, namespace):
 
 
 def test_there_are_examples():
-    assert (len(EXAMPLES), len(GUIDE)) == (2, 1)
+    assert (len(EXAMPLES), len(GUIDE)) == (3, 1)
 
 
 def test_reward_functions(namespace):
@@ -70,6 +74,28 @@ def test_an_environment_of_ones_own(namespace):
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0]
 
 
+def test_a_feedback_source_of_ones_own(namespace):
+    run(EXAMPLES[2], namespace)
+    attempts = [Rollout(Task("t", []), 0, [1], [2], [0.0], False, text, Verdict(0.0)) for text in "ab"]
+    ((first, second),) = choose_texts([Group(attempts, [False, True])], [namespace["Hint"]()])
+    assert first == FeedbackTexts("hint", False, feedback="Read the question twice.")
+    assert second is not None
+    assert second.is_success
+
+
+def test_the_study_that_the_readme_shows_is_one():
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    study = Study.model_validate(tomllib.loads(block))
+    assert [arm.name for arm in study.arms] == ["VPD", "GRPO"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_study_has_arms_that_parse(path):
+    study = Study.load(path)
+    for run_of_study in [start_of(study), *(r for arm in study.arms for r in runs_of(study, arm))]:
+        run_of_study.settings(study.config)
+
+
 def test_the_guide_writes_an_environment_in_twenty_lines(namespace):
     lines = [line for line in GUIDE[0].partition("trainer =")[0].splitlines() if line.strip()]
     assert len(lines) <= 20
@@ -85,10 +111,6 @@ def test_the_guide_writes_an_environment_in_twenty_lines(namespace):
 
 
 def test_every_setting_that_the_guide_shows_is_one():
-    import tomllib
-
-    from vpd.config import VPDConfig
-
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/environments.md").read_text(), re.DOTALL)
     assert len(blocks) >= 8
     for block in blocks:

@@ -56,7 +56,9 @@ def toy_config(output_dir, **sections: dict[str, Any]) -> VPDConfig:
     return VPDConfig.parse(values)
 
 
-def toy_trainer(output_dir, callbacks=None, peft_config=None, **sections: dict[str, Any]) -> VPDTrainer:
+def toy_trainer(
+    output_dir, callbacks=None, peft_config=None, feedback_sources=None, **sections: dict[str, Any]
+) -> VPDTrainer:
     return VPDTrainer(
         model=toy_model(),
         args=toy_config(output_dir, **sections),
@@ -64,6 +66,7 @@ def toy_trainer(output_dir, callbacks=None, peft_config=None, **sections: dict[s
         processing_class=tokenizer(),
         callbacks=callbacks,
         peft_config=peft_config,
+        feedback_sources=feedback_sources,
     )
 
 

@@ -1,10 +1,11 @@
-"""The command line: ``vpd train | eval | compare | report | doctor``."""
+"""The command line: ``vpd train | eval | compare | plan | report | doctor``."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,12 +116,46 @@ def compare(
 
     plan, console = Study.load(study), Console()
     try:
-        run_study(plan, workers, say=console.print)
+        run_study(plan, workers, say=lambda text: console.print(text, markup=False, soft_wrap=True))
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from here.")
         raise typer.Exit(130) from None
-    console.print(write_comparison(plan), markup=False)
+    console.print(write_comparison(plan), markup=False, soft_wrap=True)
     console.print(f"The table, the plots and all numbers are in {plan.output_dir}.")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="A TOML file of settings.")],
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a typical prompt.")],
+    completion: Annotated[int, typer.Option(min=1, help="Tokens of a typical completion.")],
+    feedback: Annotated[
+        int, typer.Option(min=0, help="Tokens that the teacher's prompt has behind the question.")
+    ] = 100,
+    hardware: Annotated[str, typer.Option(help="this (measured now), a100, h100, h200, l40s or rtx4090.")] = "this",
+    overrides: Overrides = None,
+) -> None:
+    """Predict what a training step costs: tokens, operations, memory and time."""
+    from vpd import plan as planning
+
+    settings = VPDConfig.load(config, overrides)
+    device = planning.hardware_named(hardware)
+    lengths = planning.Lengths(prompt, completion, feedback)
+    found = planning.predict(settings, planning.shape_of(settings.model.name), lengths, device)
+    table = Table(title=f"A step on {device.name}")
+    table.add_column("")
+    for column in ("tokens", "TFLOP", "seconds"):
+        table.add_column(column, justify="right")
+    for part in (*(each.name for each in fields(planning.Step)), "total"):
+        tokens, flops, seconds = (getattr(step, part) for step in (found.tokens, found.flops, found.seconds))
+        table.add_row(part, f"{tokens:,.0f}", f"{flops / 1e12:,.2f}", f"{seconds:.3g}")
+    console = Console()
+    console.print(table)
+    training = found.tokens.student + found.tokens.teacher
+    console.print(
+        f"The peak of memory is about {found.memory / 1e9:.1f} GB of {device.memory / 1e9:.0f} GB. Student and "
+        f"teacher compute {training:,.0f} tokens; every sequence by itself would make {found.tokens_unshared:,.0f}."
+    )
 
 
 @app.command()

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from vpd import algorithms
 from vpd.algorithms.example import Example, make_examples, with_teacher
+from vpd.algorithms.extrapolation import extrapolate, is_due
 from vpd.algorithms.m_step import TokenNumbers
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
-from vpd.config import ConfigError, VPDConfig
+from vpd.config import SDPO, VPD, ConfigError, VPDConfig
 from vpd.environments import SPLITS, Environment, choose_environment
-from vpd.evaluation import Evaluator, Gap
+from vpd.evaluation import Evaluator
 from vpd.evaluation.statistics import batch_statistics
-from vpd.feedback import Critic, EndpointCritic, FeedbackTexts, PromptBuilder, SelfCritic, build_views
+from vpd.feedback import (
+    Critic,
+    CritiqueSource,
+    EndpointCritic,
+    FeedbackSource,
+    FeedbackTexts,
+    PromptBuilder,
+    SelfCritic,
+    build_views,
+    make_sources,
+)
+from vpd.policy.best import BestWeights
 from vpd.policy.copies import make_copies
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
 from vpd.policy.optimizer import make_optimizer, make_scheduler
-from vpd.policy.prepare import make_accelerator, prepare_policy
+from vpd.policy.prepare import check_layers, make_accelerator, prepare_policy
 from vpd.report import write_report
 from vpd.rollout.local import LocalEngine
 from vpd.rollout.sampler import RolloutSampler
@@ -41,42 +53,15 @@ from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder
 from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.journal import Journal
+from vpd.runs.measurements import Measurements
 from vpd.runs.memory import peak_memory_bytes
+from vpd.runs.monitor import Monitor
 from vpd.runs.samples import RolloutRecord
+from vpd.runs.state import TrainingState
 from vpd.runs.timing import Timer
-from vpd.runs.warnings import batch_warnings, gap_warning, settings_warnings
+from vpd.runs.warnings import settings_warnings
 from vpd.seeds import mix
 from vpd.types import Rollout, Task, TeacherView
-
-
-@dataclass
-class TrainingState:
-    """What a resumed run must know besides weights, optimizer, scheduler and callbacks' state.
-
-    Attributes:
-        step: rollout batches done.
-        train_seconds: spent in them, evaluations left aside.
-        skipped_e_steps: E-iterations whose batch held one class only.
-        stage: of the curriculum, from 0.
-        stage_start: rollout batches that were done before it began.
-        memory: what the algorithm keeps from one batch to the next.
-        rows: the final table so far.
-    """
-
-    step: int = 0
-    train_seconds: float = 0.0
-    skipped_e_steps: int = 0
-    stage: int = 0
-    stage_start: int = 0
-    memory: dict[str, float] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 @dataclass
@@ -103,6 +88,7 @@ class VPDTrainer:
         callbacks: transformers' ``TrainerCallback`` objects.
         optimizers: an optimizer and a scheduler in place of those that ``args.optim`` describes.
         peft_config: a PEFT config, to train adapters only; by default what ``args.model.lora`` describes.
+        feedback_sources: in order of preference; by default those that ``args.feedback.sources`` names.
 
     Raises:
         ConfigError: settings or arguments that cannot work together.
@@ -121,6 +107,7 @@ class VPDTrainer:
         callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         peft_config: Any = None,
+        feedback_sources: Sequence[FeedbackSource] | None = None,
     ) -> None:
         self.args = args or VPDConfig()
         set_seed(self.args.run.seed)
@@ -132,10 +119,11 @@ class VPDTrainer:
         self.accelerator = make_accelerator(self.args)
         self.journal = Journal(self.accelerator)
 
+        check_layers(policy, self.args.algorithm)
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = optimizers[0] or make_optimizer(self.args.optim, trainable)
         self.scheduler = optimizers[1] or make_scheduler(self.args.optim, optimizer, self.args.run.max_steps)
-        copies = make_copies(policy, self.args.algorithm)
+        copies = make_copies(policy, self.args.algorithm, self.args.optim.extrapolation)
         prepared, prepared_optimizer = self.accelerator.prepare(policy, optimizer)
         self.learner = Learner(
             prepared,
@@ -162,11 +150,16 @@ class VPDTrainer:
             self.args.rollout,
             eos,
         )
-        self.critic = self._make_critic()
-        self.evaluator = Evaluator(self.sampler, self.environment, self.args, self.accelerator, self.critic)
+        self.sources = feedback_sources or make_sources(self.args.feedback, self._make_critic())
+        self.evaluator = Evaluator(self.sampler, self.environment, self.args, self.accelerator, self.sources)
         self.stages = [list(stage) for stage in self.environment.stages()]
         self._check_prompts()
         self.state = TrainingState()
+        # GRPO's term learns from rewards alone.
+        sources = [source.name for source in self.sources] if isinstance(self.args.algorithm, VPD | SDPO) else None
+        self.monitor = Monitor(self.journal, self.state, sources, self.args.run.stop_on)
+        self.measurements = Measurements(self.evaluator, self.journal, self.state, self.monitor, self.args.eval)
+        self.best = BestWeights(self.args.run.output_dir)
         for weights in copies.values():
             weights.to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.state, self.scheduler, *copies.values())
@@ -200,6 +193,8 @@ class VPDTrainer:
         """
         start = time.perf_counter()
         resumed = self._open_folder(resume_from_checkpoint)
+        # What ended the run before is judged anew, by the settings as they are now.
+        self.state.stopped_by = None
         if not resumed:
             self._before_training()
         self.callbacks.train_begin()
@@ -225,6 +220,7 @@ class VPDTrainer:
             "train_seconds": self.state.train_seconds,
             "skipped_e_steps": self.state.skipped_e_steps,
             "seconds_total": time.perf_counter() - start,
+            "stopped_by": self.state.stopped_by,
             "interrupted": interrupted,
         }
         if self.journal.folder is not None:
@@ -243,6 +239,9 @@ class VPDTrainer:
 
         batch = self.sample(step)
         metrics, numbers = self.update(batch, step, timer)
+        if self.args.optim.extrapolation and is_due(step):
+            with timer("extrapolation"):
+                metrics |= extrapolate(self.learner, self._score_for_extrapolation)
         with timer("sync"):
             self.scheduler.step()
             self.sampler.engine.sync()
@@ -259,12 +258,20 @@ class VPDTrainer:
         # A callback may have asked on one process alone, and what follows needs all of them.
         evaluates, saves = self.learner.total(control.should_evaluate, control.should_save)
         if evaluates:
-            self._evaluate_selection()
+            evaluation = self.measurements.selection()
+            self.callbacks.evaluate({"split": "selection", **evaluation.summary()})
+            self._note_accuracy(evaluation.accuracy)
         if saves:
             self._save_checkpoint()
 
+    def _score_for_extrapolation(self) -> float:
+        self.sampler.engine.sync()
+        return self.evaluator.accuracy("train", self.args.optim.extrapolation_tasks).accuracy
+
     def sample(self, step: int) -> Batch:
         """Sample and judge this process's share of rollout batch ``step``, and build the teacher's prompts."""
+        for source in self.sources:
+            source.counts()  # What measurements in between have asked for is no part of the batch.
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         tasks = self.tasks_of_step(step)[process::processes]
         rollouts = self.sampler.sample(
@@ -291,7 +298,9 @@ class VPDTrainer:
         """Decide successes and build the teacher's prompts of judged rollouts."""
         threshold = self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
-        views = build_views(rollouts, is_success, self.prompts, critic=self.critic, permute=self.args.feedback.permute)
+        views = build_views(
+            rollouts, is_success, self.prompts, sources=self.sources, permute=self.args.feedback.permute
+        )
         if self.args.algorithm.truncated == "mask":
             views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
         return Batch(rollouts, is_success, views)
@@ -304,6 +313,8 @@ class VPDTrainer:
         statistics = batch_statistics(
             batch.rollouts, batch.is_success, batch.views, self.learner.total, self.learner.largest
         )
+        counts = {name: value for source in self.sources for name, value in source.counts().items()}
+        statistics |= dict(zip(counts, self.learner.total(*counts.values()), strict=True)) if counts else {}
         result = algorithms.update(
             self.learner,
             examples,
@@ -314,6 +325,8 @@ class VPDTrainer:
             self._sampler_of_fresh_examples(step) if self.args.eval.margin_tasks else None,
             self.state.memory,
         )
+        for weights in self.learner.copies.values():
+            weights.follow(self.learner.module)
         learning_rate = self.learner.optimizer.param_groups[0]["lr"]
         return statistics | result.metrics | {"learning_rate": learning_rate}, result.tokens
 
@@ -359,49 +372,48 @@ class VPDTrainer:
     def _is_finished(self, guard: InterruptGuard) -> bool:
         """Whether to stop; every process answers alike, since a signal or the clock may reach one alone."""
         out_of_time = self.args.run.max_seconds is not None and self.state.train_seconds >= self.args.run.max_seconds
-        stop = guard.signal_number is not None or out_of_time or self.callbacks.control.should_training_stop
+        asked = self.callbacks.control.should_training_stop or self.state.stopped_by is not None
+        stop = guard.signal_number is not None or out_of_time or asked
         return self.state.step >= self.args.run.max_steps or bool(self.learner.total(stop)[0])
 
     def _before_training(self) -> None:
         settings = self.args.warm_start
         self.sampler.engine.sync()
         if self.args.eval.eval_on_start:
-            self._add_row("base model")
+            self.measurements.row("base model")
         if settings.demonstrations:
             threshold = self.args.algorithm.success_threshold
             eos = end_of_turn(self.tokenizer)
-            sequences = demonstration_sequences(self.environment, self.prompts, eos, settings.demonstrations, threshold)
+            sources = [source for source in self.sources if not isinstance(source, CritiqueSource)]
+            sequences = demonstration_sequences(
+                self.environment, self.prompts, eos, settings.demonstrations, threshold, sources
+            )
             result = warm_start(self.learner, sequences, settings, self.tokenizer)
             self.sampler.engine.sync()
             how = f"{result.steps} steps, loss {result.loss:.3f}" if result.steps else f"found in {result.folder}"
             self.journal.say(f"Warm start on {result.sequences} sequences: {how}, {result.seconds:.0f} s.")
             self.journal.log(0, "warm_start", {"steps": result.steps, "loss": result.loss, "seconds": result.seconds})
             if self.args.eval.eval_on_start or not self.args.run.max_steps:
-                self._add_row("after warm start")
+                self.measurements.row("after warm start")
         for weights in self.learner.copies.values():
             weights.assign(self.learner.module)
         for name, text in settings_warnings(self.args).items():
             self.journal.warn(name, text)
         if self.args.eval.preflight_tasks and self.args.run.max_steps and self.args.algorithm.has_teacher:
-            gap = self._measure_gap("Pre-flight")
-            if warning := gap_warning(gap.low, gap.n):
-                self.journal.warn("no_gap", warning)
-
-    def _measure_gap(self, when: str) -> Gap:
-        gap = self.evaluator.gap()
-        self.journal.log(self.state.step, "gap", asdict(gap))
-        if gap.n:
-            self.journal.say(
-                f"{when}, {gap.n} of {gap.tasks} selection tasks have feedback: teacher {gap.teacher_accuracy:.1%}, "
-                f"student {gap.student_accuracy:.1%}, gap {gap.gap:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}]."
-            )
-        return gap
+            self.measurements.preflight()
 
     def _after_training(self) -> None:
-        if self.state.step:
-            self._add_row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
+        best = self.state.best_step
+        if self.args.eval.load_best_model_at_end and best not in (-1, self.state.step):
+            self.best.load(self.model, best)
+            self.sampler.engine.sync()
+            self.journal.say(
+                f"Back to the weights of step {best}, {self.state.best_accuracy:.1%} on the selection split."
+            )
+        if self.state.step or not self.state.rows:
+            self.measurements.row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
             if self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
-                self._measure_gap("After training")
+                self.measurements.gap("After training")
         if self.journal.folder is not None:
             try:
                 save_policy(self.model, self.tokenizer, self.journal.folder.path / "model")  # pyright: ignore
@@ -419,25 +431,20 @@ class VPDTrainer:
         longest = max(tasks, key=lambda task: len(self.prompts.student(task.prompt)))
         self.prompts.teacher(longest.prompt, FeedbackTexts("sibling", False, solution="", feedback=""))
 
-    def _add_row(self, name: str, train_seconds: float = 0.0) -> None:
-        """Evaluate on the final split, for the table alone."""
-        if self.args.eval.final_tasks == 0:
+    def _note_accuracy(self, accuracy: float) -> None:
+        """Keep the best weights so far, and stop where nothing better has come for long enough."""
+        state, settings = self.state, self.args.eval
+        if not accuracy > state.best_accuracy:  # nor nan, where nothing could be graded
+            state.stale_evaluations += 1
+            if state.stale_evaluations >= (settings.early_stopping_patience or math.inf):
+                self.monitor.stop("early_stopping")
             return
-        evaluation = self.evaluator.accuracy("final", self.args.eval.final_tasks)
-        row = {"name": name, **evaluation.summary(), "train_seconds": train_seconds}
-        self.state.rows.append(row)
-        self.journal.log(self.state.step, "eval", {"split": "final", **row, "outcomes": evaluation.outcomes})
-        self.journal.say(
-            f"Final split, {name}: {evaluation.accuracy:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}] of "
-            f"{evaluation.n}, {evaluation.seconds:.0f} s."
-        )
-
-    def _evaluate_selection(self) -> None:
-        evaluation = self.evaluator.accuracy("selection")
-        metrics = {"split": "selection", **evaluation.summary()}
-        self.journal.log(self.state.step, "eval", metrics)
-        self.journal.say(f"Selection split at step {self.state.step}: {evaluation.accuracy:.1%} of {evaluation.n}.")
-        self.callbacks.evaluate(metrics)
+        state.best_accuracy, state.best_step, state.stale_evaluations = accuracy, state.step, 0
+        if settings.load_best_model_at_end and self.accelerator.is_main_process:
+            self.best.save(self.model, self.tokenizer, state.step)
+            if self.journal.folder is not None and self.journal.folder.latest_checkpoint() is None:
+                self.best.keep_only(state.step)
+        self.accelerator.wait_for_everyone()
 
     def _open_folder(self, resume: bool) -> bool:
         """Open ``run.output_dir`` and load its newest checkpoint; whether there was one."""
@@ -471,6 +478,8 @@ class VPDTrainer:
 
         if self.journal.folder is not None:
             self.journal.folder.commit_checkpoint(self.state.step, write, self.args.run.save_total_limit)
+            # Older ones served earlier checkpoints only, and a resume takes the newest.
+            self.best.keep_only(self.state.best_step)
         else:
             write(Path())
         self.callbacks.save()
@@ -478,8 +487,7 @@ class VPDTrainer:
     def _log_step(self, step: int, metrics: dict[str, Any], batch: Batch, numbers: dict[int, TokenNumbers]) -> None:
         self.journal.log_step(step, metrics)
         self.callbacks.log(step, metrics)
-        for name, text in batch_warnings(metrics, list(self.args.feedback.sources)).items():
-            self.journal.warn(name, text, step)
+        self.monitor.watch(metrics)
         if self.journal.folder is not None and self.args.run.logged_samples:
             records = [
                 RolloutRecord.from_rollout(step, rollout, view, **(asdict(numbers[i]) if i in numbers else {}))

@@ -12,7 +12,7 @@ from vpd.algorithms import vpd
 from vpd.algorithms.e_step import measure_margin, refine_teacher
 from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view, with_teacher
 from vpd.algorithms.m_step import token_weights
-from vpd.config import MStepSettings
+from vpd.config import VPD, MStepSettings
 from vpd.evaluation import measure_gap
 from vpd.packing import pack
 from vpd.policy.objectives import Distil, PredictorStates, Refine
@@ -77,10 +77,63 @@ def test_the_e_loss_is_the_bco_loss_of_the_implicit_rewards(tmp_path):
         -(rewards[is_success] - shift).sigmoid().log().mean() - (shift - rewards[~is_success]).sigmoid().log().mean()
     )
     betas = torch.full((len(examples),), 0.1)
-    objective = Refine(prior, is_success, float(shift), int(is_success.sum()), int((~is_success).sum()), betas, 1.0)
+    objective = Refine(
+        prior, is_success, lambda _: float(shift), int(is_success.sum()), int((~is_success).sum()), betas, 1.0
+    )
     loss = learner.module(learner.pack(examples, teacher_view), objective).loss
     torch.testing.assert_close(loss.float(), by_hand, rtol=1e-4, atol=1e-5)
     assert abs(measure_margin(learner, rewards, is_success).reward_shift - float(shift)) < 1e-6
+
+
+def test_an_e_step_in_one_pass_equals_one_in_several(tmp_path):
+    found, passes = {}, {}
+    for name, budget in (("one", 4096), ("several", 300)):
+        trainer = toy_trainer(tmp_path / name, optim={"micro_batch_tokens": budget}, algorithm={"e_epochs": 2})
+        learner, examples = trainer.learner, examples_of(trainer, 1)
+        score, counted = learner.score, []
+        learner.score = lambda *args, score=score, counted=counted: (counted.append(None), score(*args))[1]
+        result = vpd.update(learner, examples, trainer.args.algorithm, 1, 2, Timer())
+        found[name] = (result.metrics, [p.detach().clone() for p in trainer.model.parameters()])
+        passes[name] = (len(counted), len(learner.micro_batches(examples, [teacher_view])))
+    assert passes["one"] == (2, 1), "the prior, and the M-step's teacher"
+    assert passes["several"][1] > 1
+    one, several = found["one"][0], found["several"][0]
+    for key in ("e_loss", "reward_shift", "margin_before", "margin_after", "e_weight_success", "misranked_share"):
+        assert one[key] == pytest.approx(several[key], rel=1e-4, abs=1e-6), key
+    for left, right in zip(found["one"][1], found["several"][1], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("minibatch", [None, 1])
+def test_the_margin_after_an_e_step_is_that_of_the_refined_teacher(tmp_path, monkeypatch, minibatch):
+    algorithm = {"m_minibatch_prompts": minibatch, "e_learning_rate_factor": 3.0}
+    trainer = toy_trainer(tmp_path, algorithm=algorithm)
+    learner, examples = trainer.learner, examples_of(trainer, 1)
+    is_success = torch.tensor([example.is_success for example in examples])
+    prior = learner.sequence_log_probs(examples, student_view)
+    refined, actual = [], vpd.distil
+
+    def distil(*args, **kwargs):
+        refined.append(learner.sequence_log_probs(examples, teacher_view))
+        return actual(*args, **kwargs)
+
+    monkeypatch.setattr(vpd, "distil", distil)
+    metrics = vpd.update(learner, examples, trainer.args.algorithm, 1, 2, Timer()).metrics
+    expected = measure_margin(learner, 0.1 * (refined[0] - prior), is_success).margin
+    assert metrics["margin_after"] == pytest.approx(expected, rel=1e-4)
+    assert abs(metrics["margin_after"] - metrics["margin_before"]) > 1e-4
+
+
+def test_dropout_keeps_the_shift_out_of_the_training_pass(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    examples = examples_of(trainer, 1)
+    plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
+    trainer.model.config.attention_dropout = 0.5
+    for layer in trainer.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    dropped = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
+    assert dropped["reward_shift"] == pytest.approx(plain["reward_shift"], rel=1e-4)
+    assert dropped["e_loss"] != pytest.approx(plain["e_loss"], rel=1e-4)
 
 
 def test_e_steps_alone_raise_the_margin_on_fresh_rollouts_and_do_not_spoil_the_teacher(tmp_path):
@@ -97,7 +150,7 @@ def test_e_steps_alone_raise_the_margin_on_fresh_rollouts_and_do_not_spoil_the_t
 
     before, gap_before = margin(), measure_gap(trainer.sampler, selection, 4, 1.0, seed=5)
     for step in range(1, 9):
-        metrics = refine_teacher(learner, examples_of(trainer, step), settings, 2)
+        metrics = refine_teacher(learner, examples_of(trainer, step), settings, 2).metrics
         assert metrics["e_step"] == 1
         trainer.sampler.engine.sync()
     after, gap_after = margin(), measure_gap(trainer.sampler, selection, 4, 1.0, seed=5)
@@ -142,7 +195,7 @@ def test_margins_are_told_apart_by_source(tmp_path):
     trainer = toy_trainer(tmp_path / "run")
     examples = examples_of(trainer, 1)
     examples = [replace(e, source="sibling" if e.group else "environment") for e in examples]
-    metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2, fresh=examples)
+    metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2, fresh=examples).metrics
     for when in ("margin_before", "margin_after", "margin_fresh_before", "margin_fresh_after"):
         by_source = [metrics[f"{when}_environment"], metrics[f"{when}_sibling"]]
         assert by_source[0] != by_source[1]

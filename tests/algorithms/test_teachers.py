@@ -37,25 +37,16 @@ def logits_of(trainer, examples, settings):
     return (states.hidden @ head.weight.T.float())[states.rows].detach()
 
 
-def test_the_average_follows_each_optimizer_step(tmp_path):
+def test_the_average_follows_each_rollout_batch_and_not_each_minibatch(tmp_path):
     trainer = make(tmp_path, type="sdpo", teacher="ema", ema_rate=0.25, m_minibatch_prompts=1)
-    average = trainer.learner.copies[AVERAGE]
-    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    steps = []
-    actual = trainer.learner.optimizer.step
-
-    def step(*args, **kwargs):
-        actual(*args, **kwargs)
-        steps.append(None)
-        for name, value in trainer.model.state_dict().items():
-            expected[name].lerp_(value, 0.25)
-
-    trainer.learner.optimizer.step = step
-    distil(trainer.learner, examples_of(trainer, 1), trainer.args.algorithm, 2, 0.1)
-    assert len(steps) == 2
-    for name, value in average.module.model.state_dict().items():
-        torch.testing.assert_close(value, expected[name])
-        assert not torch.equal(value, trainer.model.state_dict()[name]) or "norm" in name
+    average = trainer.learner.copies[AVERAGE].module.model
+    trainer.sampler.engine.sync()
+    for step in (1, 2):
+        before = {name: value.clone() for name, value in average.state_dict().items()}
+        trainer.update(trainer.sample(step), step)
+        assert not all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
+        for name, value in average.state_dict().items():
+            torch.testing.assert_close(value, before[name].lerp(trainer.model.state_dict()[name], 0.25))
 
 
 def test_each_teacher_predicts_what_it_should(tmp_path):
@@ -75,7 +66,7 @@ def test_a_frozen_teacher_does_not_move_between_minibatches_and_a_live_one_does(
         trainer = make(tmp_path / teacher, type="sdpo", teacher=teacher, m_minibatch_prompts=1)
         examples = examples_of(trainer, 1)
         before = trainer.learner.token_log_probs(examples, teacher_view)
-        result = distil(trainer.learner, examples, trainer.args.algorithm, 2, 0.1)
+        result = distil(trainer.learner, examples, trainer.args.algorithm, 2, torch.full((len(examples),), 0.1))
         second = [index for index, example in enumerate(examples) if example.group == 1]
         divergences[teacher] = max(
             float((torch.tensor(result.tokens[examples[i].rollout].teacher_log_probs) - before[i]).abs().max())
@@ -136,11 +127,11 @@ def test_the_fixed_prior_is_the_initial_model(tmp_path):
     copies = trainer.learner.copies
     torch.testing.assert_close(trainer.learner.sequence_log_probs(examples, student_view, copies[INITIAL]), before)
     trainer.args.optim.learning_rate = 0.0
-    metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2)
+    metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2).metrics
     is_success = torch.tensor([example.is_success for example in examples])
     trainer.learner.optimizer.zero_grad()
     assert metrics["reward_shift"] is not None
-    dynamic = refine_teacher(trainer.learner, examples, VPD(), 2)
+    dynamic = refine_teacher(trainer.learner, examples, VPD(), 2).metrics
     assert abs(metrics["reward_shift"] - dynamic["reward_shift"]) > 0.01
     assert is_success.any()
 
@@ -152,17 +143,16 @@ def test_a_reference_length_takes_the_length_out_of_the_temperature(tmp_path):
     assert len(set(lengths.tolist())) > 1
     torch.testing.assert_close(betas(examples, VPD(bco_beta=0.2)), torch.full_like(lengths, 0.2))
     torch.testing.assert_close(betas(examples, VPD(bco_beta=0.2, length_reference=10.0)) * lengths, 2.0 + 0 * lengths)
-    metrics = refine_teacher(trainer.learner, examples, VPD(length_reference=1e-6), 2)
+    metrics = refine_teacher(trainer.learner, examples, VPD(length_reference=1e-6), 2).metrics
     assert abs(metrics["margin_before"]) < 1e-5
 
 
 def test_the_shift_keeps_its_momentum(tmp_path):
     trainer = make(tmp_path)
     examples, memory = examples_of(trainer, 1), {"reward_shift": 5.0}
-    plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2)
-    held = refine_teacher(
-        trainer.learner, examples, VPD(e_learning_rate_factor=0.0, shift_momentum=0.9), 2, memory=memory
-    )
+    plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
+    settings = VPD(e_learning_rate_factor=0.0, shift_momentum=0.9)
+    held = refine_teacher(trainer.learner, examples, settings, 2, memory=memory).metrics
     assert held["reward_shift"] == pytest.approx(4.5 + 0.1 * plain["reward_shift"], abs=1e-3)
     assert memory["reward_shift"] == held["reward_shift"]
     # A shift far above all rewards: successes count in full, failures hardly.

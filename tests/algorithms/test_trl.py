@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vpd.losses import Head, clipped_policy_gradient, divergence
+from vpd.losses import Head, clipped_policy_gradient, divergence, reference_kl
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -31,11 +31,13 @@ def weights(aggregation: str) -> Tensor:
     return torch.repeat_interleave(1.0 / (B * LENGTHS.float()), LENGTHS)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3])
 @pytest.mark.parametrize(("aggregation", "loss_type"), [("sequence_mean", "grpo"), ("token_mean", "bnpo")])
-def test_grpo_equals_trl(aggregation, loss_type):
+def test_grpo_equals_trl(aggregation, loss_type, beta):
     generator = torch.Generator().manual_seed(0)
     log_probs = -torch.rand(B, T, generator=generator)
     old = log_probs + 0.5 * torch.randn(B, T, generator=generator)
+    reference = log_probs + 0.5 * torch.randn(B, T, generator=generator)
     advantages = torch.randn(B, generator=generator)
 
     theirs = log_probs.clone().requires_grad_()
@@ -46,11 +48,11 @@ def test_grpo_equals_trl(aggregation, loss_type):
         _entropy_bonus_enabled=False,
         off_policy_mask_threshold=None,
         importance_sampling_level="token",
-        beta=0.0,
+        beta=beta,
         loss_type=loss_type,
         epsilon_low=0.2,
         epsilon_high=0.28,
-        args=SimpleNamespace(delta=None),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
         use_vllm=False,
         model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1,
@@ -64,6 +66,7 @@ def test_grpo_equals_trl(aggregation, loss_type):
         "completion_mask": MASK,
         "advantages": advantages,
         "old_per_token_logps": old,
+        "ref_per_token_logps": reference,
     }
     expected = GRPOTrainer._compute_loss(trainer, None, inputs)
     expected.backward()
@@ -71,6 +74,7 @@ def test_grpo_equals_trl(aggregation, loss_type):
     ours = log_probs[ACTIVE].clone().requires_grad_()
     repeated = torch.repeat_interleave(advantages, LENGTHS)
     loss = clipped_policy_gradient(ours, repeated, old[ACTIVE], weights(aggregation))
+    loss = loss + beta * reference_kl(ours, reference[ACTIVE], weights(aggregation))
     loss.backward()
     torch.testing.assert_close(loss, expected)
     assert theirs.grad is not None

@@ -321,3 +321,14 @@ def test_long_values_are_shortened_in_the_middle():
     assert text.startswith("aaa")
     assert text.endswith("bbb")
     assert shortened("short") == "short"
+
+
+def test_the_training_problems_can_be_evaluated_by_their_private_tests(folder):
+    with Code(str(folder), final="training", selection_size=1, memory_mb=256) as environment:
+        assert len(environment.tasks("final")) == len(environment.tasks("train"))
+        training, final = task(environment, "Add"), task(environment, "Add", "final")
+        assert training.prompt == final.prompt
+        memorised = "def add(a, b):\n    return {(1, 2): 3, (10**9, 5): 10**9 + 5}.get((a, b))"
+        assert judged(environment, training, memorised).reward == 1
+        assert judged(environment, final, memorised).reward == 0
+        assert "Call:" not in (judged(environment, final, memorised).feedback or "")

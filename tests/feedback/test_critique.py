@@ -4,47 +4,49 @@ from __future__ import annotations
 
 import pytest
 from openai_server import Server
-from test_texts import choose, group
+from test_texts import group
 from tiny import tokenizer
 from toy import toy_trainer
 
 from vpd.config import ConfigError, CritiqueSettings, EndpointSettings, FeedbackSettings
-from vpd.feedback import EndpointCritic, PromptBuilder, build_views
+from vpd.feedback import EndpointCritic, FeedbackTexts, Group, PromptBuilder, build_views, choose_texts, make_sources
 from vpd.feedback.critique import request
-from vpd.feedback.texts import FeedbackTexts, choose_texts
 from vpd.runs.folder import read_metrics
 from vpd.types import Task
 
 
 class Recorder:
-    """A critic that says which attempt it read."""
+    """A critic that says which attempt it read, unless it is told what to say."""
 
-    def __init__(self):
+    def __init__(self, *texts):
         self.asked = []
+        self.texts = texts
 
     def write(self, rollouts):
         self.asked += [rollout.text for rollout in rollouts]
-        return [f"critique of {rollout.text}" for rollout in rollouts]
+        return list(self.texts) or [f"critique of {rollout.text}" for rollout in rollouts]
 
 
 def views(rollouts, critic, **settings):
     flags = [rollout.verdict is not None and rollout.verdict.reward == 1 for rollout in rollouts]
     prompts = PromptBuilder(tokenizer(), FeedbackSettings(**settings), 1000)
-    return build_views(rollouts, flags, prompts, critic=critic)
+    return build_views(rollouts, flags, prompts, sources=make_sources(prompts.settings, critic))
 
 
 def test_failures_get_a_critique_and_successes_the_environments_text():
-    critiques = ["too short", None, None]
-    flags = [False, True, False]
-    settings = FeedbackSettings(sources=["critique"])
-    texts = choose_texts(group(0, 1, 0), flags, settings, critiques)
+    settings = FeedbackSettings(sources=["critique", "environment"])
+    attempts = Group(group(0, 1, 0), [False, True, False])
+    (texts,) = choose_texts([attempts], make_sources(settings, Recorder("too short", None)))
     assert texts == [
         FeedbackTexts("critique", False, critique="too short"),
         FeedbackTexts("critique", True, feedback="text 1"),
         None,
     ]
-    assert choose_texts(group(0, 1, 0), flags, settings, [None] * 3) == [None] * 3
-    assert choose(group(0, 0), sources=["critique", "environment"])[0].source == "environment"
+    sources = make_sources(settings, Recorder(None, None))
+    (texts,) = choose_texts([attempts], sources)
+    assert [text and text.source for text in texts] == ["environment"] * 3
+    assert sources[0].counts() == {"critiques": 2, "critiques_missing": 2}
+    assert sources[0].counts() == {"critiques": 0, "critiques_missing": 0}
 
 
 def test_only_failures_of_groups_that_no_earlier_source_serves_are_critiqued():

@@ -9,7 +9,7 @@ from tiny import tokenizer
 
 from vpd.algorithms.example import make_examples, student_view, teacher_view
 from vpd.config import FeedbackSettings
-from vpd.feedback import PromptBuilder, build_views, choose_texts
+from vpd.feedback import Group, PromptBuilder, build_views, choose_texts, make_sources
 from vpd.feedback.texts import FeedbackTexts, permute_across_groups, without_thinking
 from vpd.types import Rollout, Task, Verdict
 
@@ -26,7 +26,7 @@ def group(*outcomes, texts=True, index=0):
 
 def choose(rollouts, **settings):
     flags = [rollout.verdict.reward == 1 for rollout in rollouts]
-    return choose_texts(rollouts, flags, FeedbackSettings(**settings))
+    return choose_texts([Group(rollouts, flags)], make_sources(FeedbackSettings(**settings)))[0]
 
 
 def test_a_sibling_is_a_success_of_the_group_and_never_oneself():

@@ -19,8 +19,8 @@ def make_study(tmp_path, outcomes, seeds=(0, 1), selection=()):
         for run, scores in zip(runs_of(study, arm), outcomes[arm.name], strict=True):
             folder = RunFolder(run.folder)
             for step in (1, 2, 3):
-                margins = {"margin": 9.0, "margin_before": 0.5} if step == 2 else {"margin": 0.1 * step}
-                folder.log(step, "train", {"success_rate": 0.2 * step, "tokens_rollout": 10, **margins})
+                margin = {"margin": 9.0, "margin_on_arrival": 0.1 * step}
+                folder.log(step, "train", {"success_rate": 0.2 * step, "tokens_rollout": 10, **margin})
             for step in selection:
                 folder.log(step, "eval", {"split": "selection", "accuracy": 0.3})
             named = {f"q{i}": score for i, score in enumerate(scores)}
@@ -43,15 +43,19 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
     assert "+50.0 (+50.0 to +50.0)" in table_of(comparison)
 
 
-def test_the_margin_of_an_e_iteration_is_the_one_before_its_update(tmp_path):
+def test_curves_and_tokens_are_read_from_the_metrics(tmp_path):
     comparison = compare(make_study(tmp_path, {"A": [[1.0], [0.0]]}))
-    assert dict(comparison.arms[0].runs[0].margin) == pytest.approx({1: 0.1, 2: 0.5, 3: 0.3})
+    assert dict(comparison.arms[0].runs[0].margin) == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
     assert comparison.arms[0].runs[0].tokens_rollout == 30
 
 
-def test_other_questions_are_not_compared(tmp_path):
-    with pytest.raises(RunError, match="B was asked or graded on other questions"):
-        compare(make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0, 1.0], [0.0, 0.0]]}))
+def test_questions_that_some_run_could_not_grade_are_left_out_and_other_questions_refused(tmp_path):
+    many = [1.0] * 40
+    comparison = compare(make_study(tmp_path / "one", {"A": [many, many], "B": [many, [1.0] * 39]}))
+    assert (comparison.questions, comparison.left_out) == (39, 1)
+    assert "1 that were not graded in every run" in table_of(comparison)
+    with pytest.raises(RunError, match="Only 1 of 2 questions"):
+        compare(make_study(tmp_path / "other", {"A": [[1.0], [0.0]], "B": [[1.0, 1.0], [0.0, 0.0]]}))
 
 
 def test_everything_is_written(tmp_path):

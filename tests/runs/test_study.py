@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +57,14 @@ folder = RunFolder.open(settings.run.output_dir, resume=True)
 folder.write_config(settings)
 resumed = folder.latest_checkpoint() is not None
 folder.write_result({"rows": [], "interrupted": None, "resumed": resumed})
+"""
+
+
+WAITING = """
+import pathlib, sys, time
+folder = sys.argv[-1].partition("=")[2].strip('"')
+pathlib.Path(folder).with_suffix(".up").touch()
+time.sleep(60)
 """
 
 
@@ -106,7 +119,7 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(study):
 def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(study):
     run_study(study, say=lambda line: None)
     study.arms[1].set[1] = "optim.learning_rate=2e-4"
-    with pytest.raises(ConfigError, match=r"optim.learning_rate was 0.0001 and is 0.0002"):
+    with pytest.raises(ConfigError, match=r"begun with other settings: optim.learning_rate was 0.0001 and is 0.0002"):
         run_study(study, say=lambda line: None)
 
 
@@ -114,7 +127,64 @@ def test_a_run_that_fails_stops_the_study_with_its_words(study):
     study.arms[0].set.append("optim.learning_rate=0.5")
     with pytest.raises(RunError, match=r"VPD, seed 3 ended with exit code 1: The learning rate is absurd"):
         run_study(study, say=lambda line: None)
-    assert not runs_of(study, study.arms[2])[1].folder.exists()
+    # On two workers the second run had begun; none has after the failure.
+    begun = [run.name for arm in study.arms for run in runs_of(study, arm) if run.folder.exists()]
+    assert begun == []
+
+
+def test_a_run_that_was_begun_with_other_settings_does_not_go_on(study):
+    run = runs_of(study, study.arms[0])[0]
+    folder = RunFolder(run.folder)
+    folder.write_config(run.settings(study.config))
+    folder.commit_checkpoint(1, lambda path: None, 1)
+    study.arms[0].set.append("optim.learning_rate=3e-4")
+    with pytest.raises(ConfigError, match=r"was begun with other settings: optim\.learning_rate"):
+        run_study(study, say=lambda line: None)
+
+
+def test_runs_from_an_earlier_start_are_refused(study):
+    run_study(study, say=lambda line: None)
+    shutil.rmtree(start_of(study).folder)
+    with pytest.raises(ConfigError, match="before the shared start was made"):
+        run_study(study, say=lambda line: None)
+
+
+def test_a_folder_that_holds_no_run_is_not_removed(study):
+    folder = start_of(study).folder
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("years")
+    with pytest.raises(ConfigError, match="it holds no run"):
+        run_study(study, say=lambda line: None)
+    assert (folder / "thesis.txt").exists()
+
+
+def test_two_studies_do_not_write_one_folder(study):
+    with study_module._locked(Path(study.output_dir)), pytest.raises(RunError, match="being run already"):
+        run_study(study, say=lambda line: None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_handed_on_and_no_further_run_begins(study, tmp_path, number):
+    (tmp_path / "runner.py").write_text(WAITING)
+    timer = threading.Timer(0.1, lambda: (wait_for(tmp_path / "out" / "start.up"), os.kill(os.getpid(), number)))
+    timer.start()
+    begin, lines = time.monotonic(), []
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, say=lines.append)
+    assert time.monotonic() - begin < 30
+    assert [line.split(";")[0] for line in lines] == ["start begins", "start is interrupted."]
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.05)
+
+
+def test_each_worker_takes_one_of_the_gpus_that_it_may_use(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert [study_module._device(worker) for worker in range(3)] == ["4", "5", "4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    assert study_module._device(0) is None
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@
 The prior is the student at the start of this E-step, by the trainer's own forward. It and delta are computed once and
 stay as they are while the minibatches are worked through. A batch of one class has no E-step: delta would be undefined,
 and a loss that only pushes up or down teaches no difference.
+
+delta needs the implicit rewards of the whole batch before the loss of its first rollout. Where the batch is one pass,
+that pass's own forward gives them; otherwise a pass without gradient goes before.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,8 +28,6 @@ from vpd.packing import PackedBatch
 from vpd.policy.copies import INITIAL
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Objective, Refine
-
-SOURCES = ("environment", "sibling", "critique")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def refine_teacher(
     batch_prompts: int,
     fresh: Sequence[Example] | None = None,
     memory: dict[str, float] | None = None,
-) -> dict[str, float | None]:
+    measures_after: bool = True,
+) -> Refinement:
     """Run one E-step on the active rollouts of a batch, which must hold both classes.
 
     Args:
@@ -92,10 +94,12 @@ def refine_teacher(
         batch_prompts: prompts of the batch over all processes.
         fresh: held-out rollouts on which to measure the margin before and after; None (on every process) leaves it out.
         memory: where the shift is kept from one E-step to the next, for ``shift_momentum``.
+        measures_after: measure the batch's margin after the step in a pass of its own. The M-step's teacher pass gives
+            the same numbers where it reads the refined teacher: :meth:`Refinement.margins_after`.
 
     Returns:
-        Metrics. Margins are those of the batch and of ``fresh``, before and after, of all rollouts and of those with
-        each source of feedback; NaN where a class is absent.
+        Metrics among others. Margins are those of the batch and of ``fresh``, before and after, of all rollouts and of
+        those with each source of feedback; NaN where a class is absent.
     """
 
     def prior_of_student(of: Sequence[Example]) -> Tensor:
@@ -107,42 +111,110 @@ def refine_teacher(
 
     is_success = _successes(examples)
     prior = prior_of_student(examples)
-    rewards_before = rewards_of(examples, prior)
-    before = measure_margin(learner, rewards_before, is_success)
-    margins = _margins_by_source(learner, "margin_before", examples, rewards_before)
+    margins: dict[str, float | None] = {}
     if fresh is not None:
         fresh_prior = prior_of_student(fresh)
         margins |= _margins_by_source(learner, "margin_fresh_before", fresh, rewards_of(fresh, fresh_prior))
-
-    shift = before.reward_shift
-    if memory is not None:
-        shift += settings.shift_momentum * (memory.get("reward_shift", shift) - shift)
-        memory["reward_shift"] = shift
+    planned = [
+        learner.micro_batches(minibatch, [teacher_view])
+        for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts)
+        if learner.total(len(minibatch))[0]
+    ]
+    start = _Start(learner, is_success, settings.shift_momentum, memory)
+    if not _is_one_pass(learner, planned):
+        start.take(rewards_of(examples, prior))
 
     prior_of = {example.rollout: prior[index] for index, example in enumerate(examples)}
-    steps = []
-    for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts) * settings.e_epochs:
-        if not learner.total(len(minibatch))[0]:
-            continue
-        make_pass = _refining_pass(learner, settings, prior_of, before, shift)
-        parts = learner.micro_batches(minibatch, [teacher_view])
-        steps.append(learner.optimise(parts, make_pass, factor=settings.e_learning_rate_factor))
+    make_pass = _refining_pass(learner, settings, prior_of, start)
+    steps = [
+        learner.optimise(parts, make_pass, factor=settings.e_learning_rate_factor)
+        for parts in planned * settings.e_epochs
+    ]
 
-    margins |= _margins_by_source(learner, "margin_after", examples, rewards_of(examples, prior))
+    rewards = start.rewards
+    assert rewards is not None
+    margins |= _margins_by_source(learner, "margin_before", examples, rewards)
+    refinement = Refinement(learner, examples, prior, settings)
+    if measures_after:
+        margins |= refinement.margins_after(learner.sequence_log_probs(examples, teacher_view))
     if fresh is not None:
         margins |= _margins_by_source(learner, "margin_fresh_after", fresh, rewards_of(fresh, fresh_prior))
-    return (
+    refinement.metrics = (
         {
             "e_step": 1.0,
             "e_loss": sum(step.loss for step in steps),
             "e_grad_norm": sum(step.grad_norm for step in steps) / len(steps),
             "e_clipped_share": sum(step.clipped for step in steps) / len(steps),
-            "reward_shift": shift,
+            "reward_shift": start.shift,
         }
         | margins
-        | _gradient_weights(learner, rewards_before - shift, is_success)
-        | _length_effects(learner, examples, rewards_before - shift, is_success)
+        | _gradient_weights(learner, rewards - start.shift, is_success)
+        | _length_effects(learner, examples, rewards - start.shift, is_success)
     )
+    return refinement
+
+
+@dataclass
+class Refinement:
+    """What an E-step did.
+
+    Attributes:
+        prior: [B], log pi_prior(y|x) of the active rollouts.
+        metrics: its numbers.
+    """
+
+    learner: Learner
+    examples: Sequence[Example]
+    prior: Tensor
+    settings: VPD
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+    def margins_after(self, teacher_log_probs: Tensor) -> dict[str, float | None]:
+        """The batch's margins after the step.
+
+        Args:
+            teacher_log_probs: [B], log q(y|x,C) of the refined teacher.
+        """
+        rewards = implicit_rewards(teacher_log_probs, self.prior, betas(self.examples, self.settings))
+        return _margins_by_source(self.learner, "margin_after", self.examples, rewards)
+
+
+@dataclass
+class _Start:
+    """The implicit rewards at the E-step's start and delta, which follows from them; a constant of the step."""
+
+    learner: Learner
+    is_success: Tensor
+    momentum: float
+    memory: dict[str, float] | None
+    rewards: Tensor | None = None
+    shift: float = math.nan
+    counts: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        successes = int(self.is_success.sum())
+        totals = self.learner.total(successes, len(self.is_success) - successes)
+        self.counts = (int(totals[0]), int(totals[1]))
+
+    def take(self, rewards: Tensor) -> None:
+        """Note the rewards [B] of all of this process's rollouts, in their order."""
+        self.rewards = rewards
+        self.shift = measure_margin(self.learner, rewards, self.is_success).reward_shift
+        if self.memory is not None:
+            self.shift += self.momentum * (self.memory.get("reward_shift", self.shift) - self.shift)
+            self.memory["reward_shift"] = self.shift
+
+    def shift_from(self, rewards: Tensor) -> float:
+        """delta, found from the rewards of a pass over the whole batch where it is not known yet."""
+        if self.rewards is None:
+            self.take(rewards.detach().float().cpu())
+        return self.shift
+
+
+def _is_one_pass(learner: Learner, planned: Sequence[Sequence[Sequence[Example]]]) -> bool:
+    """Whether every process works its whole batch off in one pass, in which all of them can sum, free of dropout."""
+    one = len(planned) == 1 and len(planned[0]) == 1 and len(planned[0][0]) > 0 and not learner.module.has_dropout
+    return learner.total(one)[0] == learner.accelerator.num_processes
 
 
 def betas(examples: Sequence[Example], settings: VPD) -> Tensor:
@@ -166,22 +238,24 @@ def _margins_by_source(
     """
     is_success = _successes(examples)
     margins: dict[str, float | None] = {name: measure_margin(learner, rewards, is_success).margin}
-    for source in SOURCES:
+    for source in learner.union(example.source for example in examples if example.source):
         chosen = torch.tensor([example.source == source for example in examples], dtype=torch.bool)
         margins[f"{name}_{source}"] = measure_margin(learner, rewards[chosen], is_success[chosen]).margin
     return margins
 
 
 def _refining_pass(
-    learner: Learner, settings: VPD, prior_of: dict[int, Tensor], start: Margin, shift: float
+    learner: Learner, settings: VPD, prior_of: dict[int, Tensor], start: _Start
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
+    success_count, failure_count = start.counts
+
     def make_pass(part: list[Example]) -> tuple[PackedBatch, Objective]:
         return learner.pack(part, teacher_view), Refine(
             prior_log_probs=torch.stack([prior_of[example.rollout] for example in part]) if part else torch.zeros(0),
             is_success=torch.tensor([example.is_success for example in part], dtype=torch.bool),
-            reward_shift=shift,
-            success_count=start.success_count,
-            failure_count=start.failure_count,
+            shift_from=start.shift_from,
+            success_count=success_count,
+            failure_count=failure_count,
             betas=betas(part, settings),
             temperature=learner.temperature,
         )

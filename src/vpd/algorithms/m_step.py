@@ -56,7 +56,7 @@ def distil(
     examples: Sequence[Example],
     settings: MStepSettings,
     batch_prompts: int,
-    bco_beta: float,
+    betas: Tensor,
     old: Mapping[int, Tensor] | None = None,
 ) -> MStepResult:
     """Run the M-step on the active rollouts of a batch, one optimizer step a minibatch.
@@ -66,12 +66,12 @@ def distil(
         examples: this process's active rollouts: those with a teacher.
         settings: divergence, aggregation and minibatch.
         batch_prompts: prompts of the batch over all processes.
-        bco_beta: temperature of the implicit reward, for the reported margin.
+        betas: [B], temperature of each rollout's implicit reward, for the reported margin.
         old: from :func:`old_log_probs`, called before the E-step.
     """
     result = MStepResult({})
     steps = []
-    entropy_sum = 0.0
+    entropy_sum = representation_sum = 0.0
     planned = [
         (minibatch, learner.micro_batches(minibatch, [student_view, teacher_view]))
         for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts)
@@ -83,18 +83,23 @@ def distil(
             continue
 
         def keep_numbers(part: list[Example], outputs: Outputs) -> None:
-            nonlocal entropy_sum
+            nonlocal entropy_sum, representation_sum
             entropy_sum += float(outputs.values["entropy"].sum())
+            if "representation" in outputs.values:
+                representation_sum += float(outputs.values["representation"].sum())
             result.tokens.update(split_by_rollout(part, outputs))
 
         make_pass = _distilling_pass(learner, settings, token_count, sequence_count, old, kept)
         steps.append(learner.optimise(parts, make_pass, keep_numbers))
     if steps:
-        result.metrics = _metrics(learner, examples, result.tokens, entropy_sum, bco_beta) | {
+        result.metrics = _metrics(learner, examples, result.tokens, entropy_sum, betas) | {
             "m_loss": sum(step.loss for step in steps) / len(steps),
             "grad_norm": sum(step.grad_norm for step in steps) / len(steps),
             "clipped_share": sum(step.clipped for step in steps) / len(steps),
         }
+        if settings.representation_weight:
+            distance, count = learner.total(representation_sum, sum(len(e.completion) for e in examples))
+            result.metrics["representation"] = distance / count
     return result
 
 
@@ -193,20 +198,26 @@ def _metrics(
     examples: Sequence[Example],
     tokens: dict[int, TokenNumbers],
     entropy_sum: float,
-    bco_beta: float,
+    betas: Tensor,
 ) -> dict[str, float | None]:
     """Token means over all processes, and the margin of the teacher against the student as it is now."""
     sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
-    divergence_sum = token_count = 0.0
-    for example in examples:
+    divergence_sum = first_sum = token_count = 0.0
+    for example, beta in zip(examples, betas.tolist(), strict=True):
         numbers = tokens[example.rollout]
-        implicit_reward = bco_beta * (sum(numbers.teacher_log_probs) - sum(numbers.student_log_probs))
+        implicit_reward = beta * (sum(numbers.teacher_log_probs) - sum(numbers.student_log_probs))
         sums[example.is_success][0] += implicit_reward
         sums[example.is_success][1] += 1
         divergence_sum += sum(numbers.divergence)
+        first_sum += numbers.divergence[0]
         token_count += len(numbers.divergence)
-    success, successes, failure, failures, divergence, entropy, count = learner.total(
-        *sums[True], *sums[False], divergence_sum, entropy_sum, token_count
+    success, successes, failure, failures, divergence, first, entropy, count = learner.total(
+        *sums[True], *sums[False], divergence_sum, first_sum, entropy_sum, token_count
     )
     margin = success / successes - failure / failures if successes and failures else math.nan
-    return {"divergence": divergence / count, "entropy": entropy / count, "margin": margin}
+    return {
+        "divergence": divergence / count,
+        "divergence_first": first / (successes + failures),
+        "entropy": entropy / count,
+        "margin": margin,
+    }

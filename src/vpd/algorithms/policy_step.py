@@ -15,6 +15,7 @@ from vpd.algorithms.example import Example, minibatches, student_view, teacher_v
 from vpd.algorithms.m_step import MStepResult, distilling_objective, split_by_rollout, token_weights
 from vpd.config import MStepSettings, PolicyGradientSettings
 from vpd.packing import PackedBatch
+from vpd.policy.copies import INITIAL
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Objective, Outputs, PolicyGradient, TokenLogProbs, WeightedSum
 
@@ -63,8 +64,12 @@ def policy_step(
         shape: how the teacher changes them; None reads no teacher.
         distillation: adds the M-step's loss.
     """
-    found = learner.token_log_probs(examples, student_view)
-    old = {example.rollout: values for example, values in zip(examples, found, strict=True)}
+    old = _by_rollout(examples, learner.token_log_probs(examples, student_view))
+    reference = (
+        _by_rollout(examples, learner.token_log_probs(examples, student_view, learner.copies[INITIAL]))
+        if settings.beta
+        else None
+    )
     result, steps, clipped_tokens, tokens = MStepResult({}), [], 0.0, 0
     reads_teacher = shape is not None or distillation is not None
     for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts):
@@ -79,7 +84,7 @@ def policy_step(
             if "divergence" in outputs.values:
                 result.tokens.update(split_by_rollout(with_teacher(part), outputs))
 
-        make_pass = _gradient_pass(learner, settings, counts, advantages, old, shape, distillation)
+        make_pass = _gradient_pass(learner, settings, counts, advantages, old, reference, shape, distillation)
         views = [student_view, teacher_view] if reads_teacher else [student_view]
         steps.append(learner.optimise(learner.micro_batches(minibatch, views), make_pass, keep_numbers))
     if steps:
@@ -99,6 +104,7 @@ def _gradient_pass(
     counts: Sequence[float],
     advantages: Mapping[int, Tensor],
     old: Mapping[int, Tensor],
+    reference: Mapping[int, Tensor] | None,
     shape: Shape | None,
     distillation: Distillation | None,
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
@@ -114,6 +120,8 @@ def _gradient_pass(
             epsilon_high=settings.epsilon_high,
             shape=shape,
             teacher_log_probs=None if shape is None else _teacher_log_probs(learner, part),
+            reference_log_probs=None if reference is None else _of_tokens(part, reference),
+            kl_weight=settings.beta,
         )
         objective: Objective = gradient
         if distillation is not None:
@@ -125,6 +133,10 @@ def _gradient_pass(
         return learner.pack(part, student_view), objective
 
     return make_pass
+
+
+def _by_rollout(examples: Sequence[Example], values: Sequence[Tensor]) -> dict[int, Tensor]:
+    return {example.rollout: value for example, value in zip(examples, values, strict=True)}
 
 
 def _counts(learner: Learner, minibatch: Sequence[Example]) -> list[float]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from vpd.algorithms.example import Example, with_teacher
 from vpd.algorithms.m_step import MStepResult, distil, old_log_probs
 from vpd.config import SDPO
@@ -24,4 +26,7 @@ def update(
     examples = with_teacher(examples)
     with timer("m_step"):
         old = old_log_probs(learner, examples, settings)
-        return distil(learner, examples, settings, batch_prompts, _MARGIN_BETA, old)
+        betas = torch.full((len(examples),), _MARGIN_BETA)
+        result = distil(learner, examples, settings, batch_prompts, betas, old)
+    result.metrics["margin_on_arrival"] = result.metrics.get("margin")
+    return result

@@ -40,14 +40,15 @@ class TeacherStates:
 def read_teacher(learner: Learner, taught: list[Example], settings: MStepSettings) -> TeacherStates:
     """One pass of the teacher over rollouts that have one, or two where two networks are mixed."""
     batch = learner.pack(taught, teacher_view)
+    states = PredictorStates(settings.representation_layers if settings.representation_weight else ())
     if settings.teacher == "ema":
         average = learner.copies[AVERAGE]
-        return _states(learner.score(batch, PredictorStates(), average).values, average.head)
-    live = learner.score(batch, PredictorStates()).values
+        return _states(learner.score(batch, states, average).values, average.head)
+    live = learner.score(batch, states).values
     if settings.teacher != "trust_region":
         return _states(live)
     initial = learner.copies[INITIAL]
-    values = learner.score(batch, PredictorStates(), initial).values
+    values = learner.score(batch, states, initial).values
     if not taught:
         return _states(live)
     head = mixed_head(initial.head, head_of(learner.module.model), settings.trust_region_share)

@@ -19,19 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vpd.algorithms.example import Sequenced, whole_view
 from vpd.config import ConfigError, WarmStartSettings
 from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
-from vpd.feedback import PromptBuilder, build_views
+from vpd.feedback import FeedbackSource, PromptBuilder, build_views
 from vpd.packing import PackedBatch
 from vpd.policy.cache import cache_dir
 from vpd.policy.learner import Learner
-from vpd.policy.load import load_policy, save_policy
+from vpd.policy.load import load_weights, save_policy
 from vpd.policy.objectives import Imitate, Objective
 from vpd.types import Demonstration, Rollout, Verdict
 
@@ -50,9 +48,22 @@ class WarmStartResult:
 
 
 def demonstration_sequences(
-    environment: Environment, prompts: PromptBuilder, end_of_sequence: int, count: int, success_threshold: float
+    environment: Environment,
+    prompts: PromptBuilder,
+    end_of_sequence: int,
+    count: int,
+    success_threshold: float,
+    sources: Sequence[FeedbackSource] | None = None,
 ) -> list[Sequenced]:
     """Plain and feedback-conditioned sequences of ``count`` demonstrations.
+
+    Args:
+        environment: has the demonstrations.
+        prompts: makes both prompts.
+        end_of_sequence: closes an answer.
+        count: of demonstrations.
+        success_threshold: the reward from which an answer succeeds.
+        sources: of feedback; those of the prompts' settings by default.
 
     Raises:
         ConfigError: the environment has no demonstrations, or one of them is not a success.
@@ -70,9 +81,9 @@ def demonstration_sequences(
     ):
         rollout.verdict = verdict if isinstance(verdict, Verdict) else None
     is_success = [r.verdict is not None and r.verdict.reward >= success_threshold for r in rollouts]
-    views = build_views(rollouts, is_success, prompts)
+    views = build_views(rollouts, is_success, prompts, sources=sources)
     failed = [2 * index for index, demonstration in enumerate(demonstrations) if index % 2 and demonstration.attempt]
-    alone = build_views([rollouts[i] for i in failed], [False] * len(failed), prompts)
+    alone = build_views([rollouts[i] for i in failed], [False] * len(failed), prompts, sources=sources)
     for index, view in zip(failed, alone, strict=True):
         views[index] = view or views[index]
     sequences = []
@@ -110,7 +121,7 @@ def warm_start(
     # Every process must find it: one that did not would wait for the others in training.
     (found,) = learner.total(folder is not None and folder.is_dir())
     if folder is not None and found == learner.accelerator.num_processes:
-        _load_weights(learner.module.model, folder)
+        load_weights(learner.module.model, folder)
         return WarmStartResult(len(sequences), 0, float("nan"), time.perf_counter() - start, folder)
     losses = _train(learner, sequences, settings)
     if folder is not None and learner.accelerator.is_main_process:
@@ -167,11 +178,3 @@ def _key(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStartSe
     optim, accelerator = learner.settings, learner.accelerator
     digest.update(f"{optim.max_grad_norm} {accelerator.mixed_precision} {accelerator.num_processes}".encode())
     return digest.hexdigest()[:16]
-
-
-def _load_weights(model: nn.Module, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
-        return
-    dtype = next(model.parameters()).dtype
-    model.load_state_dict(load_policy(str(folder), dtype=dtype).model.state_dict())

@@ -49,6 +49,8 @@ class Code(Environment):
             ``test.jsonl``, or a Hugging Face dataset id.
         tests: which of them train: ``public`` as published; or ``half``, a seeded random half of all, which then counts
             as public, and all of them evaluate.
+        final: ``held_out`` problems, or those of ``training`` again, judged by the tests that evaluate; a test file's
+            problems are then training problems too.
         sandbox: the isolation of programs; ``auto`` takes the strongest that the machine offers.
         seconds, memory_mb: limits of one test.
         selection_size, final_size: problems taken from training where there is no test file.
@@ -63,6 +65,7 @@ class Code(Environment):
         path: str,
         *,
         tests: Literal["public", "half"] = "public",
+        final: Literal["held_out", "training"] = "held_out",
         sandbox: Literal["auto", "full", "bubblewrap", "landlock", "unsafe"] = "auto",
         seconds: float = 5.0,
         memory_mb: int = 512,
@@ -80,15 +83,21 @@ class Code(Environment):
             problems = {"train": self._without_wrong_examples(problems["train"])}
         if tests == "half":
             problems = {split: [_with_random_half(p, seed) for p in found] for split, found in problems.items()}
+        found = {split: [_task(problem) for problem in of_split] for split, of_split in problems.items()}
+        if final == "training":
+            found = {"train": [task for of_split in found.values() for task in of_split]}
         self._tasks = cut_splits(
-            [_task(problem) for problem in problems["train"]],
-            [_task(problem) for problem in problems["test"]] if "test" in problems else None,
+            found["train"],
+            found.get("test"),
             key=lambda task: question_key(task.prompt[-1]["content"]),
             selection_size=selection_size,
-            final_size=final_size,
+            final_size=0 if final == "training" else final_size,
             seed=seed,
             origin=path,
         )
+        if final == "training":
+            again = [replace(task, id=f"{task.id} (evaluation)") for task in self._tasks["train"]]
+            self._tasks["final"] = again[:final_size]
         self._training = {task.id for task in self._tasks["train"]}
 
     def tasks(self, split: Split) -> Sequence[Task]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from accelerate import Accelerator
 
 from vpd.config import VPDConfig
 from vpd.environments import Environment, Split
 from vpd.evaluation.accuracy import Evaluation, evaluate
 from vpd.evaluation.gap import Gap, measure_gap
-from vpd.feedback import Critic
+from vpd.feedback import FeedbackSource
 from vpd.rollout.sampler import RolloutSampler
 from vpd.runs.timing import Timer
 from vpd.seeds import mix
@@ -22,7 +24,7 @@ class Evaluator:
         environment: has the splits.
         args: settings of the run.
         accelerator: tells this process's place among all.
-        critic: of failed attempts, where the feedback has one.
+        sources: of feedback.
     """
 
     def __init__(
@@ -31,9 +33,9 @@ class Evaluator:
         environment: Environment,
         args: VPDConfig,
         accelerator: Accelerator,
-        critic: Critic | None = None,
+        sources: Sequence[FeedbackSource] | None = None,
     ) -> None:
-        self._critic = critic
+        self._sources = sources
         self._sampler = sampler
         self._environment = environment
         self._args = args
@@ -42,6 +44,7 @@ class Evaluator:
     def accuracy(self, split: Split, limit: int | None = None) -> Evaluation:
         """Accuracy on the first ``limit`` tasks of a split; the processes share the work."""
         timer, self._sampler.timer = self._sampler.timer, Timer()
+        sampled_tokens = self._sampler.sampled_tokens
         evaluation = evaluate(
             self._sampler,
             list(self._environment.tasks(split))[:limit],
@@ -51,11 +54,15 @@ class Evaluator:
             process=self._accelerator.process_index,
             processes=self._accelerator.num_processes,
         )
-        self._sampler.timer = timer
+        self._sampler.timer, self._sampler.sampled_tokens = timer, sampled_tokens
         return evaluation
 
-    def gap(self) -> Gap:
-        """How far the teacher is ahead of the student on selection tasks; every process measures the same."""
+    def gap(self, permute: bool = False) -> Gap:
+        """How far the teacher is ahead of the student on selection tasks; every process measures the same.
+
+        Args:
+            permute: give each rollout the feedback of another task, as a control.
+        """
         tasks = list(self._environment.tasks("selection"))[: self._args.eval.preflight_tasks]
         return measure_gap(
             self._sampler,
@@ -63,5 +70,6 @@ class Evaluator:
             self._args.rollout.num_generations,
             self._args.algorithm.success_threshold,
             mix(self._args.run.seed, 0, 0),
-            self._critic,
+            self._sources,
+            permute or self._args.feedback.permute,
         )

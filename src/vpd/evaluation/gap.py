@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from vpd.evaluation.intervals import bootstrap_interval
-from vpd.feedback import Critic, build_views
+from vpd.feedback import FeedbackSource, build_views
 from vpd.rollout.sampler import RolloutSampler
 from vpd.types import Rollout, Task
 
@@ -42,7 +42,8 @@ def measure_gap(
     num_generations: int,
     success_threshold: float,
     seed: int,
-    critic: Critic | None = None,
+    sources: Sequence[FeedbackSource] | None = None,
+    permute: bool = False,
 ) -> Gap:
     """Sample the student, give it feedback, and let the teacher answer once behind each feedback prompt.
 
@@ -52,15 +53,16 @@ def measure_gap(
         num_generations: student rollouts a task; feedback from siblings needs 2 or more.
         success_threshold: the reward from which a completion succeeds.
         seed: of the completions.
-        critic: of failed attempts, where the feedback has one.
+        sources: of feedback; those of the prompts' settings by default.
+        permute: give each rollout the feedback of another task.
     """
     rollouts = sampler.sample(tasks, num_generations, seed=seed)
     views = build_views(
         rollouts,
         [_succeeds(rollout, success_threshold) for rollout in rollouts],
         sampler.prompts,
-        critic=critic,
-        permute=sampler.prompts.settings.permute,
+        sources=sources,
+        permute=permute,
     )
     active = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]
     answers = sampler.sample_behind(

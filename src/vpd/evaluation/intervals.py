@@ -43,20 +43,23 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 def crossed_interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
     """The 95% percentile interval of a mean over training seeds and questions, resampling both.
 
+    Of S seeds S - 1 are drawn, which makes the variance of resampled means that of the mean (S drawn ones would give
+    (S - 1) / S of it; Rao and Wu 1988). A single seed has no spread to draw from: then the interval is over questions.
+
     Args:
         values: [S, Q], seeds by questions: scores, or differences of two arms that share seeds and questions.
         seed: of the resampling.
 
     Returns:
-        (nan, nan) for no values. With few seeds the interval is too narrow: the variance of resampled means is smaller
-        than the variance of the mean by the factor (S - 1) / S, and the tails of so few values are thin.
+        (nan, nan) for no values.
     """
     array = np.asarray(values, dtype=np.float64)
     if not array.size:
         return math.nan, math.nan
     seeds, questions = array.shape
     draw = np.random.default_rng(seed)
-    seed_shares = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=_RESAMPLES) / seeds
+    drawn = max(seeds - 1, 1)
+    seed_shares = draw.multinomial(drawn, np.full(seeds, 1 / seeds), size=_RESAMPLES) / drawn
     question_shares = draw.multinomial(questions, np.full(questions, 1 / questions), size=_RESAMPLES) / questions
     return _percentiles(((seed_shares @ array) * question_shares).sum(axis=1))
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from vpd.config import FeedbackSettings
-from vpd.feedback.critique import Critic
 from vpd.feedback.prompts import PromptBuilder
-from vpd.feedback.texts import choose_texts, permute_across_groups
+from vpd.feedback.sources import FeedbackSource, Group, choose_texts, make_sources
+from vpd.feedback.texts import permute_across_groups
 from vpd.types import Rollout, TeacherView
 
 
@@ -17,7 +16,7 @@ def build_views(
     is_success: Sequence[bool],
     prompts: PromptBuilder,
     *,
-    critic: Critic | None = None,
+    sources: Sequence[FeedbackSource] | None = None,
     permute: bool = False,
 ) -> list[TeacherView | None]:
     """Build the teacher's prompt of each rollout.
@@ -27,23 +26,17 @@ def build_views(
             gets no view and is nobody's sibling.
         is_success: B flags.
         prompts: templates and limits.
-        critic: writes about failed attempts, where ``critique`` is among the sources and a group takes it.
+        sources: in order of preference; by default those of the templates' settings that need nothing else.
         permute: give each rollout the feedback of another task, for the control.
 
     Returns:
         B entries; None where there is no feedback.
     """
-    texts = []
     graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
-    groups = [list(members) for _, members in groupby(graded, key=lambda index: rollouts[index].group)]
-    critiques = _critiques(rollouts, is_success, groups, prompts.settings, critic)
-    for group in groups:
-        texts += choose_texts(
-            [rollouts[i] for i in group],
-            [is_success[i] for i in group],
-            prompts.settings,
-            [critiques.get(i) for i in group],
-        )
+    members = [list(of_group) for _, of_group in groupby(graded, key=lambda index: rollouts[index].group)]
+    groups = [Group([rollouts[i] for i in group], [is_success[i] for i in group]) for group in members]
+    chosen = choose_texts(groups, make_sources(prompts.settings) if sources is None else sources)
+    texts = [text for of_group in chosen for text in of_group]
     if permute:
         texts = permute_across_groups(texts, [rollouts[i].group for i in graded])
     views: list[TeacherView | None] = [None] * len(rollouts)
@@ -51,23 +44,3 @@ def build_views(
         if text is not None:
             views[index] = prompts.teacher(rollouts[index].task.prompt, text)
     return views
-
-
-def _critiques(
-    rollouts: Sequence[Rollout],
-    is_success: Sequence[bool],
-    groups: Sequence[Sequence[int]],
-    settings: FeedbackSettings,
-    critic: Critic | None,
-) -> dict[int, str | None]:
-    """What the critic writes, all at once, of the failures of those groups that no source before it serves."""
-    if critic is None or "critique" not in settings.sources:
-        return {}
-    before = settings.sources[: settings.sources.index("critique")]
-    wanted: list[int] = []
-    for group in groups:
-        members, flags = [rollouts[i] for i in group], [is_success[i] for i in group]
-        served = before and any(choose_texts(members, flags, settings.model_copy(update={"sources": before})))
-        if not served:
-            wanted += [index for index, success in zip(group, flags, strict=True) if not success]
-    return dict(zip(wanted, critic.write([rollouts[i] for i in wanted]), strict=True)) if wanted else {}

@@ -9,7 +9,7 @@ from vpd.losses.bco import bco_loss, implicit_rewards
 from vpd.losses.divergence import DivergenceKind, TokenLoss, divergence
 from vpd.losses.head import Head
 from vpd.losses.log_probs import token_log_probs
-from vpd.losses.policy_gradient import clipped_policy_gradient, sampled_divergence
+from vpd.losses.policy_gradient import clipped_policy_gradient, reference_kl, sampled_divergence
 from vpd.losses.support import Correction, Support
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "clipped_policy_gradient",
     "divergence",
     "implicit_rewards",
+    "reference_kl",
     "sampled_divergence",
     "token_log_probs",
 ]

@@ -41,6 +41,23 @@ def clipped_policy_gradient(
     return -(token_weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
 
 
+def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, token_weights: Tensor) -> Tensor:
+    """GRPO's penalty for leaving a reference policy: sum_t w_t (u_t - log u_t - 1), u_t = pi_reference / pi.
+
+    Each term is at least 0, and for y_t drawn from pi an unbiased estimate of KL_t(pi || pi_reference).
+
+    Args:
+        log_probs: [T], log pi(y_t), with gradient.
+        reference_log_probs: [T].
+        token_weights: [T].
+
+    Returns:
+        A scalar in fp32.
+    """
+    difference = reference_log_probs.detach().float() - log_probs.float()
+    return (token_weights * (difference.exp() - difference - 1.0)).sum()
+
+
 def sampled_divergence(
     log_probs: Tensor,
     teacher_log_probs: Tensor,

@@ -132,24 +132,40 @@ def pack(sequences: Sequence[Tokens], completion_starts: Sequence[int], *, share
     )
 
 
-def hidden_states(backbone: nn.Module, batch: PackedBatch) -> Tensor:
+def hidden_states(backbone: nn.Module, batch: PackedBatch, layers: Sequence[int] = ()) -> Tensor:
     """Last hidden states [T, H] of a backbone (a model without its head), in the batch's packed order.
 
     A batch that shares prefixes needs :func:`enable_packed_attention`; one that does not is run row by row.
     ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``.
 
+    Args:
+        backbone: the model without its head.
+        batch: what to run.
+        layers: whose outputs to put behind the last states, side by side: [T, H + len(layers) * H]. The first is 1,
+            and the last one's is normalised, as transformers gives it.
+
     Raises:
-        ValueError: the batch is empty.
+        ValueError: the batch is empty, or there is no such layer.
     """
     if batch.is_empty:
         raise ValueError("The packed batch is empty: there is nothing to compute. Check `batch.is_empty` first.")
     if batch.row_lengths is None:
-        return backbone(**batch.model_inputs()).last_hidden_state[0]
+        return _states(backbone, layers, **batch.model_inputs())
     rows = [
-        backbone(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False).last_hidden_state[0]
+        _states(backbone, layers, input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
         for row in batch.rows()
     ]
     return torch.cat(rows)
+
+
+def _states(backbone: nn.Module, layers: Sequence[int], **inputs: Any) -> Tensor:
+    if not layers:
+        return backbone(**inputs).last_hidden_state[0]
+    output = backbone(**inputs, output_hidden_states=True)
+    count = len(output.hidden_states) - 1
+    if wrong := [layer for layer in layers if not 1 <= layer <= count]:
+        raise ValueError(f"The model has {count} layers, counted from 1; there is no layer {wrong[0]}.")
+    return torch.cat([output.last_hidden_state[0], *(output.hidden_states[layer][0] for layer in layers)], dim=-1)
 
 
 def _concatenate(arrays: list[np.ndarray]) -> Tensor:

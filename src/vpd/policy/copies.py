@@ -12,18 +12,22 @@ from vpd.losses import Head
 from vpd.policy.head import head_of
 from vpd.policy.module import PolicyModule
 
-INITIAL, AVERAGE = "initial", "average"
-"""Names of the copies: the policy as it was before training, and its running average."""
+INITIAL, AVERAGE, PREVIOUS = "initial", "average", "previous"
+"""Names of the copies: the policy as it was before training, its running average, and as it was at the last attempt to
+extrapolate."""
 
 
-def make_copies(policy: PolicyModule, settings: AlgorithmSettings) -> dict[str, WeightCopy]:
-    """The copies that an algorithm's settings ask for; most ask for none."""
+def make_copies(policy: PolicyModule, settings: AlgorithmSettings, extrapolates: bool = False) -> dict[str, WeightCopy]:
+    """The copies that an algorithm's settings ask for, and extrapolation; most ask for none."""
     teacher = getattr(settings, "teacher", None)
     copies = {}
-    if teacher == "trust_region" or getattr(settings, "prior", None) == "fixed":
+    penalised = getattr(settings, "beta", 0.0) > 0
+    if teacher == "trust_region" or getattr(settings, "prior", None) == "fixed" or penalised:
         copies[INITIAL] = WeightCopy(policy)
     if teacher == "ema":
         copies[AVERAGE] = WeightCopy(policy, settings.ema_rate)  # pyright: ignore[reportAttributeAccessIssue]
+    if extrapolates:
+        copies[PREVIOUS] = WeightCopy(policy)
     return copies
 
 
@@ -35,7 +39,7 @@ class WeightCopy:
 
     Args:
         policy: what to copy.
-        rate: how far each optimizer step pulls the copy towards the trained weights; 0 keeps it as it was assigned.
+        rate: how far each rollout batch pulls the copy towards the trained weights; 0 keeps it as it was assigned.
     """
 
     def __init__(self, policy: PolicyModule, rate: float = 0.0) -> None:
@@ -58,19 +62,23 @@ class WeightCopy:
 
     @torch.no_grad()
     def follow(self, policy: nn.Module) -> None:
-        """After an optimizer step: move by ``rate`` towards the policy's weights."""
+        """After a rollout batch's updates: move by ``rate`` towards the policy's weights."""
         if self.rate:
             self._pull(policy, self.rate)
 
+    def trained(self, policy: nn.Module) -> dict[str, nn.Parameter]:
+        """A policy's parameters that the copy has copies of, by name."""
+        parameters = dict(policy.named_parameters())
+        return {name: parameters[name] for name in self._trained}
+
     def _pull(self, policy: nn.Module, rate: float) -> None:
-        own, theirs = dict(self.module.named_parameters()), dict(policy.named_parameters())
-        for name in self._trained:
-            own[name].lerp_(theirs[name].to(own[name]), rate)
+        theirs = self.trained(policy)
+        for name, own in self.trained(self.module).items():
+            own.lerp_(theirs[name].to(own), rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copied weights, for a checkpoint."""
-        own = dict(self.module.named_parameters())
-        return {name: own[name] for name in self._trained}
+        return dict(self.trained(self.module))
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -7,12 +7,13 @@ many give the same update on the same rollouts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -33,6 +34,11 @@ class TokenCounts:
 
     computed: int = 0
     padded: int = 0
+
+    def count(self, batch: PackedBatch) -> None:
+        """Add a pass over ``batch``."""
+        self.computed += batch.token_count
+        self.padded += batch.padded_token_count
 
 
 @dataclass
@@ -80,6 +86,11 @@ class Learner:
         tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
         return float(torch.as_tensor(self.accelerator.gather(tensor)).max())
 
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The distinct names of all processes, sorted."""
+        own = sorted(set(names))
+        return sorted(set(gather_object(own))) if self.accelerator.num_processes > 1 else own
+
     def gather(self, values: Tensor) -> Tensor:
         """The finite numbers [n] of all processes in one tensor, on the CPU; n may differ between processes."""
         padded = self.accelerator.pad_across_processes(values.to(self.accelerator.device), pad_index=float("inf"))  # pyright: ignore[reportArgumentType]
@@ -99,20 +110,19 @@ class Learner:
         return [[items[index] for index in part] for part in parts] + [[] for _ in range(most - len(parts))]
 
     def pack(self, items: Sequence[T], view: View[T]) -> PackedBatch:
-        """Pack one view of some items for a forward pass, and count its tokens."""
+        """Pack one view of some items for a forward pass."""
         sequences, starts = [], []
         for item in items:
             sequence, start = view(item)
             sequences.append(sequence)
             starts.append(start)
         batch = pack(sequences, starts, share_prefixes=self.module.share_prefixes)
-        self.tokens.computed += batch.token_count
-        self.tokens.padded += batch.padded_token_count
         return batch.to(self.accelerator.device)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, objective: Objective, weights: WeightCopy | None = None) -> Outputs:
         """One pass without gradient, dropout off; of the policy, or of a copy of it."""
+        self.tokens.count(batch)
         if weights is not None:
             with self.accelerator.autocast():
                 return weights.module(batch, objective)
@@ -162,6 +172,7 @@ class Learner:
         loss = 0.0
         for index, part in enumerate(parts):
             batch, objective = make_pass(part)
+            self.tokens.count(batch)
             self.policy.train()
             with self._synchronised(last=index == len(parts) - 1):
                 outputs = self.policy(batch, objective)
@@ -180,8 +191,6 @@ class Learner:
         with self._scaled_learning_rate(factor):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        for weights in self.copies.values():
-            weights.follow(self.module)
         return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm)
 
     @contextlib.contextmanager

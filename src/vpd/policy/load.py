@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.config import ConfigError
@@ -117,6 +119,15 @@ def save_policy(
         raise OSError(f"The model could not be written to {folder}: {error}. Nothing was left behind.") from error
 
 
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Give a model, PEFT-wrapped or not, the weights that :func:`save_policy` wrote for it."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        return
+    dtype = next(model.parameters()).dtype
+    model.load_state_dict(load_policy(str(folder), dtype=dtype).model.state_dict())
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The token ids that end a completion, sorted.
 
@@ -188,8 +199,6 @@ def _model_folder(name: str, folder: Path) -> Path:
 
 
 def _load_adapter(name: str, adapter: Path, dtype: torch.dtype) -> LoadedModel:
-    from peft import PeftModel
-
     base_name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base_name:
         raise ConfigError(f"{adapter} does not say which model it adapts: set its base_model_name_or_path.")

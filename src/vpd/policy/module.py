@@ -5,6 +5,8 @@ Losses are computed inside this forward, so that the hooks of DDP and the shardi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -29,6 +31,12 @@ class PolicyModule(nn.Module):
         if share_prefixes:
             enable_packed_attention(causal_lm_of(model))
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a training pass gives other numbers than a scoring pass."""
+        in_modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        return in_modules or bool(getattr(causal_lm_of(self.model).config, "attention_dropout", 0.0))
+
     def forward(self, batch: PackedBatch, objective: Objective) -> Outputs:
         """Compute ``objective`` on ``batch``.
 
@@ -41,4 +49,9 @@ class PolicyModule(nn.Module):
             hidden = backbone(input_ids=token, use_cache=False).last_hidden_state
             zero = 0.0 * (hidden.sum() + head.weight.sum() + (0.0 if head.bias is None else head.bias.sum()))
             return Outputs(loss=zero)
-        return objective(hidden_states(backbone, batch), head, batch)
+        return objective(hidden_states(backbone, batch, self._layers(objective)), head, batch)
+
+    def _layers(self, objective: Objective) -> Sequence[int]:
+        """The layers whose states the objective wants behind the last ones; None stands for all."""
+        layers = getattr(objective, "layers", ())
+        return range(1, causal_lm_of(self.model).config.num_hidden_layers + 1) if layers is None else layers

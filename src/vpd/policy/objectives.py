@@ -22,6 +22,7 @@ from vpd.losses import (
     clipped_policy_gradient,
     divergence,
     implicit_rewards,
+    reference_kl,
     sampled_divergence,
     token_log_probs,
 )
@@ -81,7 +82,13 @@ class TokenLogProbs:
 @dataclass(frozen=True)
 class PredictorStates:
     """The hidden states that predict completion tokens: ``values["hidden"]`` [U, H], distinct ones only, and
-    ``values["rows"]`` [S], which of them predicts each completion token."""
+    ``values["rows"]`` [S], which of them predicts each completion token.
+
+    Attributes:
+        layers: whose outputs to put behind the last states; None for all.
+    """
+
+    layers: Sequence[int] | None = ()
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         (rows,), inverse = _distinct(batch.predictor)
@@ -105,14 +112,15 @@ class Refine:
     Attributes:
         prior_log_probs: [B], log pi_prior(y|x), without gradient.
         is_success: [B] bool.
-        reward_shift: delta, a constant of the E-step.
+        shift_from: gives delta, a constant of the E-step, from the implicit rewards [B] of this pass, which only the
+            first pass of an E-step needs.
         success_count, failure_count: over the whole E-batch, all processes.
         betas: [B], the implicit reward's temperature.
     """
 
     prior_log_probs: Tensor
     is_success: Tensor
-    reward_shift: float
+    shift_from: Callable[[Tensor], float]
     success_count: int
     failure_count: int
     betas: Tensor
@@ -120,10 +128,13 @@ class Refine:
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature), batch)
+        rewards = implicit_rewards(
+            log_probs, self.prior_log_probs.to(log_probs.device), self.betas.to(log_probs.device)
+        )
         loss = bco_loss(
-            implicit_rewards(log_probs, self.prior_log_probs.to(log_probs.device), self.betas.to(log_probs.device)),
+            rewards,
             self.is_success.to(log_probs.device),
-            self.reward_shift,
+            self.shift_from(rewards),
             success_count=self.success_count,
             failure_count=self.failure_count,
         )
@@ -153,6 +164,11 @@ class Distil:
     tokens: Tensor | None = None
     old_log_probs: Tensor | None = None
 
+    @property
+    def layers(self) -> Sequence[int] | None:
+        """The layers whose states are matched; None for all."""
+        return self.settings.representation_layers if self.settings.representation_weight else ()
+
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         columns = (batch.predictor, batch.targets)
         if self.tokens is not None:
@@ -161,6 +177,10 @@ class Distil:
         weights = self.token_weights.to(hidden.device)
         weights = weights.new_zeros(rows.numel()).index_add(0, inverse, weights)
         states, teacher_states = hidden.index_select(0, rows), self.teacher_hidden.index_select(0, teacher_rows)
+        matching = self._representation(states, teacher_states, weights, head)
+        if matching is not None:
+            width = head.weight.shape[1]
+            states, teacher_states = states[:, :width], teacher_states[:, :width]
         is_sampled = self.settings.divergence == "sampled"
         kind: DivergenceKind = "reverse_kl" if self.settings.divergence == "sampled" else self.settings.divergence
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_sampled):
@@ -186,8 +206,11 @@ class Distil:
             "teacher_log_probs": result.teacher_log_probs,
         }
         values = {name: value[inverse] for name, value in values.items()}
+        if matching is not None:
+            values["representation"] = matching[1][inverse]
+        addition = 0.0 if matching is None else self.settings.representation_weight * matching[0]
         if not is_sampled:
-            return Outputs(loss=result.total, values=values)
+            return Outputs(loss=result.total + addition, values=values)
         loss = sampled_divergence(
             token_log_probs(states, head, targets, temperature=self.temperature)[inverse],
             values["teacher_log_probs"],
@@ -196,7 +219,18 @@ class Distil:
             baseline=values["divergence"] if self.settings.control_variate else None,
             importance_clip=self.settings.importance_clip,
         )
-        return Outputs(loss=loss, values=values)
+        return Outputs(loss=loss + addition, values=values)
+
+    def _representation(
+        self, states: Tensor, teacher_states: Tensor, weights: Tensor, head: Head
+    ) -> tuple[Tensor, Tensor] | None:
+        """The squared distance of the layers' states, a mean over layers and H: weighted sum, and of each token."""
+        if not self.settings.representation_weight:
+            return None
+        width = head.weight.shape[1]
+        distance = states[:, width:].float() - teacher_states[:, width:].float()
+        per_token = distance.square().mean(-1)
+        return torch.dot(weights, per_token), per_token.detach()
 
 
 @dataclass(frozen=True)
@@ -208,6 +242,8 @@ class PolicyGradient:
         shape: makes the advantages [S] from the given ones and the teacher's lead, log q - log pi; None leaves them.
         teacher_log_probs: [S], log q of each token for ``shape``; nan where there is no teacher (a lead of 0).
         epsilon, epsilon_high: bounds of the ratio.
+        reference_log_probs: [S], of the initial model; None for no penalty.
+        kl_weight: of the penalty for leaving it.
     """
 
     advantages: Tensor
@@ -218,6 +254,8 @@ class PolicyGradient:
     epsilon_high: float
     shape: Callable[[Tensor, Tensor], Tensor] | None = None
     teacher_log_probs: Tensor | None = None
+    reference_log_probs: Tensor | None = None
+    kl_weight: float = 0.0
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         log_probs = _log_probs(hidden, head, batch, self.temperature)
@@ -234,6 +272,9 @@ class PolicyGradient:
             clip_low=self.epsilon,
             clip_high=self.epsilon_high,
         )
+        if self.reference_log_probs is not None:
+            reference = self.reference_log_probs.to(hidden.device)
+            loss = loss + self.kl_weight * reference_kl(log_probs, reference, self.token_weights.to(hidden.device))
         ratio = torch.exp(current - old)
         outside = torch.where(advantages > 0, ratio > 1 + self.epsilon_high, ratio < 1 - self.epsilon)
         return Outputs(loss=loss, values={"is_clipped": outside & (advantages != 0)})
@@ -245,8 +286,17 @@ class WeightedSum:
 
     terms: Sequence[tuple[float, Objective]]
 
+    @property
+    def layers(self) -> Sequence[int] | None:
+        """The layers whose states one of the terms wants; None for all."""
+        return next((wanted for _, term in self.terms if (wanted := getattr(term, "layers", ())) != ()), ())
+
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        outputs = [(weight, objective(hidden, head, batch)) for weight, objective in self.terms]
+        last = hidden[:, : head.weight.shape[1]]
+        outputs = [
+            (weight, term(last if getattr(term, "layers", ()) == () else hidden, head, batch))
+            for weight, term in self.terms
+        ]
         losses = [weight * output.loss for weight, output in outputs if output.loss is not None]
         values = {name: value for _, output in outputs for name, value in output.values.items()}
         return Outputs(loss=torch.stack(losses).sum(), values=values)

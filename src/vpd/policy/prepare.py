@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vpd.config import ConfigError, ModelSettings, VPDConfig
+from vpd.config import AlgorithmSettings, ConfigError, ModelSettings, VPDConfig
 from vpd.packing import check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
@@ -94,6 +94,16 @@ def _small_group(causal_lm: PreTrainedModel) -> tuple[list[list[int]], list[int]
     completions = [[draw.randrange(config.vocab_size) for _ in range(size)] for size in (3, 8, 12)]
     completions.append([*completions[2][:6], *completions[1]])
     return [prompt + completion for completion in completions], [length] * len(completions)
+
+
+def check_layers(policy: PolicyModule, settings: AlgorithmSettings) -> None:
+    """Raise ConfigError where hidden states of layers are to be matched that the model does not have."""
+    count = causal_lm_of(policy.model).config.num_hidden_layers
+    for layer in getattr(settings, "representation_layers", None) or ():
+        if not 1 <= layer <= count:
+            raise ConfigError(
+                f"algorithm.representation_layers names {layer}, but the model has {count} layers, counted from 1."
+            )
 
 
 def make_accelerator(args: VPDConfig) -> Accelerator:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,6 +26,9 @@ from vpd.runs.study import START, Study, runs_of
 _COLORS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
 _SMOOTHED_OVER = 5
 
+_MOST_LEFT_OUT = 0.05
+"""Share of the questions that may have been ungraded in some run."""
+
 Curve = list[tuple[float, float]]
 """Steps and values."""
 
@@ -39,7 +43,7 @@ class RunResult:
         tokens_rollout, tokens_computed: sampled in training, and run through training passes.
         success_rate: of the rollouts, by step.
         selection: accuracy on the selection split, where it was measured.
-        margin: of the implicit rewards, teacher against student, on fresh rollouts: before any update on them.
+        margin: ``margin_on_arrival``, by step.
     """
 
     seed: int
@@ -70,27 +74,41 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished study; ``start`` has the measurements of the shared start."""
+    """A finished study.
+
+    Attributes:
+        start: the measurements of the shared start.
+        arms: in their order.
+        questions: of the final split that every run has graded; the others are left out.
+        left_out: how many these are.
+    """
 
     start: list[Entry]
     arms: list[ArmResult]
+    questions: int
+    left_out: int
 
 
 def compare(study: Study) -> Comparison:
     """Read the runs of a finished study.
 
     Raises:
-        RunError: a run has no final evaluation, or the arms were asked different questions.
+        RunError: a run has no final evaluation, or the arms were asked too different questions: more than a twentieth
+            of all would have to be left out.
     """
     start = read_json(Path(study.output_dir) / START / "result.json") or {}
     runs = [
         [_read(run.folder, seed) for run, seed in zip(runs_of(study, arm), study.seeds, strict=True)]
         for arm in study.arms
     ]
-    questions = sorted(runs[0][0].outcomes)
-    for arm, of_arm in zip(study.arms, runs, strict=True):
-        if any(sorted(run.outcomes) != questions for run in of_arm):
-            raise RunError(f"{arm.name} was asked or graded on other questions than {study.arms[0].name}.")
+    asked = set[str]().union(*(run.outcomes for of_arm in runs for run in of_arm))
+    questions = sorted(asked.intersection(*(run.outcomes for of_arm in runs for run in of_arm)))
+    left_out = len(asked) - len(questions)
+    if not questions or left_out > _MOST_LEFT_OUT * len(asked):
+        raise RunError(
+            f"Only {len(questions)} of {len(asked)} questions were graded in every run of the study in "
+            f"{study.output_dir}, so that its arms cannot be compared: do they have the same data settings?"
+        )
     scores = [[[run.outcomes[question] for question in questions] for run in of_arm] for of_arm in runs]
     arms = []
     for arm, of_arm, values in zip(study.arms, runs, scores, strict=True):
@@ -99,7 +117,7 @@ def compare(study: Study) -> Comparison:
             for mine, theirs in zip(values, scores[0], strict=True)
         ]
         arms.append(ArmResult(arm.name, of_arm, _mean(values), None if values is scores[0] else _mean(lead)))
-    return Comparison(start.get("rows", []), arms)
+    return Comparison(start.get("rows", []), arms, len(questions), left_out)
 
 
 def write_comparison(study: Study) -> str:
@@ -125,7 +143,7 @@ def table_of(comparison: Comparison) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in comparison.start:
-        lines.append(f"| {row['name']} | {row['accuracy']:.1%} | | | | | | |")
+        lines.append(f"| {row['name']} | {_percent(row.get('accuracy'))} | | | | | | |")
     for arm in comparison.arms:
         mean, low, high = arm.accuracy
         difference = ""
@@ -141,6 +159,14 @@ def table_of(comparison: Comparison) -> str:
         means = " | ".join(f"{statistics.fmean(column):,.0f}" for column in columns)
         accuracy = f"{mean:.1%} ({low:.1%} to {high:.1%})"
         lines.append(f"| {arm.name} | {accuracy} | {difference} | {len(arm.runs)} | {means} |")
+    lines.append("")
+    lines.append(
+        f"{comparison.questions} questions"
+        + (f" ({comparison.left_out} that were not graded in every run are left out)" if comparison.left_out else "")
+        + "; intervals resample seeds and questions"
+        + (", here questions alone" if len(comparison.arms[0].runs) == 1 else "")
+        + "; steps, seconds and tokens are means over seeds."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -164,23 +190,28 @@ def _read(folder: Path, seed: int) -> RunResult:
         raise RunError(f"The run in {folder} has no evaluation on the final split: set eval.final_tasks above 0.")
     train = [entry for entry in metrics if entry.get("event") == "train"]
     selection = [entry for entry in metrics if entry.get("event") == "eval" and entry.get("split") == "selection"]
-    # At an E-iteration the M-step's own margin comes after an update on the same rollouts.
-    margins = [{**entry, "margin": entry.get("margin_before", entry.get("margin"))} for entry in train]
+    # An arm that trains on demonstrations alone does so before its first step.
+    supervised = sum(number(entry.get("seconds")) or 0.0 for entry in metrics if entry.get("event") == "warm_start")
     return RunResult(
         seed=seed,
         outcomes=finals[-1]["outcomes"],
         steps=result["steps"],
-        train_seconds=result["train_seconds"],
+        train_seconds=result["train_seconds"] + supervised,
         tokens_rollout=sum(int(number(entry.get("tokens_rollout")) or 0) for entry in train),
         tokens_computed=sum(int(number(entry.get("tokens_computed")) or 0) for entry in train),
         success_rate=_points(train, "success_rate"),
         selection=_points(selection, "accuracy"),
-        margin=_points(margins, "margin"),
+        margin=_points(train, "margin_on_arrival"),
     )
 
 
 def _points(entries: Sequence[Entry], key: str) -> Curve:
     return list(zip(*series(entries, key), strict=True))
+
+
+def _percent(value: Any) -> str:
+    found = number(value)
+    return "" if found is None else f"{found:.1%}"
 
 
 def _mean(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:

@@ -19,17 +19,23 @@ kept, the others go on from their newest checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import tomllib
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from types import FrameType
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -50,7 +56,7 @@ class Study(Section):
     config: str
     """The TOML file of settings that all arms share, relative to the study's file."""
     output_dir: str
-    """Where the runs, the table and the plots go."""
+    """Where the runs, the table and the plots go, from where the command is run."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """``run.seed`` of the runs; every arm has a run of each."""
     set: list[str] = Field(default_factory=list)
@@ -62,6 +68,8 @@ class Study(Section):
     def _distinct(self) -> Study:
         folders = [_folder_name(arm.name) for arm in self.arms]
         for index, name in enumerate(folders):
+            if "|" in self.arms[index].name:
+                raise ValueError(f"the arm {self.arms[index].name!r} would break its table: leave the | out")
             if name in ("", START) or name in folders[:index]:
                 raise ValueError(
                     f"the arm {self.arms[index].name!r} would share its folder {name!r}: give each a name of its own"
@@ -109,6 +117,16 @@ class PlannedRun:
         result = read_json(self.folder / "result.json")
         return result is not None and result.get("interrupted") is None
 
+    def forget_what_cannot_go_on(self) -> None:
+        """Remove a run that was cut off before its first checkpoint; another folder is refused."""
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        folder = RunFolder(self.folder, resume=True)
+        if not folder.holds_a_run():
+            raise ConfigError(f"{self.folder} is in the way: {self.name} would be written there, and it holds no run.")
+        if folder.latest_checkpoint() is None:
+            shutil.rmtree(self.folder)
+
 
 def start_of(study: Study) -> PlannedRun:
     """The run that makes the shared start, and measures it."""
@@ -133,7 +151,9 @@ def runs_of(study: Study, arm: Arm) -> list[PlannedRun]:
 
 
 def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print) -> None:
-    """Run what is not finished yet; the runs' own lines go to ``log.txt`` in their folders' parent.
+    """Run what is not finished yet; the runs' own lines go to a file beside each run's folder, such as ``seed-0.log``.
+
+    SIGINT and SIGTERM are handed on to the runs under way, which save a checkpoint and end.
 
     Args:
         study: what to run.
@@ -141,68 +161,118 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
         say: is told of each run that begins and ends.
 
     Raises:
-        ConfigError: settings of an arm are wrong, or a finished run had others. Nothing has been run then.
-        RunError: a run failed; no further one is begun.
-        KeyboardInterrupt: after the runs under way have saved a checkpoint and ended.
+        ConfigError: settings of an arm are wrong, or a run was begun with others. Nothing has been run then.
+        RunError: a run failed; no further one is begun. Or the study is being run already.
+        KeyboardInterrupt: after a signal, when the runs under way have ended.
     """
     start = start_of(study)
     runs = [run for arm in study.arms for run in runs_of(study, arm)]
     for run in (start, *runs):
-        _check(run, study.config)
-    _run_all(study, [start], 1, say)
-    _run_all(study, runs, workers, say)
+        _check(run, study.config, start)
+    with _locked(Path(study.output_dir)), _Pool(study.config, workers, say) as pool:
+        pool.run_all([start])
+        pool.run_all(runs)
 
 
-def _run_all(study: Study, runs: list[PlannedRun], workers: int, say: Callable[[str], None]) -> None:
-    devices: SimpleQueue[str] = SimpleQueue()
-    for index in range(workers):
-        devices.put(str(index % max(torch.cuda.device_count(), 1)))
-    todo = [run for run in runs if not run.is_finished()]
-    with ThreadPoolExecutor(workers) as pool:
-        futures: list[Future[None]] = []
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder, so that two studies cannot write the same runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
-            for run in todo:
-                futures.append(pool.submit(_run, study, run, devices, say))
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"The study in {folder} is being run already, by another process.") from None
+        yield
 
 
-def _run(study: Study, run: PlannedRun, devices: SimpleQueue[str], say: Callable[[str], None]) -> None:
-    if run.folder.exists() and RunFolder(run.folder, resume=True).latest_checkpoint() is None:
-        # Cut off before its first checkpoint: there is nothing to go on from.
-        shutil.rmtree(run.folder)
-    log = run.folder.with_name(f"{run.folder.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    changes = [part for override in run.overrides for part in ("--set", override)]
-    command = [sys.executable, "-m", "vpd.cli", "train", study.config, "--resume", *changes]
-    environment = dict(os.environ)
-    device = devices.get()
-    if torch.cuda.device_count() > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    say(f"{run.name} begins; its log is {log}.")
-    try:
-        with open(log, "a", encoding="utf-8") as file:
-            code = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment).wait()
-    finally:
-        devices.put(device)
-    if code:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RunError(f"{run.name} ended with exit code {code}: {lines[-1] if lines else ''} All of it is in {log}.")
-    say(f"{run.name} is done.")
+class _Pool:
+    """Runs in processes of their own, several at a time. Once one fails or a signal comes, no further one begins."""
 
+    def __init__(self, config: str, workers: int, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._workers = workers
+        self._say = say
+        self._stopped = threading.Event()
+        self._signal: int | None = None
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._previous: dict[int, Any] = {}
+        self._devices: SimpleQueue[str | None] = SimpleQueue()
+        for index in range(workers):
+            self._devices.put(_device(index))
 
-def _check(run: PlannedRun, config: str) -> None:
-    settings = run.settings(config)
-    if run.is_finished():
-        before = read_json(run.folder / "config.json") or {}
-        if changed := changed_settings(before, settings.model_dump(mode="json")):
-            raise ConfigError(
-                f"{run.name} is finished with other settings: {changed}. Remove {run.folder}, or take another "
-                "output_dir for the study."
+    def __enter__(self) -> _Pool:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._hand_on)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run_all(self, runs: Sequence[PlannedRun]) -> None:
+        with ThreadPoolExecutor(self._workers) as pool:
+            futures = [pool.submit(self._run, run) for run in runs if not run.is_finished()]
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        for future in futures:
+            future.result()
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        self._stopped.set()
+        for process in list(self._running):
+            process.send_signal(number)
+
+    def _run(self, run: PlannedRun) -> None:
+        if self._stopped.is_set():
+            return
+        run.forget_what_cannot_go_on()
+        log = run.folder.with_name(f"{run.folder.name}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        changes = [part for override in run.overrides for part in ("--set", override)]
+        command = [sys.executable, "-m", "vpd.cli", "train", self._config, "--resume", *changes]
+        device = self._devices.get()
+        environment = dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        self._say(f"{run.name} begins; its log is {log}.")
+        with open(log, "ab") as file:
+            # In a group of its own: a terminal's Ctrl-C comes once, through this process, and not twice.
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
+            self._running.add(process)
+            if self._signal is not None:
+                process.send_signal(self._signal)
+            code = process.wait()
+        self._running.discard(process)
+        self._devices.put(device)
+        if code and self._signal is None:
+            self._stopped.set()
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = lines[-1] if lines else ""
+            raise RunError(f"{run.name} ended with exit code {code}: {last} All of it is in {log}.")
+        self._say(f"{run.name} is {'interrupted' if code else 'done'}.")
+
+
+def _device(worker: int) -> str | None:
+    """The GPU of a worker, among those that this process may use; None leaves the choice to the run."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = allowed.split(",") if allowed else [str(index) for index in range(torch.cuda.device_count())]
+    return names[worker % len(names)] if len(names) > 1 else None
+
+
+def _check(run: PlannedRun, config: str, start: PlannedRun) -> None:
+    settings = run.settings(config)
+    begun = read_json(run.folder / "config.json")
+    if begun is None:
+        return
+    remedy = f"Remove {run.folder}, or take another output_dir for the study."
+    if changed := changed_settings(begun, settings.model_dump(mode="json")):
+        raise ConfigError(f"{run.name} was begun with other settings: {changed}. {remedy}")
+    made = start.folder / "result.json"
+    if run is not start and (not made.exists() or made.stat().st_mtime > (run.folder / "config.json").stat().st_mtime):
+        raise ConfigError(f"{run.name} was begun before the shared start was made. {remedy}")
 
 
 def _folder_name(name: str) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vpd.config import VPD, VPDConfig
 
 
-def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> dict[str, str]:
-    """Warnings, name to text, for the metrics of one training step."""
+def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] | None) -> dict[str, str]:
+    """Warnings, name to text, for the metrics of one training step.
+
+    Args:
+        metrics: of the step.
+        sources: names of the feedback sources; None where a batch without feedback teaches as much.
+    """
     warnings = {}
-    if metrics.get("active_share") == 0:
+    if metrics.get("active_share") == 0 and sources is not None:
         if metrics.get("success_rate") is None:
             cause = "the judge failed on every rollout; the log above says how"
         elif "environment" not in sources and metrics.get("success_rate") == 0:
@@ -25,9 +30,22 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: list[str]) -> d
         warnings["nothing_to_learn"] = f"Nothing to learn from this batch: {cause}."
     elif metrics.get("e_step") == 0:
         cause = "the active rollouts all succeeded or all failed"
-        if sources == ["sibling"] and metrics.get("lone_success_groups") == 1:
+        if sources is not None and list(sources) == ["sibling"] and metrics.get("lone_success_groups") == 1:
             cause = "every group has exactly one success, which has no sibling, so that only failures are active"
         warnings["e_step_skipped"] = f"The E-step was skipped: {cause}."
+    if metrics.get("grad_norm") == 0:
+        warnings["zero_gradient"] = (
+            "The gradient of this batch is zero: every group's rewards are equal, or student and teacher agree on "
+            "every token. Tasks that are neither too easy nor too hard, or more rollouts a prompt "
+            "(rollout.num_generations), make a difference to learn from."
+        )
+    first, mean = metrics.get("divergence_first"), metrics.get("divergence")
+    if first is not None and mean is not None and first > max(1.0, 10 * mean):
+        warnings["first_token"] = (
+            f"Student and teacher are {first:.1f} nats apart at the first token, and {mean:.2f} on average: the two "
+            "prompts seem to ask for different beginnings, such as thinking and not thinking. Both take "
+            "model.chat_template_kwargs; look at them with vpd train --dry-run."
+        )
     if metrics.get("clipped_share") == 1 and (metrics.get("grad_norm") or 0) > 100:
         warnings["clipped"] = (
             "The gradient's norm is above 100 and clipped at every update: the step's length is set by "
@@ -43,10 +61,25 @@ def settings_warnings(settings: VPDConfig) -> dict[str, str]:
         return {
             "averaged_teacher": (
                 "With a running average as the teacher, an E-step moves what the M-step distils by "
-                f'{algorithm.ema_rate:.0%} only, which nearly cancels it: algorithm.teacher = "live" keeps it.'
+                f'{algorithm.ema_rate:.0%} only, from the next batch on: algorithm.teacher = "live" keeps it.'
             )
         }
     return {}
+
+
+def template_warning(low: float) -> str | None:
+    """What to say where the teacher is clearly ahead with the feedback of other tasks, too.
+
+    Args:
+        low: lower end of that gap's interval.
+    """
+    if not low > 0:
+        return None
+    return (
+        "The teacher is ahead of the student with the feedback of other tasks, too: it gains from the template, not "
+        "from what the text says. Let the text say more (data.feedback), or warm-start on feedback that is read "
+        "(warm_start.demonstrations)."
+    )
 
 
 def gap_warning(low: float, tasks_with_feedback: int) -> str | None:

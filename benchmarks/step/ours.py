@@ -1,0 +1,134 @@
+"""Our side: the real trainer, one iteration at a time."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import set_seed
+
+from benchmarks.step import memory, models
+from benchmarks.step.specs import LEARNING_RATE, Side, SideInfo, StepRecord, Workload
+from benchmarks.step.tasks import ImposedVerdicts, needed_tokens
+from vpd.config import VPDConfig
+from vpd.policy.learner import TokenCounts
+from vpd.rollout.local import Sample
+from vpd.rollout.sampler import RolloutSampler
+from vpd.runs.timing import Timer
+from vpd.trainer import Batch, VPDTrainer
+from vpd.types import Rollout, Task
+
+_ALGORITHM = {
+    # TRL's distillation_alpha = 1 is the reverse KL; it divides by each sequence's own length.
+    "sdpo": {"type": "sdpo", "teacher": "live", "divergence": "reverse_kl", "loss_aggregation": "sequence_mean"},
+    "vpd": {"type": "vpd", "teacher": "live", "divergence": "reverse_kl", "e_step_every": 5},
+    "grpo": {"type": "grpo"},
+}
+
+
+class WholeCompletions(RolloutSampler):
+    """All completions reach the length limit, and count as ended there rather than as cut off."""
+
+    def _rollout(self, task: Task, group: int, prompt: list[int], sample: Sample) -> Rollout:
+        return replace(super()._rollout(task, group, prompt, sample), truncated=False)
+
+
+def settings(side: Side, workload: Workload, folder: str) -> VPDConfig:
+    """The run's settings, ``side.overrides`` last."""
+    values: dict[str, Any] = {f"algorithm.{key}": value for key, value in _ALGORITHM[side.algorithm].items()} | {
+        "model.dtype": "bfloat16" if side.precision == "bfloat16" else "float32",
+        "model.autocast": "bfloat16" if side.precision == "autocast" else "none",
+        "model.gradient_checkpointing": side.gradient_checkpointing,
+        "rollout.prompts_per_step": workload.prompts,
+        "rollout.num_generations": workload.num_generations,
+        "rollout.max_completion_length": workload.completion_tokens,
+        "rollout.max_prompt_length": 4096,
+        "rollout.dtype": "float32" if side.precision == "float32" else "bfloat16",
+        "feedback.sources": ["environment"],
+        "optim.learning_rate": LEARNING_RATE,
+        "run.output_dir": folder,
+    }
+    # What TOML and JSON write differently does not occur here.
+    return VPDConfig.from_overrides([*(f"{key}={json.dumps(value)}" for key, value in values.items()), *side.overrides])
+
+
+def run(side: Side, workload: Workload, conduct: Callable[[SideInfo | StepRecord], None]) -> None:
+    """Make the trainer, then step whenever ``conduct`` returns: it takes a report and waits for the beat."""
+    tokenizer = models.tokenizer_of(side.model)
+    environment = ImposedVerdicts(tokenizer, workload)
+    idle = memory.resident_bytes()
+    network = models.network(side.model, side.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = VPDTrainer(
+            model=network,
+            args=settings(side, workload, folder),
+            environment=environment,
+            processing_class=tokenizer,
+        )
+        made = trainer.sampler
+        trainer.sampler = WholeCompletions(
+            made.engine, made.tokenizer, environment, made.prompts, made.settings, eos_token_ids=()
+        )
+        trainer.learner.module.share_prefixes &= side.share_prefixes
+        conduct(memory.side_info(idle, trainer.learner.module))
+        for step in itertools.count(1):
+            conduct(_step(trainer, step, workload))
+
+
+def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
+    """As ``VPDTrainer._iterate``, without what writes the run's folder."""
+    memory.reset_peak()
+    start = time.perf_counter()
+    set_seed(step)
+    timer = trainer.sampler.timer = Timer()
+    trainer.sampler.sampled_tokens, trainer.learner.tokens = 0, TokenCounts()
+    batch = trainer.sample(step)
+    sampled_at = time.perf_counter()
+    metrics, numbers = trainer.update(batch, step, timer)
+    with timer("sync"):
+        trainer.scheduler.step()
+        trainer.sampler.engine.sync()
+    seconds = time.perf_counter() - start
+
+    phases = dict(timer.seconds)
+    phases["contexts"] = sampled_at - start - phases["rollout"] - phases["judge"]
+    has_teacher = trainer.args.algorithm.has_teacher
+    needed, needed_jointly = _needed(batch, has_teacher)
+    record = StepRecord(
+        seconds=seconds,
+        phases=phases,
+        peak_bytes=memory.peak_bytes(),
+        tokens_computed=trainer.learner.tokens.computed,
+        tokens_needed=needed,
+        tokens_needed_jointly=needed_jointly,
+        tokens_sampled=trainer.sampler.sampled_tokens,
+        rollouts=len(numbers) if has_teacher else len(batch.rollouts),
+        divergence=metrics.get("divergence"),
+        e_step=metrics.get("e_step") == 1.0,
+    )
+    _check(record, batch, workload)
+    return record
+
+
+def _needed(batch: Batch, has_teacher: bool) -> tuple[int, int]:
+    students = [rollout.prompt_ids + rollout.completion_ids for rollout in batch.rollouts]
+    teachers = [
+        view.prompt_ids + rollout.completion_ids
+        for rollout, view in zip(batch.rollouts, batch.views, strict=True)
+        if view is not None and has_teacher
+    ]
+    return needed_tokens(students, teachers)
+
+
+def _check(record: StepRecord, batch: Batch, workload: Workload) -> None:
+    """The work must be what was asked for."""
+    lengths = {len(rollout.completion_ids) for rollout in batch.rollouts}
+    if lengths != {workload.completion_tokens} or record.rollouts != workload.rollouts:
+        raise RuntimeError(f"{record.rollouts} rollouts took part, with completions of {lengths} tokens.")
+    if sum(batch.is_success) * 2 != workload.rollouts:
+        raise RuntimeError(f"{sum(batch.is_success)} of {workload.rollouts} rollouts succeeded, not half of them.")

@@ -1,0 +1,89 @@
+"""The same tasks, verdicts and feedback for every side, made of words that are one token each."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.step.specs import Workload
+from vpd.environments import Environment, Split
+from vpd.packing.trie import PrefixCounter
+from vpd.types import Task, Verdict
+
+STEPS_OF_TASKS = 8
+"""Distinct tasks for so many steps; then they come round again."""
+
+FEEDBACK_WORDS = (28, 56)
+"""Range of a feedback text's words, a token each; a few tokens of punctuation come on top."""
+
+
+class ImposedVerdicts(Environment):
+    """Every other rollout succeeds, whatever it says, and every one gets a feedback text of its own.
+
+    Verdicts follow the order in which they are asked for, which is the order of the rollouts on both sides.
+
+    Args:
+        tokenizer: makes the words, and measures the prompts.
+        workload: how many tasks of what length.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, workload: Workload) -> None:
+        self._words = _words(tokenizer)
+        self._tasks = [
+            Task(f"task-{index}", _prompt(tokenizer, self._words, workload.prompt_tokens, index))
+            for index in range(workload.prompts * STEPS_OF_TASKS)
+        ]
+        self._numbers = itertools.count()
+
+    def tasks(self, split: Split) -> Sequence[Task]:
+        return self._tasks if split == "train" else []
+
+    def judge(self, task: Task, completion: str) -> Verdict:
+        number = next(self._numbers)
+        draw = random.Random(f"feedback-{number}")
+        words = draw.choices(self._words, k=draw.randint(*FEEDBACK_WORDS))
+        return Verdict(float(number % 2 == 0), f"{' '.join(words).capitalize()}.")
+
+
+def needed_tokens(students: Sequence[list[int]], teachers: Sequence[list[int]]) -> tuple[int, int]:
+    """Distinct prefix tokens of the students' plus those of the teachers' sequences; and of both in one trie.
+
+    The last token of a sequence predicts nothing, so it need not be computed.
+    """
+    apart, jointly = 0, PrefixCounter()
+    for sequences in (students, teachers):
+        counter = PrefixCounter()
+        for sequence in sequences:
+            counter.add(sequence[:-1])
+            jointly.add(sequence[:-1])
+        apart += counter.count
+    return apart, jointly.count
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words that are one token behind a space, in the order of the alphabet."""
+    texts = (str(tokenizer.decode([token])) for token in range(len(tokenizer)))
+    return sorted({text[1:] for text in texts if text[:1] == " " and text[1:].isascii() and _is_word(text[1:])})
+
+
+def _is_word(text: str) -> bool:
+    return text.isalpha() and text.islower() and 3 <= len(text) <= 8
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, words: list[str], length: int, seed: int) -> list[dict[str, str]]:
+    """A chat of ``length`` tokens, template included (one word at least)."""
+    draw = random.Random(f"prompt-{seed}")
+    drawn = [draw.choice(words) for _ in range(length)]
+
+    def chat(count: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"Question: {' '.join(drawn[:count])}?"}]
+
+    def tokens(count: int) -> int:
+        text = str(tokenizer.apply_chat_template(chat(count), tokenize=False, add_generation_prompt=True))
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore[reportArgumentType]
+
+    count = max(1, length - tokens(1) + 1)
+    return chat(max(1, count - (tokens(count) - length)))

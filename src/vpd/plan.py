@@ -1,0 +1,280 @@
+"""What a training step will cost: tokens, operations, memory and time, before it is run.
+
+Counts follow what the trainer does: distinct prefixes once, completions without padding, the M-step's teacher in a pass
+without gradient, an E-step every F batches. Matrix products decide the time of training passes, reading the weights
+that of decoding; both are divided by what the hardware gives, times an efficiency. On the processor that it runs on the
+hardware's figures are measured; those of GPUs are the makers', and nothing here has been run on one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vpd.config import VPD, ConfigError, PolicyGradientSettings, VPDConfig
+from vpd.policy.load import load_policy
+from vpd.rollout.local import computes_bfloat16
+
+_TRAIN_EFFICIENCY = 0.6
+"""Share of the hardware's matrix products that a training pass reaches."""
+
+_DECODE_EFFICIENCY = 0.6
+"""Share of the memory's bandwidth that decoding reaches."""
+
+_ACTIVATION_BYTES = 34
+"""Of one layer and hidden unit for each token, in 2-byte precision (arXiv 2205.05198, eq. 1, without the attention's
+scores, which are never held)."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a step is divided by.
+
+    Attributes:
+        flops: matrix products a second, in the precision of training.
+        bandwidth: bytes a second from memory.
+        memory: bytes.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "a100": Hardware("A100 80 GB", 312e12, 2.0e12, 80e9),
+    "h100": Hardware("H100 SXM", 989e12, 3.35e12, 80e9),
+    "h200": Hardware("H200", 989e12, 4.8e12, 141e9),
+    "l40s": Hardware("L40S", 362e12, 0.86e12, 48e9),
+    "rtx4090": Hardware("RTX 4090", 165e12, 1.0e12, 24e9),
+}
+"""Dense bfloat16 products and bandwidth, from the makers' data sheets."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a network.
+
+    Attributes:
+        parameters: all of them.
+        layers, hidden, vocabulary: L, H and V.
+        attention_width: query heads times their size.
+        cache_width: of keys and values of one token and layer.
+    """
+
+    parameters: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    attention_width: int
+    cache_width: int
+    is_tied: bool
+
+    @property
+    def blocks(self) -> int:
+        """Parameters that every token passes through, the head left aside."""
+        return self.parameters - self.vocabulary * self.hidden * (1 if self.is_tied else 2)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a rollout's parts: the question, the completion, and what the teacher's prompt has behind the question
+    (of its own, where each rollout has its own text)."""
+
+    prompt: int
+    completion: int
+    feedback: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The parts of one step; of tokens, operations, bytes or seconds."""
+
+    rollout: float
+    student: float
+    teacher: float
+    e_step: float
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for one step; the E-step's share is that of an average one, every F batches.
+
+    Attributes:
+        tokens: computed by each part; those of ``rollout`` are sampled or read.
+        tokens_unshared: what the training passes would compute with every sequence by itself.
+        flops: of matrix products.
+        seconds: of each part.
+        memory: bytes at the peak.
+    """
+
+    tokens: Step
+    tokens_unshared: float
+    flops: Step
+    seconds: Step
+    memory: float
+
+
+def shape_of(name: str) -> Shape:
+    """The sizes of a model, from its config alone where it is on the hub.
+
+    Raises:
+        ConfigError: the model cannot be found.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        config = load_policy(name).model.config
+    return shape_of_config(config)
+
+
+def shape_of_config(config: Any) -> Shape:
+    """The sizes of a model of this config; its weights are never made."""
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        attention_width=text.num_attention_heads * head,
+        cache_width=2 * head * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
+        is_tied=bool(text.tie_word_embeddings),
+    )
+
+
+def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardware) -> Plan:
+    """The cost of one step.
+
+    Args:
+        settings: of the run; prompts and generations of a step, the algorithm, precision and checkpointing.
+        shape: of the network.
+        lengths: of a typical rollout.
+        hardware: one device that does all of it.
+    """
+    prompts, group = settings.rollout.prompts_per_step, settings.rollout.num_generations
+    rollouts = prompts * group
+    has_teacher = settings.algorithm.has_teacher
+    student = prompts * (lengths.prompt + group * lengths.completion)
+    # A sibling's answer is the same text for all of a group but its own author.
+    own_texts = 2 if settings.feedback.sources[0] == "sibling" else group
+    teacher = prompts * (lengths.prompt + own_texts * lengths.feedback + group * lengths.completion) * has_teacher
+    e_share = 1 / settings.algorithm.e_step_every if isinstance(settings.algorithm, VPD) else 0.0
+    is_whole = getattr(settings.algorithm, "e_minibatch_prompts", None) in (None, prompts)
+    fits = is_whole and teacher <= settings.optim.micro_batch_tokens
+    epochs = getattr(settings.algorithm, "e_epochs", 1)
+    # A policy gradient, the sampled estimate and a penalty for leaving the initial model read log-probabilities first.
+    is_gradient = isinstance(settings.algorithm, PolicyGradientSettings)
+    reads = is_gradient + (getattr(settings.algorithm, "divergence", "") == "sampled")
+    reads += getattr(settings.algorithm, "beta", 0.0) > 0
+    teacher_kind = getattr(settings.algorithm, "teacher", "live" if has_teacher else "")
+    teachers = has_teacher * (2 if teacher_kind == "trust_region" else 1)
+    scored = rollouts * lengths.completion
+
+    def forward(tokens: float, context: float) -> float:
+        return tokens * (2 * shape.blocks + 4 * shape.layers * shape.attention_width * context)
+
+    head = 2 * scored * shape.vocabulary * shape.hidden
+    backward = 2 + settings.model.gradient_checkpointing
+    student_context = lengths.prompt / 2 + lengths.completion / 2
+    teacher_context = student_context + lengths.feedback / 2
+    student_pass = forward(student, student_context)
+    teacher_pass = forward(teacher, teacher_context)
+    flops = Step(
+        rollout=forward(prompts * lengths.prompt + scored, student_context) + head,
+        student=(1 + backward + reads) * student_pass + (3 + reads) * head,
+        teacher=teachers * (teacher_pass + head),
+        # The prior; the training pass, whose head is computed once more in its backward pass; delta's pass.
+        e_step=e_share
+        * (
+            student_pass
+            + head
+            + epochs * ((1 + backward) * teacher_pass + 4 * head)
+            + (0 if fits else teacher_pass + head)
+        ),
+    )
+    tokens = Step(
+        rollout=prompts * lengths.prompt + scored,
+        student=(1 + reads) * student,
+        teacher=teachers * teacher,
+        e_step=e_share * (student + (epochs + (not fits)) * teacher),
+    )
+    unshared = rollouts * (lengths.prompt + lengths.completion)
+    unshared += has_teacher * rollouts * (lengths.prompt + lengths.feedback + lengths.completion)
+
+    width = 2 if settings.model.dtype == "bfloat16" else 4
+    # Adapters have gradients and moments of their own alone, which are next to nothing.
+    trained = 0 if settings.model.lora is not None else width
+    copies = (teacher_kind in ("ema", "trust_region")) + (getattr(settings.algorithm, "beta", 0.0) > 0)
+    copies += (getattr(settings.algorithm, "prior", "") == "fixed") + settings.optim.extrapolation
+    rate = hardware.flops * _TRAIN_EFFICIENCY
+    cache = 2 * shape.layers * shape.cache_width
+    batches = -(-rollouts // settings.rollout.batch_size)
+    read_a_step = 2 * shape.parameters + min(rollouts, settings.rollout.batch_size) * cache * student_context * 2
+    decoding = lengths.completion * batches * read_a_step / (hardware.bandwidth * _DECODE_EFFICIENCY)
+    # Weights, gradient and two moments, read and written, and the copy that samples.
+    optimizer = shape.parameters * (7 * trained * (1 + e_share) + width + 2) / hardware.bandwidth
+    seconds = Step(
+        rollout=max(flops.rollout / rate, decoding),
+        student=flops.student / rate,
+        teacher=flops.teacher / rate,
+        e_step=flops.e_step / rate,
+        optimizer=optimizer,
+    )
+    held = min(settings.optim.micro_batch_tokens, max(student, teacher * (e_share > 0)))
+    kept_layers = 2 if settings.model.gradient_checkpointing else _ACTIVATION_BYTES
+    memory = shape.parameters * (width + (3 + copies) * trained + 2) + held * shape.layers * shape.hidden * kept_layers
+    memory += min(rollouts, settings.rollout.batch_size) * cache * (lengths.prompt + lengths.completion)
+    return Plan(tokens, unshared, flops, seconds, memory)
+
+
+def this_machine() -> Hardware:
+    """This machine's processor or first GPU, by what it does in a second or so."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    matrix = torch.randn(2048, 2048, device=device, dtype=dtype)
+    products = _rate(lambda: matrix @ matrix, 2 * 2048**3, device)
+    block = torch.zeros(64 * 2**20, device=device)
+    reads = _rate(lambda: block.sum(), block.numel() * 4, device)
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
+        return Hardware(torch.cuda.get_device_name(device), products, reads, memory)
+    return Hardware("this processor", products, reads, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+
+
+def _rate(work: Any, amount: float, device: torch.device) -> float:
+    """How much of ``amount`` is done in a second: the best of some tries, since others use the machine too."""
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return amount / best
+
+
+def hardware_named(name: str) -> Hardware:
+    """A preset, or ``this`` for the machine at hand.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if name == "this":
+        return this_machine()
+    if name not in GPUS:
+        raise ConfigError(f"There is no hardware {name!r}; there are this, {', '.join(sorted(GPUS))}.")
+    return GPUS[name]

@@ -1,0 +1,87 @@
+"""What single batches cannot show: a run that drifts away from where it began, or whose teacher has nothing left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+_FIRST = 3
+"""Batches whose mean is the run's beginning."""
+
+_RATE = 0.3
+"""Share of the newest batch in the running mean that is compared with it."""
+
+_PLATEAU_FROM = 10
+"""Batches before a teacher's margin is judged."""
+
+_DRIFTS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "truncated_share": (
+        "{now:.0%} of the completions are cut off by the length limit, against {first:.0%} at the start",
+        lambda first, now: now > first + 0.3,
+    ),
+    "repetition": (
+        "{now:.0%} of the completions' 3-grams repeat, against {first:.0%} at the start",
+        lambda first, now: now > first + 0.2,
+    ),
+    "length_mean": (
+        "completions are {now:.0f} tokens long on average, against {first:.0f} at the start",
+        lambda first, now: not 0.4 * first <= now <= 2.5 * first,
+    ),
+    "entropy": (
+        "the student's entropy is {now:.2f} nats a token, against {first:.2f} at the start",
+        lambda first, now: now > 2 * first + 0.5,
+    ),
+    "divergence": (
+        "student and teacher are {now:.2f} nats a token apart, against {first:.2f} at the start",
+        lambda first, now: now > 5 * first + 0.5,
+    ),
+}
+
+
+def drift_warnings(history: dict[str, float], metrics: Mapping[str, float | None]) -> dict[str, str]:
+    """Warnings, name to text, after one more batch; each cause is told once.
+
+    Args:
+        history: what is known of the batches before, {} at first; updated in place, and saved with the run.
+        metrics: of the batch.
+    """
+    causes = []
+    for name, (text, is_drift) in _DRIFTS.items():
+        batches, first, now = _observe(history, name, metrics.get(name))
+        if batches > _FIRST and is_drift(first, now) and _once(history, name):
+            causes.append(text.format(first=first, now=now))
+    warnings = {}
+    if causes:
+        warnings["collapse"] = (
+            f"The policy drifts: {'; '.join(causes)}. Lower optim.learning_rate, or show the shortest success "
+            '(feedback.sibling = "shortest"); eval.load_best_model_at_end keeps the best weights.'
+        )
+    batches, first, now = _observe(history, "margin_on_arrival", metrics.get("margin_on_arrival"))
+    if batches >= _PLATEAU_FROM and first > 0 >= now and _once(history, "margin_on_arrival"):
+        warnings["plateau"] = (
+            f"The teacher no longer tells successes from failures: its margin on fresh rollouts is {now:+.2f}, against "
+            f"{first:+.2f} at the start. E-steps refine it: more of them (algorithm.e_step_every), or larger ones "
+            "(algorithm.e_learning_rate_factor)."
+        )
+    return warnings
+
+
+def _observe(history: dict[str, float], name: str, value: float | None) -> tuple[int, float, float]:
+    """Take in one more value; how many there were, the mean of the first ones, and the running mean."""
+    batches, first, now = (history.get(f"{name}.{part}", 0.0) for part in ("batches", "first", "now"))
+    if value is None or not math.isfinite(value):
+        return int(batches), first, now
+    batches += 1
+    if batches <= _FIRST:
+        first += (value - first) / batches
+        now = first
+    else:
+        now += _RATE * (value - now)
+    history |= {f"{name}.batches": batches, f"{name}.first": first, f"{name}.now": now}
+    return int(batches), first, now
+
+
+def _once(history: dict[str, float], name: str) -> bool:
+    key = f"{name}.told"
+    told, history[key] = key in history, 1.0
+    return not told

@@ -1,0 +1,113 @@
+"""The plan counts what the trainer computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from toy import ToyEnvironment, toy_trainer
+from transformers import LlamaConfig
+
+from vpd import Verdict, VPDConfig
+from vpd.plan import GPUS, Lengths, predict, shape_of_config
+from vpd.policy.learner import TokenCounts
+from vpd.rollout.sampler import RolloutSampler
+from vpd.types import Task
+
+SHAPE = shape_of_config(
+    LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )
+)  # fmt: skip
+
+
+def config(**sections):
+    """Four prompts of eight rollouts, with the environment's text."""
+    rollout = {"prompts_per_step": 4, "num_generations": 8}
+    return VPDConfig.parse({"rollout": rollout, "feedback": {"sources": ["environment"]}, **sections})
+
+
+def test_sizes_are_those_of_smollm2():
+    assert SHAPE.parameters == 134_515_008
+    assert SHAPE.blocks == 134_515_008 - 49152 * 576
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"type": "sdpo", "teacher": "live"},
+        {"type": "sdpo", "teacher": "trust_region"},
+        {"type": "grpo", "beta": 0.1},
+        {"type": "reshape"},
+        {"type": "vpd", "e_step_every": 1},
+        {"type": "vpd", "e_step_every": 1, "e_minibatch_prompts": 1, "e_epochs": 2},
+    ],
+)
+def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algorithm):
+    texts = iter(range(10, 99))
+
+    class OfOneLength(ToyEnvironment):
+        def tasks(self, split):
+            return [Task(t.id, [{"role": "user", "content": f"{t.id[-1:]} Number."}]) for t in super().tasks(split)]
+
+        def judge(self, task, completion):
+            number = next(texts)
+            return Verdict(float(number % 2), f"{number} says the judge.")
+
+    monkeypatch.setattr("toy.ToyEnvironment", OfOneLength)
+    # A template that says nothing of its own: what the plan calls feedback is then each rollout's own.
+    templates = {"feedback_on_failure": "{text}", "feedback_on_success": "{text}"}
+    feedback = {"templates": templates}
+    trainer = toy_trainer(tmp_path, algorithm=algorithm, rollout={"stop_strings": []}, feedback=feedback)
+    trainer.sampler.eos_token_ids = ()
+    made = RolloutSampler._rollout
+    monkeypatch.setattr(RolloutSampler, "_rollout", lambda *args: replace(made(*args), truncated=False))
+    batch = trainer.sample(1)
+    trainer.learner.tokens = TokenCounts()
+    trainer.update(batch, 1)
+    views = [view for view in batch.views if view is not None]
+    prompt = len(batch.rollouts[0].prompt_ids)
+    lengths = Lengths(prompt, len(batch.rollouts[0].completion_ids), len(views[0].prompt_ids) - prompt)
+    plan = predict(trainer.args, SHAPE, lengths, GPUS["h100"])
+    # Short texts and prompts share some beginnings beyond what the plan knows, and no sequence needs its last token.
+    parts = plan.tokens.student + plan.tokens.teacher + plan.tokens.e_step
+    assert parts == pytest.approx(trainer.learner.tokens.computed, rel=0.15)
+
+
+def test_prompts_are_shared_and_siblings_texts_too():
+    lengths = Lengths(250, 16, 60)
+    plan = predict(config(), SHAPE, lengths, GPUS["h100"])
+    assert plan.tokens.student == 4 * (250 + 8 * 16)
+    assert plan.tokens.teacher == 4 * (250 + 8 * (60 + 16))
+    assert plan.tokens_unshared == 32 * (250 + 16) + 32 * (250 + 60 + 16)
+    siblings = predict(config(feedback={"sources": ["sibling"]}), SHAPE, lengths, GPUS["h100"])
+    assert siblings.tokens.teacher == 4 * (250 + 2 * 60 + 8 * 16)
+    rewards_alone = predict(config(algorithm={"type": "grpo"}), SHAPE, lengths, GPUS["h100"])
+    assert (rewards_alone.tokens.teacher, rewards_alone.flops.teacher, rewards_alone.flops.e_step) == (0, 0, 0)
+
+
+def test_the_operations_of_a_student_pass_are_six_for_each_parameter_and_token():
+    plan = predict(config(algorithm={"type": "sdpo"}), SHAPE, Lengths(2, 1, 0), GPUS["h100"])
+    tokens = 4 * (2 + 8)
+    expected = 6 * SHAPE.blocks * tokens + 6 * 32 * 49152 * 576
+    assert plan.flops.student == pytest.approx(expected, rel=1e-3)
+    again = predict(
+        config(algorithm={"type": "sdpo"}, model={"gradient_checkpointing": True}),
+        SHAPE,
+        Lengths(2, 1, 0),
+        GPUS["h100"],
+    )
+    assert again.flops.student - plan.flops.student == pytest.approx(2 * SHAPE.blocks * tokens, rel=1e-3)
+    assert again.memory < plan.memory
+
+
+def test_rarer_e_steps_cost_less_and_one_pass_less_than_two():
+    costs = [
+        predict(config(algorithm={"type": "vpd", "e_step_every": f}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+        for f in (1, 5)
+    ]
+    assert costs[0].e_step == pytest.approx(5 * costs[1].e_step)
+    small = predict(config(optim={"micro_batch_tokens": 1000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+    large = predict(config(optim={"micro_batch_tokens": 8000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+    assert small.e_step > large.e_step

@@ -1,0 +1,111 @@
+"""Runs that end before their time, and the weights that they end with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import toy_trainer
+
+from vpd import ConfigError
+from vpd.runs.folder import read_metrics
+
+
+def scripted(trainer, accuracies, monkeypatch):
+    """Let the evaluations on the selection split find these accuracies, and keep the weights of each."""
+    evaluate, left, weights = trainer.evaluator.accuracy, list(accuracies), []
+
+    def accuracy(split, limit=None):
+        found = evaluate(split, limit)
+        if split != "selection":
+            return found
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        return type(found)(**{**{n: getattr(found, n) for n in found.__slots__}, "accuracy": left.pop(0)})
+
+    monkeypatch.setattr(trainer.evaluator, "accuracy", accuracy)
+    return weights
+
+
+def is_same(state, other):
+    return all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_run(tmp_path, monkeypatch):
+    settings = {"eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 2, "final_tasks": 2}
+    trainer = toy_trainer(tmp_path, run={"max_steps": 9}, eval=settings)
+    weights = scripted(trainer, [0.2, 0.5, 0.4, 0.5], monkeypatch)
+    result = trainer.train()
+    assert (result["steps"], result["stopped_by"]) == (4, "early_stopping")
+    assert is_same(trainer.model.state_dict(), weights[1])
+    assert not is_same(weights[3], weights[1])
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-2"]
+    from vpd.policy.load import load_policy
+
+    assert is_same(load_policy(str(tmp_path / "model")).model.state_dict(), weights[1])
+
+
+def test_a_resumed_run_finds_the_best_weights_of_its_checkpoint(tmp_path, monkeypatch):
+    settings = {"eval_steps": 1, "load_best_model_at_end": True}
+    run = {"max_steps": 2, "save_steps": 1}
+    first = toy_trainer(tmp_path, run=run, eval=settings)
+    weights = scripted(first, [0.6, 0.3], monkeypatch)
+    first.train()
+    second = toy_trainer(tmp_path, run=run | {"max_steps": 3}, eval=settings)
+    scripted(second, [0.5], monkeypatch)
+    result = second.train(resume_from_checkpoint=True)
+    assert result["steps"] == 3
+    assert is_same(second.model.state_dict(), weights[0])
+
+
+def test_a_warning_that_is_named_ends_the_run(tmp_path):
+    stopping = toy_trainer(tmp_path / "stops", run={"max_steps": 2, "stop_on": ["no_gap"]})
+    result = stopping.train()
+    warned = {line["name"] for line in read_metrics(tmp_path / "stops") if line["event"] == "warning"}
+    # A random model's teacher is no better than its student.
+    assert "no_gap" in warned
+    assert (result["steps"], result["stopped_by"]) == (0, "no_gap")
+    going_on = toy_trainer(tmp_path / "goes-on", run={"max_steps": 1}).train()
+    assert (going_on["steps"], going_on["stopped_by"]) == (1, None)
+
+
+def test_the_preflight_compares_with_permuted_feedback_where_asked(tmp_path):
+    toy_trainer(tmp_path, run={"max_steps": 1}, eval={"preflight_permuted": True, "preflight_tasks": 3}).train()
+    events = [line["event"] for line in read_metrics(tmp_path)]
+    assert events.count("gap_permuted") == 1
+
+
+@pytest.mark.parametrize("setting", [{"load_best_model_at_end": True}, {"early_stopping_patience": 3}])
+def test_what_goes_by_evaluations_needs_them(tmp_path, setting):
+    with pytest.raises(ConfigError, match=r"set eval\.eval_steps"):
+        toy_trainer(tmp_path, eval=setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"run": {"stop_on": ["no_gap"]}, "eval": {"preflight_tasks": 0}}, "run.stop_on names no_gap"),
+        ({"run": {"stop_on": ["template_only"]}}, "preflight_permuted = true"),
+        ({"eval": {"preflight_tasks": 0, "preflight_permuted": True}}, "measures a second time"),
+    ],
+)
+def test_what_nothing_would_find_out_is_refused(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        toy_trainer(tmp_path, **settings)
+
+
+def test_an_evaluation_without_a_grade_is_not_the_best(tmp_path, monkeypatch):
+    settings = {"eval_steps": 1, "load_best_model_at_end": True}
+    trainer = toy_trainer(tmp_path, run={"max_steps": 3}, eval=settings)
+    scripted(trainer, [0.2, float("nan"), 0.1], monkeypatch)
+    trainer.train()
+    assert (trainer.state.best_step, trainer.state.best_accuracy) == (1, 0.2)
+
+
+def test_a_run_without_steps_still_has_its_row(tmp_path):
+    result = toy_trainer(tmp_path, run={"max_steps": 0}, eval={"eval_on_start": False}).train()
+    assert len(result["rows"]) == 1
+
+
+def test_rewards_alone_need_no_feedback_to_learn_from(tmp_path):
+    algorithm = {"type": "grpo"}
+    toy_trainer(tmp_path, run={"max_steps": 1}, algorithm=algorithm, feedback={"sources": ["critique"]}).train()
+    assert "nothing_to_learn" not in {line.get("name") for line in read_metrics(tmp_path)}
