@@ -111,7 +111,9 @@ class VPDTrainer:
     ) -> None:
         self.args = args or VPDConfig()
         set_seed(self.args.run.seed)
-        policy, self.tokenizer = prepare_policy(model, processing_class, self.args.model, peft_config)
+        algorithm = self.args.algorithm
+        teacher_lora = algorithm.teacher_lora if isinstance(algorithm, VPD) and algorithm.teacher == "lora" else None
+        policy, self.tokenizer = prepare_policy(model, processing_class, self.args.model, peft_config, teacher_lora)
         self.environment = choose_environment(
             self.args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights
         )

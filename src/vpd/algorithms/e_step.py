@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,7 @@ from vpd.algorithms.example import Example, minibatches, student_view, teacher_v
 from vpd.config import VPD
 from vpd.losses import implicit_rewards
 from vpd.packing import PackedBatch
+from vpd.policy.adapter import training_the_teacher_only
 from vpd.policy.copies import INITIAL
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Objective, Refine
@@ -126,10 +128,12 @@ def refine_teacher(
 
     prior_of = {example.rollout: prior[index] for index, example in enumerate(examples)}
     make_pass = _refining_pass(learner, settings, prior_of, start)
-    steps = [
-        learner.optimise(parts, make_pass, factor=settings.e_learning_rate_factor)
-        for parts in planned * settings.e_epochs
-    ]
+    has_own = learner.module.has_teacher_adapter
+    with training_the_teacher_only(learner.module) if has_own else nullcontext():
+        steps = [
+            learner.optimise(parts, make_pass, factor=settings.e_learning_rate_factor)
+            for parts in planned * settings.e_epochs
+        ]
 
     rewards = start.rewards
     assert rewards is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vpd.policy.learner import View
 from vpd.types import Rollout, TeacherView
 
 
@@ -45,19 +46,16 @@ class Sequenced:
     completion: list[int]
 
 
-def whole_view(sequence: Sequenced) -> tuple[list[int], int]:
-    """The completion behind its prompt, and where it starts."""
-    return sequence.prompt + sequence.completion, len(sequence.prompt)
+whole_view = View[Sequenced](lambda sequence: (sequence.prompt + sequence.completion, len(sequence.prompt)))
+"""The completion behind its prompt."""
 
+student_view = View[Example](lambda example: (example.student_prompt + example.completion, len(example.student_prompt)))
+"""The completion behind the student's prompt."""
 
-def student_view(example: Example) -> tuple[list[int], int]:
-    """The completion behind the student's prompt, and where it starts."""
-    return example.student_prompt + example.completion, len(example.student_prompt)
-
-
-def teacher_view(example: Example) -> tuple[list[int], int]:
-    """The completion behind the teacher's prompt, and where it starts."""
-    return example.teacher_prompt + example.completion, len(example.teacher_prompt)
+teacher_view = View[Example](
+    lambda example: (example.teacher_prompt + example.completion, len(example.teacher_prompt)), as_teacher=True
+)
+"""The completion behind the teacher's prompt."""
 
 
 def make_examples(

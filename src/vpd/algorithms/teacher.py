@@ -3,6 +3,7 @@
 live            the network as it is at each minibatch
 frozen          the network as it was after the E-step, for all minibatches of the batch
 ema             a running average of the network
+lora            the network with the adapter that E-steps train
 trust_region    logits = (1 - m) initial(x, C) + m live(x, C)
 """
 

@@ -68,4 +68,4 @@ def _m_step_reads_refined_teacher(settings: VPD, batch_prompts: int) -> bool:
     """Whether the M-step's teacher is, for every rollout, the network as the E-step has left it."""
     minibatch = settings.m_minibatch_prompts
     is_whole = minibatch is None or minibatch >= batch_prompts
-    return settings.teacher == "frozen" or (settings.teacher == "live" and is_whole)
+    return settings.teacher == "frozen" or (settings.teacher in ("live", "lora") and is_whole)

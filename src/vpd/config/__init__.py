@@ -35,9 +35,9 @@ from vpd.config.feedback import (
     RolloutSettings,
     Templates,
 )
+from vpd.config.lora import LoraSettings
 from vpd.config.run import (
     EvalSettings,
-    LoraSettings,
     ModelSettings,
     OptimSettings,
     RunSettings,

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
+from vpd.config.lora import LoraSettings
 from vpd.config.section import Section
 
 
@@ -37,9 +38,10 @@ class MStepSettings(UpdateSettings):
     surrogate of the reverse KL."""
     control_variate: bool = True
     """With ``sampled``: the exact divergence of each token as a baseline, which lowers the variance."""
-    teacher: Literal["live", "frozen", "ema", "trust_region"] = "live"
+    teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "live"
     """Whose predictions behind the feedback are distilled: the network's at each minibatch; as they were after the
-    E-step; a running average's; or logits mixed from the initial network and the live one."""
+    E-step; a running average's; logits mixed from the initial network and the live one; or, with ``vpd``, those of
+    the network with an adapter of the teacher's own (``lora``), which E-steps train in place of the shared weights."""
     ema_rate: float = Field(default=0.05, gt=0, le=1)
     """With ``ema``: how far each rollout batch pulls the average towards the network, after all of its updates."""
     trust_region_share: float = Field(default=0.05, ge=0, le=1)
@@ -55,6 +57,8 @@ class MStepSettings(UpdateSettings):
 
     @model_validator(mode="after")
     def _objective(self) -> MStepSettings:
+        if self.teacher == "lora" and not isinstance(self, VPD):
+            raise ValueError('algorithm.teacher = "lora" is trained by E-steps, which algorithm.type = "vpd" alone has')
         if self.top_k is not None and self.divergence == "sampled":
             raise ValueError('algorithm.top_k does nothing with divergence = "sampled": leave one of them out')
         if self.top_k is not None and self.correction == "stopgrad" and self.divergence != "reverse_kl":
@@ -81,6 +85,8 @@ class VPD(MStepSettings):
     """Variational Policy Distillation: the teacher is refined on outcomes every F batches, then distilled."""
 
     type: Literal["vpd"] = "vpd"
+    teacher_lora: LoraSettings = Field(default_factory=LoraSettings)
+    """With ``lora``: its adapter."""
     e_step_every: int = Field(default=5, ge=1)
     """F: one E-step every F rollout batches, the first batch included."""
     bco_beta: float = Field(default=0.1, gt=0)
@@ -104,7 +110,7 @@ class SDPO(MStepSettings):
     """Self-distillation policy optimisation: the same loop without E-steps."""
 
     type: Literal["sdpo"] = "sdpo"
-    teacher: Literal["live", "frozen", "ema", "trust_region"] = "ema"
+    teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "ema"
     """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps."""
 
 

@@ -41,6 +41,7 @@ class PackedBatch:
         sequence_count: how many sequences were given.
         padded_token_count: what a padded batch would compute: sequences times the longest one's tokens.
         row_lengths: lengths of the sequences laid end to end if prefixes are not shared, else None.
+        as_teacher: whether the teacher's own adapter is on in the pass, where the model has one.
     """
 
     input_ids: Tensor
@@ -52,6 +53,7 @@ class PackedBatch:
     sequence_count: int
     padded_token_count: int
     row_lengths: tuple[int, ...] | None = None
+    as_teacher: bool = False
 
     @property
     def token_count(self) -> int:

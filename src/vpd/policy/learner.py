@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,8 +24,22 @@ from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 
 T = TypeVar("T")
-View: TypeAlias = Callable[[T], tuple[list[int], int]]
-"""From an item to one of its token sequences, and the index in it of the first completion token."""
+
+
+@dataclass(frozen=True)
+class View(Generic[T]):
+    """From an item to one of its token sequences, and the index in it of the first completion token.
+
+    Attributes:
+        of: gives both.
+        as_teacher: whether a pass over it is the teacher's.
+    """
+
+    of: Callable[[T], tuple[list[int], int]]
+    as_teacher: bool = False
+
+    def __call__(self, item: T) -> tuple[list[int], int]:
+        return self.of(item)
 
 
 @dataclass
@@ -116,7 +130,7 @@ class Learner:
             sequence, start = view(item)
             sequences.append(sequence)
             starts.append(start)
-        batch = pack(sequences, starts, share_prefixes=self.module.share_prefixes)
+        batch = replace(pack(sequences, starts, share_prefixes=self.module.share_prefixes), as_teacher=view.as_teacher)
         return batch.to(self.accelerator.device)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from vpd.config import ConfigError
 from vpd.policy import gguf
+from vpd.policy.adapter import TEACHER, has_teacher_adapter, plain_name, without_teacher_adapter
 from vpd.policy.cache import whole_folder
 
 
@@ -108,7 +109,9 @@ def save_policy(
     if folder.exists() and not _is_model_folder(folder) and (folder.is_file() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and does not hold a model, so it is not replaced: choose another name.")
     options: dict[str, Any] = {} if state_dict is None else {"state_dict": dict(state_dict)}
-    if hasattr(model, "peft_config"):
+    if has_teacher_adapter(model):
+        model, options["state_dict"] = without_teacher_adapter(model)  # pyright: ignore
+    elif hasattr(model, "peft_config"):
         # The vocabulary is never resized here; left to itself, PEFT asks the hub whether it was.
         options["save_embedding_layers"] = False
     try:
@@ -121,11 +124,17 @@ def save_policy(
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Give a model, PEFT-wrapped or not, the weights that :func:`save_policy` wrote for it."""
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and not has_teacher_adapter(model):
         set_peft_model_state_dict(model, load_peft_weights(str(folder)))
         return
     dtype = next(model.parameters()).dtype
-    model.load_state_dict(load_policy(str(folder), dtype=dtype).model.state_dict())
+    weights = load_policy(str(folder), dtype=dtype).model.state_dict()
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        wrapped = {plain_name(name): name for name in base.state_dict() if f".{TEACHER}." not in name}
+        base.load_state_dict({wrapped[name]: value for name, value in weights.items()}, strict=False)
+        return
+    model.load_state_dict(weights)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vpd.packing import PackedBatch, enable_packed_attention, hidden_states
+from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, head_of
 from vpd.policy.objectives import Objective, Outputs
 
@@ -28,6 +29,7 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.share_prefixes = share_prefixes
+        self.has_teacher_adapter = has_teacher_adapter(model)
         if share_prefixes:
             enable_packed_attention(causal_lm_of(model))
 
@@ -43,6 +45,8 @@ class PolicyModule(nn.Module):
         An empty batch runs one token and returns a zero loss joined to every weight: in a distributed run each process
         makes the same number of passes, whether or not it has rollouts left.
         """
+        if self.has_teacher_adapter:
+            switch_teacher_adapter(self.model, on=batch.as_teacher)
         backbone, head = backbone_of(self.model), head_of(self.model)
         if batch.is_empty:
             token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)

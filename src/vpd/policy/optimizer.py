@@ -12,12 +12,14 @@ from vpd.config import ConfigError, OptimSettings
 
 
 def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW in one kernel for all weights, which on a processor too is several times faster than a loop over them."""
     return torch.optim.AdamW(
         list(parameters),
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

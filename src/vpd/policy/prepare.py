@@ -13,8 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vpd.config import AlgorithmSettings, ConfigError, ModelSettings, VPDConfig
+from vpd.config import AlgorithmSettings, ConfigError, LoraSettings, ModelSettings, VPDConfig
 from vpd.packing import check_packed_equals_separate, enable_packed_attention, packable
+from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
@@ -32,6 +33,7 @@ def prepare_policy(
     tokenizer: PreTrainedTokenizerBase | None,
     settings: ModelSettings,
     peft_config: Any = None,
+    teacher_lora: LoraSettings | None = None,
 ) -> tuple[PolicyModule, PreTrainedTokenizerBase]:
     """Load what is not given, wrap it for training, and check it.
 
@@ -40,6 +42,7 @@ def prepare_policy(
         tokenizer: None for the model's own.
         settings: of the model.
         peft_config: a PEFT config; ``settings.lora`` by default.
+        teacher_lora: an adapter of the teacher's own.
 
     Raises:
         ConfigError: the model cannot be loaded or is of a kind that cannot be trained here.
@@ -59,6 +62,8 @@ def prepare_policy(
             network = get_peft_model(network, peft_config)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise ConfigError(f"The adapters cannot be made: {error}") from error
+    if teacher_lora is not None:
+        network = add_teacher_adapter(network, teacher_lora)  # pyright: ignore[reportArgumentType]
     if settings.gradient_checkpointing:
         causal_lm_of(network).activation_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
         if isinstance(network, PeftModel):
@@ -123,5 +128,11 @@ def make_accelerator(args: VPDConfig) -> Accelerator:
         log_with=list(args.run.report_to) or None,
         project_dir=args.run.output_dir,
         # Buffers (rotary frequencies) never change, and broadcasting them would tie scoring passes together.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                # Each of the two steps leaves the other's parameters out.
+                find_unused_parameters=getattr(args.algorithm, "teacher", None) == "lora",
+            )
+        ],
     )

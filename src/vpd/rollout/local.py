@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Literal, cast
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.rollout.cache import StatefulCache, make_cache
 from vpd.rollout.packed import pack
 from vpd.rollout.sampling import Sampler, sequence_uniforms
@@ -73,6 +75,9 @@ class LocalEngine:
         if dtype == "auto":
             dtype = "bfloat16" if computes_bfloat16(self._device) else "float32"
         self._twin = make_twin(model, bfloat16=dtype == "bfloat16")
+        self._has_teacher_adapter = has_teacher_adapter(self._twin)
+        if self._has_teacher_adapter:
+            switch_teacher_adapter(self._twin, on=False)
         pack(self._twin)
 
     @torch.no_grad()
@@ -90,6 +95,17 @@ class LocalEngine:
                 if targets[name] is not source:
                     targets[name].copy_(source)
         pack(self._twin)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[None]:
+        """Within it, the teacher's own adapter is on, where the network has one."""
+        if self._has_teacher_adapter:
+            switch_teacher_adapter(self._twin, on=True)
+        try:
+            yield
+        finally:
+            if self._has_teacher_adapter:
+                switch_teacher_adapter(self._twin, on=False)
 
     @torch.no_grad()
     def generate(

@@ -75,8 +75,9 @@ class RolloutSampler:
         return self._judged(rollouts)
 
     def sample_behind(self, prompts: Sequence[list[int]], tasks: Sequence[Task], seed: int) -> list[Rollout]:
-        """One judged rollout behind each given prompt, such as the teacher's."""
-        samples = self._generate(list(prompts), 1, seed, None, None)
+        """One judged rollout of the teacher behind each of its prompts."""
+        with self.engine.as_teacher():
+            samples = self._generate(list(prompts), 1, seed, None, None)
         rollouts = [
             self._rollout(task, index, prompt, group[0])
             for index, (task, prompt, group) in enumerate(zip(tasks, prompts, samples, strict=True))

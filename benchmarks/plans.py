@@ -1,0 +1,111 @@
+"""What ``vpd plan`` predicts, against what was measured here, and for the paper's models on a GPU.
+
+    python -m benchmarks.step --against none --workload a b c --output step.json
+    python -m benchmarks.plans --measured step.json
+
+The first table holds the prediction against the measurement on this machine; the second what the same counting gives
+for the paper's settings on hardware that this project has not run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers import Qwen3Config
+
+from benchmarks.step.ours import settings
+from benchmarks.step.specs import WORKLOADS, Side
+from vpd.config import VPDConfig
+from vpd.plan import GPUS, Hardware, Lengths, Plan, predict, shape_of, shape_of_config, this_machine
+
+_FEEDBACK_TOKENS = 58
+"""What the teachers' prompts of the workloads have behind the question, on average."""
+
+_QWEN3 = {
+    "Qwen3-1.7B": Qwen3Config(
+        hidden_size=2048, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        intermediate_size=6144, vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "Qwen3-8B": Qwen3Config(
+        hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+        intermediate_size=12288, vocab_size=151936, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def measured(path: Path) -> None:
+    """The table of predictions against measurements."""
+    hardware = this_machine()
+    print(f"Here: {hardware.flops / 1e9:.0f} GFLOP/s, {hardware.bandwidth / 1e9:.1f} GB/s.\n")
+    print("| workload | algorithm | measured s | predicted s | difference |")
+    print("|---|---|---|---|---|")
+    for name, result in json.loads(path.read_text())["workloads"].items():
+        workload = WORKLOADS[name]
+        for found in result["sides"]:
+            if found["side"]["library"] != "ours":
+                continue
+            algorithm = found["side"]["algorithm"]
+            plan = predict(
+                settings(Side("ours", algorithm), workload, "runs"),
+                shape_of(found["side"]["model"]),
+                Lengths(workload.prompt_tokens, workload.completion_tokens, _FEEDBACK_TOKENS),
+                hardware,
+            )
+            # The harness reports E-steps apart.
+            expected, seconds = plan.seconds.total - plan.seconds.e_step, found["seconds"]["median"]
+            print(f"| {name} | {algorithm} | {seconds:.2f} | {expected:.2f} | {expected / seconds - 1:+.0%} |")
+
+
+def paper(hardware: Hardware) -> None:
+    """The table of the paper's settings: 32 prompts of 8 rollouts, VPD with F = 5."""
+    values = {
+        "rollout": {"prompts_per_step": 32, "num_generations": 8, "batch_size": 256},
+        "feedback": {"sources": ["sibling"]},
+        "algorithm": {"type": "vpd", "e_step_every": 5, "top_k": 100},
+        "model": {"gradient_checkpointing": True},
+        "optim": {"micro_batch_tokens": 20480},
+    }
+    config = VPDConfig.parse(values)
+    lengths = Lengths(prompt=250, completion=500, feedback=560)
+    print(f"\n{hardware.name}: {lengths}, siblings' answers as feedback, nothing of it measured.\n")
+    print("| model | | tokens trained | PFLOP a step | s a step | GB |")
+    print("|---|---|---|---|---|---|")
+    for name, network in _QWEN3.items():
+        plan = predict(config, shape_of_config(network), lengths, hardware)
+        unshared = _without_sharing(plan)
+        tokens = plan.tokens.student + plan.tokens.teacher
+        print(
+            f"| {name} | shared | {tokens:,.0f} | {plan.flops.total / 1e15:.1f} | {plan.seconds.total:.0f} "
+            f"| {plan.memory / 1e9:.0f} |"
+        )
+        print(
+            f"| {name} | every sequence by itself | {plan.tokens_unshared:,.0f} | {unshared[0] / 1e15:.1f} "
+            f"| {unshared[1]:.0f} | |"
+        )
+
+
+def _without_sharing(plan: Plan) -> tuple[float, float]:
+    """Operations and seconds where the training passes grow with their tokens."""
+    growth = plan.tokens_unshared / (plan.tokens.student + plan.tokens.teacher)
+    training = [plan.flops.student + plan.flops.teacher + plan.flops.e_step]
+    training.append(plan.seconds.student + plan.seconds.teacher + plan.seconds.e_step)
+    return (
+        plan.flops.total + (growth - 1) * training[0],
+        plan.seconds.total + (growth - 1) * training[1],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", type=Path, help="a JSON of benchmarks.step")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    options = parser.parse_args()
+    if options.measured is not None:
+        measured(options.measured)
+    paper(GPUS[options.gpu])
+
+
+if __name__ == "__main__":
+    main()
