@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from toy import ToyEnvironment, toy_trainer
+from toy import ToyEnvironment, toy_model, toy_trainer
 from transformers import LlamaConfig
 
-from vpd import Verdict, VPDConfig
-from vpd.plan import GPUS, Lengths, predict, shape_of_config
+from vpd import ConfigError, Verdict, VPDConfig
+from vpd.plan import GPUS, Lengths, predict, shape_of, shape_of_config
+from vpd.policy import load
 from vpd.policy.learner import TokenCounts
 from vpd.rollout.sampler import RolloutSampler
 from vpd.types import Task
@@ -111,3 +112,18 @@ def test_rarer_e_steps_cost_less_and_one_pass_less_than_two():
     small = predict(config(optim={"micro_batch_tokens": 1000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
     large = predict(config(optim={"micro_batch_tokens": 8000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
     assert small.e_step > large.e_step
+
+
+def test_the_sizes_of_a_local_model_are_found_without_the_network(tmp_path, monkeypatch):
+    asked, from_pretrained = [], load.AutoConfig.from_pretrained
+
+    def watched(location, **options):
+        asked.append(options["local_files_only"])
+        return from_pretrained(location, **options)
+
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", watched)
+    toy_model().save_pretrained(tmp_path)
+    assert shape_of(str(tmp_path)).parameters == sum(p.numel() for p in toy_model().parameters())
+    assert asked == [True]
+    with pytest.raises(ConfigError, match="There is no file or folder"):
+        shape_of(str(tmp_path / "nowhere"))

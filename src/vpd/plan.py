@@ -14,10 +14,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from vpd.config import VPD, ConfigError, PolicyGradientSettings, VPDConfig
-from vpd.policy.load import load_policy
+from vpd.policy.load import config_of
 from vpd.rollout.local import computes_bfloat16
 
 _TRAIN_EFFICIENCY = 0.6
@@ -127,16 +127,12 @@ class Plan:
 
 
 def shape_of(name: str) -> Shape:
-    """The sizes of a model, from its config alone where it is on the hub.
+    """The sizes of a model, from its config alone; local names never reach the network.
 
     Raises:
         ConfigError: the model cannot be found.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError):
-        config = load_policy(name).model.config
-    return shape_of_config(config)
+    return shape_of_config(config_of(name))
 
 
 def shape_of_config(config: Any) -> Shape:

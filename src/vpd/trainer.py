@@ -414,8 +414,8 @@ class VPDTrainer:
             )
         if self.state.step or not self.state.rows:
             self.measurements.row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
-            if self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
-                self.measurements.gap("After training")
+        if self.state.step and self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
+            self.measurements.gap("After training")
         if self.journal.folder is not None:
             try:
                 save_policy(self.model, self.tokenizer, self.journal.folder.path / "model")  # pyright: ignore

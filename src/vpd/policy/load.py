@@ -13,7 +13,14 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vpd.config import ConfigError
 from vpd.policy import gguf
@@ -72,6 +79,22 @@ def load_policy(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel
     _fill_pad_token(tokenizer)
     _check_vocabulary(loaded)
     return loaded
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The config of a model that :func:`load_policy` would load, without its weights; an adapter's is its base's.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be reached.
+    """
+    source = _find(name)
+    adapter = Path(source.location) / "adapter_config.json"
+    if source.local and adapter.is_file():
+        return config_of(_base_of(adapter))
+    try:
+        return AutoConfig.from_pretrained(source.location, local_files_only=source.local)
+    except (OSError, ValueError) as error:
+        raise ConfigError(_not_loaded(name, source, error)) from error
 
 
 def check_chat_template(loaded: LoadedModel) -> None:
@@ -207,11 +230,15 @@ def _model_folder(name: str, folder: Path) -> Path:
             raise ConfigError(f"The folder {name} holds several GGUF files ({names}): name one of them.")
 
 
-def _load_adapter(name: str, adapter: Path, dtype: torch.dtype) -> LoadedModel:
-    base_name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base_name:
+def _base_of(adapter: Path) -> str:
+    name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
         raise ConfigError(f"{adapter} does not say which model it adapts: set its base_model_name_or_path.")
-    base = load_policy(base_name, dtype=dtype)
+    return name
+
+
+def _load_adapter(name: str, adapter: Path, dtype: torch.dtype) -> LoadedModel:
+    base = load_policy(_base_of(adapter), dtype=dtype)
     model = PeftModel.from_pretrained(base.model, str(adapter.parent)).merge_and_unload()
     return LoadedModel(model, base.tokenizer)
 
