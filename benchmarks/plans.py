@@ -17,8 +17,10 @@ from transformers import Qwen3Config
 
 from benchmarks.step.ours import settings
 from benchmarks.step.specs import WORKLOADS, Side
+from vpd.calibration import this_machine
 from vpd.config import VPDConfig
-from vpd.plan import GPUS, Hardware, Lengths, Plan, predict, shape_of, shape_of_config, this_machine
+from vpd.plan import GPUS, Hardware, Lengths, Plan, predict, shape_of_config
+from vpd.policy.load import config_of
 
 _FEEDBACK_TOKENS = 58
 """What the teachers' prompts of the workloads have behind the question, on average."""
@@ -37,25 +39,27 @@ _QWEN3 = {
 
 def measured(path: Path) -> None:
     """The table of predictions against measurements."""
-    hardware = this_machine()
-    print(f"Here: {hardware.flops / 1e9:.0f} GFLOP/s, {hardware.bandwidth / 1e9:.1f} GB/s.\n")
-    print("| workload | algorithm | measured s | predicted s | difference |")
-    print("|---|---|---|---|---|")
+    print("| workload | algorithm | part | measured s | predicted s | difference |")
+    print("|---|---|---|---|---|---|")
     for name, result in json.loads(path.read_text())["workloads"].items():
         workload = WORKLOADS[name]
         for found in result["sides"]:
             if found["side"]["library"] != "ours":
                 continue
             algorithm = found["side"]["algorithm"]
-            plan = predict(
-                settings(Side("ours", algorithm), workload, "runs"),
-                shape_of(found["side"]["model"]),
-                Lengths(workload.prompt_tokens, workload.completion_tokens, _FEEDBACK_TOKENS),
-                hardware,
-            )
+            run = settings(Side("ours", algorithm), workload, "runs")
+            lengths = Lengths(workload.prompt_tokens, workload.completion_tokens, _FEEDBACK_TOKENS)
+            network = config_of(found["side"]["model"])
+            hardware = this_machine(run, network, lengths)
+            expected = predict(run, shape_of_config(network), lengths, hardware).seconds
             # The harness reports E-steps apart.
-            expected, seconds = plan.seconds.total - plan.seconds.e_step, found["seconds"]["median"]
-            print(f"| {name} | {algorithm} | {seconds:.2f} | {expected:.2f} | {expected / seconds - 1:+.0%} |")
+            rows = {
+                "all": (found["seconds"]["median"], expected.total - expected.e_step),
+                "rollout": (found["phases"]["rollout"], expected.rollout),
+            }
+            for part, (seconds, predicted) in rows.items():
+                difference = f"{predicted / seconds - 1:+.0%}"
+                print(f"| {name} | {algorithm} | {part} | {seconds:.2f} | {predicted:.2f} | {difference} |", flush=True)
 
 
 def paper(hardware: Hardware) -> None:

@@ -9,7 +9,8 @@ from toy import ToyEnvironment, toy_model, toy_trainer
 from transformers import LlamaConfig
 
 from vpd import ConfigError, Verdict, VPDConfig
-from vpd.plan import GPUS, Lengths, predict, shape_of, shape_of_config
+from vpd.calibration import this_machine
+from vpd.plan import GPUS, Lengths, hardware_named, predict, shape_of_config
 from vpd.policy import load
 from vpd.policy.learner import TokenCounts
 from vpd.rollout.sampler import RolloutSampler
@@ -43,6 +44,9 @@ def test_sizes_are_those_of_smollm2():
         {"type": "reshape"},
         {"type": "vpd", "e_step_every": 1},
         {"type": "vpd", "e_step_every": 1, "e_minibatch_prompts": 1, "e_epochs": 2},
+        {"type": "vpd", "e_step_every": 1, "divergence": "sampled"},
+        {"type": "sdpo", "teacher": "live", "divergence": "sampled"},
+        {"type": "sdpo", "teacher": "live", "m_minibatch_prompts": 1},
     ],
 )
 def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algorithm):
@@ -123,7 +127,26 @@ def test_the_sizes_of_a_local_model_are_found_without_the_network(tmp_path, monk
 
     monkeypatch.setattr(load.AutoConfig, "from_pretrained", watched)
     toy_model().save_pretrained(tmp_path)
-    assert shape_of(str(tmp_path)).parameters == sum(p.numel() for p in toy_model().parameters())
+    found = shape_of_config(load.config_of(str(tmp_path)))
+    assert found.parameters == sum(p.numel() for p in toy_model().parameters())
     assert asked == [True]
     with pytest.raises(ConfigError, match="There is no file or folder"):
-        shape_of(str(tmp_path / "nowhere"))
+        load.config_of(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="There is no hardware 'abacus'"):
+        hardware_named("abacus")
+
+
+def test_the_machine_at_hand_is_measured_with_the_runs_own_work():
+    network = toy_model().config
+    lengths = Lengths(20, 6, 10)
+    hardware = this_machine(config(), network, lengths)
+    shares = (hardware.train_share, hardware.score_share, hardware.decode_share)
+    assert all(0 < share < 1 for share in shares), "a tiny network reaches little"
+    # What was timed is what the plan then says, up to the work around the passes.
+    settings = config(algorithm={"type": "sdpo", "teacher": "live"})
+    plan = predict(settings, shape_of_config(network), lengths, hardware)
+    slower = predict(settings, shape_of_config(network), lengths, replace(hardware, score_share=shares[1] / 2))
+    assert slower.seconds.teacher == pytest.approx(2 * plan.seconds.teacher)
+    assert slower.seconds.student == plan.seconds.student
+    adapted = config(model={"gradient_checkpointing": True})
+    assert this_machine(adapted, network, lengths).train_share > 0

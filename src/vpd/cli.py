@@ -136,12 +136,19 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Predict what a training step costs: tokens, operations, memory and time."""
+    from vpd import calibration
     from vpd import plan as planning
+    from vpd.policy.load import config_of
 
     settings = VPDConfig.load(config, overrides)
-    device = planning.hardware_named(hardware)
     lengths = planning.Lengths(prompt, completion, feedback)
-    found = planning.predict(settings, planning.shape_of(settings.model.name), lengths, device)
+    network = config_of(settings.model.name)
+    device = (
+        calibration.this_machine(settings, network, lengths)
+        if hardware == "this"
+        else planning.hardware_named(hardware)
+    )
+    found = planning.predict(settings, planning.shape_of_config(network), lengths, device)
     table = Table(title=f"A step on {device.name}")
     table.add_column("")
     for column in ("tokens", "TFLOP", "seconds"):

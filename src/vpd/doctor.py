@@ -19,6 +19,7 @@ from rich.table import Table
 from vpd.policy import gguf
 from vpd.policy.cache import cache_dir
 from vpd.rollout.local import computes_bfloat16
+from vpd.runs.machine import usable_cores
 from vpd.sandbox import SAFE_LEVELS, SandboxError, choose_level, why_not
 
 Status: TypeAlias = Literal["ok", "missing", "note"]
@@ -97,9 +98,10 @@ def _device() -> Finding:
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Finding("device", "ok", names)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return Finding(
-        "device", "note", f"no CUDA device; {cores} processor cores with {torch.get_num_threads()} threads for torch"
+        "device",
+        "note",
+        f"no CUDA device; {usable_cores()} processor cores with {torch.get_num_threads()} threads for torch",
     )
 
 

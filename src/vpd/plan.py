@@ -2,29 +2,20 @@
 
 Counts follow what the trainer does: distinct prefixes once, completions without padding, the M-step's teacher in a pass
 without gradient, an E-step every F batches. Matrix products decide the time of training passes, reading the weights
-that of decoding; both are divided by what the hardware gives, times an efficiency. On the processor that it runs on the
-hardware's figures are measured; those of GPUs are the makers', and nothing here has been run on one.
+that of decoding; both are divided by what the hardware gives, times the share of it that such work reaches. On the
+machine at hand all of these are measured (:mod:`vpd.calibration`); those of GPUs are the makers' and a guess, and
+nothing here has been run on one.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from vpd.config import VPD, ConfigError, PolicyGradientSettings, VPDConfig
-from vpd.policy.load import config_of
-from vpd.rollout.local import computes_bfloat16
-
-_TRAIN_EFFICIENCY = 0.6
-"""Share of the hardware's matrix products that a training pass reaches."""
-
-_DECODE_EFFICIENCY = 0.6
-"""Share of the memory's bandwidth that decoding reaches."""
 
 _ACTIVATION_BYTES = 34
 """Of one layer and hidden unit for each token, in 2-byte precision (arXiv 2205.05198, eq. 1, without the attention's
@@ -39,12 +30,17 @@ class Hardware:
         flops: matrix products a second, in the precision of training.
         bandwidth: bytes a second from memory.
         memory: bytes.
+        train_share, score_share: of the products, what passes with and without gradient reach.
+        decode_share: of the bandwidth, what decoding reaches.
     """
 
     name: str
     flops: float
     bandwidth: float
     memory: float
+    train_share: float = 0.6
+    score_share: float = 0.6
+    decode_share: float = 0.6
 
 
 GPUS = {
@@ -126,15 +122,6 @@ class Plan:
     memory: float
 
 
-def shape_of(name: str) -> Shape:
-    """The sizes of a model, from its config alone; local names never reach the network.
-
-    Raises:
-        ConfigError: the model cannot be found.
-    """
-    return shape_of_config(config_of(name))
-
-
 def shape_of_config(config: Any) -> Shape:
     """The sizes of a model of this config; its weights are never made."""
     with torch.device("meta"):
@@ -172,25 +159,24 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     is_whole = getattr(settings.algorithm, "e_minibatch_prompts", None) in (None, prompts)
     fits = is_whole and teacher <= settings.optim.micro_batch_tokens
     epochs = getattr(settings.algorithm, "e_epochs", 1)
-    # A policy gradient, the sampled estimate and a penalty for leaving the initial model read log-probabilities first.
+    # A policy gradient and a penalty for leaving the initial model read log-probabilities first; so does an M-step that
+    # weighs tokens, where an update comes between.
     is_gradient = isinstance(settings.algorithm, PolicyGradientSettings)
-    reads = is_gradient + (getattr(settings.algorithm, "divergence", "") == "sampled")
+    reads = float(is_gradient)
+    if not is_gradient and getattr(settings.algorithm, "weighs_tokens", False):
+        minibatch = settings.algorithm.m_minibatch_prompts
+        reads = 1.0 if minibatch is not None and minibatch < prompts else e_share
     reads += getattr(settings.algorithm, "beta", 0.0) > 0
     teacher_kind = getattr(settings.algorithm, "teacher", "live" if has_teacher else "")
     teachers = has_teacher * (2 if teacher_kind == "trust_region" else 1)
     scored = rollouts * lengths.completion
 
-    def forward(tokens: float, context: float) -> float:
-        return tokens * (2 * shape.blocks + 4 * shape.layers * shape.attention_width * context)
-
-    head = 2 * scored * shape.vocabulary * shape.hidden
     backward = 2 + settings.model.gradient_checkpointing
-    student_context = lengths.prompt / 2 + lengths.completion / 2
-    teacher_context = student_context + lengths.feedback / 2
-    student_pass = forward(student, student_context)
-    teacher_pass = forward(teacher, teacher_context)
+    student_pass, head = pass_flops(shape, replace(lengths, feedback=0), rollouts, student)
+    teacher_pass, _ = pass_flops(shape, lengths, rollouts, teacher)
+    prefill, _ = pass_flops(shape, Lengths(lengths.prompt, 0, 0), prompts, prompts * lengths.prompt)
     flops = Step(
-        rollout=forward(prompts * lengths.prompt + scored, student_context) + head,
+        rollout=student_pass + head,
         student=(1 + backward + reads) * student_pass + (3 + reads) * head,
         teacher=teachers * (teacher_pass + head),
         # The prior; the training pass, whose head is computed once more in its backward pass; delta's pass.
@@ -216,61 +202,54 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     trained = 0 if settings.model.lora is not None else width
     copies = (teacher_kind in ("ema", "trust_region")) + (getattr(settings.algorithm, "beta", 0.0) > 0)
     copies += (getattr(settings.algorithm, "prior", "") == "fixed") + settings.optim.extrapolation
-    rate = hardware.flops * _TRAIN_EFFICIENCY
-    cache = 2 * shape.layers * shape.cache_width
+    train, score = hardware.flops * hardware.train_share, hardware.flops * hardware.score_share
     batches = -(-rollouts // settings.rollout.batch_size)
-    read_a_step = 2 * shape.parameters + min(rollouts, settings.rollout.batch_size) * cache * student_context * 2
-    decoding = lengths.completion * batches * read_a_step / (hardware.bandwidth * _DECODE_EFFICIENCY)
+    read = lengths.completion * batches * decoding_bytes(shape, settings, lengths)
+    # The E-step's prior and a separate pass for delta have no gradient.
+    without = e_share * (student_pass + head + (0 if fits else teacher_pass + head))
+    reading = reads * (student_pass + head)
     # Weights, gradient and two moments, read and written, and the copy that samples.
     optimizer = shape.parameters * (7 * trained * (1 + e_share) + width + 2) / hardware.bandwidth
     seconds = Step(
-        rollout=max(flops.rollout / rate, decoding),
-        student=flops.student / rate,
-        teacher=flops.teacher / rate,
-        e_step=flops.e_step / rate,
+        rollout=prefill / score
+        + max((flops.rollout - prefill) / score, read / (hardware.bandwidth * hardware.decode_share)),
+        student=(flops.student - reading) / train + reading / score,
+        teacher=flops.teacher / score,
+        e_step=(flops.e_step - without) / train + without / score,
         optimizer=optimizer,
     )
     held = min(settings.optim.micro_batch_tokens, max(student, teacher * (e_share > 0)))
     kept_layers = 2 if settings.model.gradient_checkpointing else _ACTIVATION_BYTES
     memory = shape.parameters * (width + (3 + copies) * trained + 2) + held * shape.layers * shape.hidden * kept_layers
-    memory += min(rollouts, settings.rollout.batch_size) * cache * (lengths.prompt + lengths.completion)
+    memory += min(rollouts, settings.rollout.batch_size) * _cache(shape) * (lengths.prompt + lengths.completion)
     return Plan(tokens, unshared, flops, seconds, memory)
 
 
-def this_machine() -> Hardware:
-    """This machine's processor or first GPU, by what it does in a second or so."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if computes_bfloat16(device) else torch.float32
-    matrix = torch.randn(2048, 2048, device=device, dtype=dtype)
-    products = _rate(lambda: matrix @ matrix, 2 * 2048**3, device)
-    block = torch.zeros(64 * 2**20, device=device)
-    reads = _rate(lambda: block.sum(), block.numel() * 4, device)
-    if device.type == "cuda":
-        memory = float(torch.cuda.get_device_properties(device).total_memory)
-        return Hardware(torch.cuda.get_device_name(device), products, reads, memory)
-    return Hardware("this processor", products, reads, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+def pass_flops(shape: Shape, lengths: Lengths, rollouts: int, tokens: float) -> tuple[float, float]:
+    """Operations of a pass without gradient over ``tokens`` distinct ones: of the blocks, and of the head, which scores
+    the completions alone."""
+    context = (lengths.prompt + lengths.feedback + lengths.completion) / 2
+    blocks = tokens * (2 * shape.blocks + 4 * shape.layers * shape.attention_width * context)
+    return blocks, 2 * rollouts * lengths.completion * shape.vocabulary * shape.hidden
 
 
-def _rate(work: Any, amount: float, device: torch.device) -> float:
-    """How much of ``amount`` is done in a second: the best of some tries, since others use the machine too."""
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return amount / best
+def decoding_bytes(shape: Shape, settings: VPDConfig, lengths: Lengths) -> float:
+    """What one step of decoding a batch reads: the weights, in two bytes, and the keys and values so far."""
+    rows = min(settings.rollout.prompts_per_step * settings.rollout.num_generations, settings.rollout.batch_size)
+    return 2 * shape.parameters + rows * _cache(shape) * (lengths.prompt + lengths.completion / 2)
+
+
+def _cache(shape: Shape) -> int:
+    """Bytes of one token's keys and values."""
+    return 2 * shape.layers * shape.cache_width
 
 
 def hardware_named(name: str) -> Hardware:
-    """A preset, or ``this`` for the machine at hand.
+    """A preset.
 
     Raises:
         ConfigError: there is no such preset.
     """
-    if name == "this":
-        return this_machine()
     if name not in GPUS:
         raise ConfigError(f"There is no hardware {name!r}; there are this, {', '.join(sorted(GPUS))}.")
     return GPUS[name]

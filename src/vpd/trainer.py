@@ -53,8 +53,8 @@ from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder
 from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.journal import Journal
+from vpd.runs.machine import peak_memory_bytes
 from vpd.runs.measurements import Measurements
-from vpd.runs.memory import peak_memory_bytes
 from vpd.runs.monitor import Monitor
 from vpd.runs.samples import RolloutRecord
 from vpd.runs.state import TrainingState
@@ -315,6 +315,7 @@ class VPDTrainer:
         statistics = batch_statistics(
             batch.rollouts, batch.is_success, batch.views, self.learner.total, self.learner.largest
         )
+        self.sampler.engine.release()
         counts = {name: value for source in self.sources for name, value in source.counts().items()}
         statistics |= dict(zip(counts, self.learner.total(*counts.values()), strict=True)) if counts else {}
         result = algorithms.update(
@@ -363,6 +364,7 @@ class VPDTrainer:
             tasks = list(self.environment.tasks("selection"))[: self.args.eval.margin_tasks][process::processes]
             seed = mix(self.args.run.seed, -step, process)
             batch = self.with_feedback(self.sampler.sample(tasks, self.args.rollout.num_generations, seed=seed))
+            self.sampler.engine.release()
             return with_teacher(self._examples(batch))
 
         return sample_fresh
@@ -390,6 +392,7 @@ class VPDTrainer:
             sequences = demonstration_sequences(
                 self.environment, self.prompts, eos, settings.demonstrations, threshold, sources
             )
+            self.sampler.engine.release()
             result = warm_start(self.learner, sequences, settings, self.tokenizer)
             self.sampler.engine.sync()
             how = f"{result.steps} steps, loss {result.loss:.3f}" if result.steps else f"found in {result.folder}"
@@ -401,7 +404,7 @@ class VPDTrainer:
             weights.assign(self.learner.module)
         for name, text in settings_warnings(self.args).items():
             self.journal.warn(name, text)
-        if self.args.eval.preflight_tasks and self.args.run.max_steps and self.args.algorithm.has_teacher:
+        if self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
             self.measurements.preflight()
 
     def _after_training(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from toy import toy_trainer
 
 from vpd import algorithms
-from vpd.algorithms.example import make_examples, student_view
+from vpd.algorithms.example import make_examples, student_view, with_teacher
+from vpd.algorithms.m_step import old_log_probs
 from vpd.algorithms.opsa import lowest_token_advantages
 from vpd.algorithms.policy_step import group_advantages
 from vpd.algorithms.reweight import mixing
-from vpd.config import GRPO, OPSA, SDPO, ConfigError, Joint, Reshape, Reweight, VPDConfig
+from vpd.config import GRPO, OPSA, SDPO, VPD, ConfigError, Joint, Reshape, Reweight, VPDConfig
 from vpd.runs.timing import Timer
 
 NO_CLIP = {"epsilon": 1e6, "epsilon_high": 1e6}
@@ -143,13 +145,43 @@ def test_opsa_lowers_the_least_likely_tokens_and_asks_nobody(trainer, examples):
 
 
 @pytest.mark.parametrize("control_variate", [False, True])
-def test_the_sampled_estimate_trains_and_corrects_for_updates_in_between(trainer, examples, control_variate):
+def test_the_sampled_estimate_trains(trainer, examples, control_variate):
     settings = SDPO(teacher="live", divergence="sampled", control_variate=control_variate)
-    once, result = update(trainer, examples, settings)
+    gradient, result = update(trainer, examples, settings)
     assert result.metrics["divergence"] > 0
-    # Before any update the policy is the one that wrote the tokens: the ratio is 1, and a bound on it changes nothing.
-    bounded, _ = update(trainer, examples, SDPO(**settings.model_dump() | {"importance_clip": 1.01}))
-    assert_close(bounded, once)
+    assert any(value.abs().max() > 0 for value in gradient.values())
+
+
+@pytest.mark.parametrize("divergence", ["js", "sampled"])
+def test_tokens_count_as_often_as_the_student_would_now_write_them(trainer, examples, divergence, monkeypatch):
+    def gradient(clip, m_minibatch_prompts=None):
+        settings = SDPO(
+            teacher="live", divergence=divergence, importance_clip=clip, m_minibatch_prompts=m_minibatch_prompts
+        )
+        return update(trainer, with_teacher(examples), settings)[0]
+
+    plain = gradient(0, m_minibatch_prompts=1)
+    # As if the student had written every token three times less often than it now would.
+    real = trainer.learner.token_log_probs
+    monkeypatch.setattr(trainer.learner, "token_log_probs", lambda *args: [v - math.log(3.0) for v in real(*args)])
+    assert_close(gradient(2.0, m_minibatch_prompts=1), {name: 2 * value for name, value in plain.items()})
+    assert_close(gradient(9.0, m_minibatch_prompts=1), {name: 3 * value for name, value in plain.items()})
+    unbounded = 3 if divergence == "sampled" else 1
+    assert_close(gradient(None, m_minibatch_prompts=1), {name: unbounded * value for name, value in plain.items()})
+
+
+def test_the_student_is_asked_what_it_wrote_only_where_an_update_comes_between(trainer, examples):
+    def asked(settings, **kwargs):
+        return old_log_probs(trainer.learner, examples, settings, 2, **kwargs) is not None
+
+    assert not asked(SDPO())
+    assert asked(SDPO(m_minibatch_prompts=1))
+    assert not asked(SDPO(m_minibatch_prompts=2))
+    assert asked(SDPO(), e_step=True)
+    assert not asked(SDPO(importance_clip=0, m_minibatch_prompts=1))
+    assert not asked(VPD(), e_step=True)
+    assert asked(VPD(divergence="sampled"), e_step=True)
+    assert not asked(VPD(divergence="sampled", importance_clip=0), e_step=True)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +212,7 @@ def test_each_algorithm_runs_from_a_config(tmp_path, algorithm):
     [
         ({"type": "sdpo", "divergence": "sampled", "top_k": 5}, "top_k does nothing"),
         ({"type": "vpd", "divergence": "js", "top_k": 5, "correction": "stopgrad"}, "is for reverse_kl, not js"),
-        ({"type": "vpd", "importance_clip": 2.0}, "importance_clip is for divergence"),
+        ({"type": "vpd", "importance_clip": 0.5}, "no token would ever count in full"),
         ({"type": "grpo", "divergence": "js"}, "divergence"),
         ({"type": "joint", "teacher": "frozen"}, "is not offered with joint"),
     ],

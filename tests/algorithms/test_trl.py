@@ -99,8 +99,13 @@ def states() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(("kind", "alpha"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("js", 0.5), ("js", 0.2)])
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_sdpo_equals_trl(kind, alpha, top_k):
+@pytest.mark.parametrize("importance_clip", [None, 1.5])
+def test_sdpo_equals_trl(kind, alpha, top_k, importance_clip):
     student, teacher, weight = states()
+    generator = torch.Generator().manual_seed(2)
+    written = torch.randint(V, (B, T), generator=generator)
+    current = (student @ weight.T).log_softmax(-1).gather(-1, written[..., None])[..., 0]
+    old = current + torch.randn(B, T, generator=generator)
     theirs = student.clone().requires_grad_()
     trainer = SimpleNamespace(
         args=SimpleNamespace(
@@ -108,19 +113,20 @@ def test_sdpo_equals_trl(kind, alpha, top_k):
             distillation_topk=top_k,
             distillation_alpha=alpha,
             distillation_add_tail=True,
-            distillation_is_clip=None,
+            distillation_is_clip=importance_clip,
         ),
         _log_self_distillation_metric=lambda mode, value: None,
         accelerator=SimpleNamespace(gather=lambda value: value, reduce=lambda value, *args, **kwargs: value),
     )
     logits = DistillationLogits(
-        completion_ids=torch.zeros(B, T, dtype=torch.long),
+        completion_ids=written,
         completion_mask=MASK,
         loss_mask=MASK,
         student_logits=theirs @ weight.T,
         teacher_logits=teacher @ weight.T,
     )
-    expected = SDPOTrainer._compute_self_distillation_loss(trainer, SimpleNamespace(training=True), {}, logits)
+    inputs = {"old_per_token_logps": old}
+    expected = SDPOTrainer._compute_self_distillation_loss(trainer, SimpleNamespace(training=True), inputs, logits)
     expected.backward()
 
     ours = student[ACTIVE].clone().requires_grad_()
@@ -129,6 +135,9 @@ def test_sdpo_equals_trl(kind, alpha, top_k):
         teacher[ACTIVE],
         Head(weight),
         token_weights=weights("sequence_mean"),
+        targets=written[ACTIVE],
+        old_log_probs=None if importance_clip is None else old[ACTIVE],
+        importance_clip=importance_clip,
         kind=kind,
         alpha=alpha or 0.5,
         top_k=top_k,

@@ -11,10 +11,16 @@ from vpd.runs import RunError, RunFolder
 from vpd.runs.study import Study, runs_of
 
 
-def make_study(tmp_path, outcomes, seeds=(0, 1), selection=()):
-    """A finished study: ``outcomes[arm][seed]`` lists the questions' scores."""
+def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None):
+    """A finished study: ``outcomes[arm][seed]`` lists the questions' scores, ``start`` those of the shared start."""
     arms = [{"name": name} for name in outcomes]
     study = Study(config="none.toml", output_dir=str(tmp_path), seeds=list(seeds), arms=arms)  # pyright: ignore
+    if start is not None:
+        named = {f"q{i}": score for i, score in enumerate(start)}
+        for name, scores in (("base model", dict.fromkeys(named, 0.0)), ("after warm start", named)):
+            RunFolder(tmp_path / "start", resume=True).log(
+                0, "eval", {"split": "final", "name": name, "outcomes": scores}
+            )
     for arm in study.arms:
         for run, scores in zip(runs_of(study, arm), outcomes[arm.name], strict=True):
             folder = RunFolder(run.folder)
@@ -22,7 +28,7 @@ def make_study(tmp_path, outcomes, seeds=(0, 1), selection=()):
                 margin = {"margin": 9.0, "margin_on_arrival": 0.1 * step}
                 folder.log(step, "train", {"success_rate": 0.2 * step, "tokens_rollout": 10, **margin})
             for step in selection:
-                folder.log(step, "eval", {"split": "selection", "accuracy": 0.3})
+                folder.log(step, "eval", {"split": "selection", "accuracy": 0.3, "outcomes": {"s0": step / 10}})
             named = {f"q{i}": score for i, score in enumerate(scores)}
             folder.log(3, "eval", {"split": "final", "accuracy": 0.0, "outcomes": named})
             folder.write_result({"rows": [], "steps": 3, "train_seconds": 6.0, "interrupted": None})
@@ -43,6 +49,14 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
     assert "+50.0 (+50.0 to +50.0)" in table_of(comparison)
 
 
+def test_the_gain_is_on_the_start_as_the_arms_begin_with_it(tmp_path):
+    study = make_study(tmp_path, {"A": [[0.5, 1.0], [0.5, 1.0]]}, start=[0.0, 0.5])
+    assert compare(study).arms[0].gain == pytest.approx((0.5, 0.5, 0.5))
+    assert "| +50.0 (+50.0 to +50.0) |  | 2 |" in table_of(compare(study))
+    other = make_study(tmp_path / "other", {"A": [[0.5, 1.0], [0.5, 1.0]]}, start=[0.0])
+    assert compare(other).arms[0].gain is None
+
+
 def test_curves_and_tokens_are_read_from_the_metrics(tmp_path):
     comparison = compare(make_study(tmp_path, {"A": [[1.0], [0.0]]}))
     assert dict(comparison.arms[0].runs[0].margin) == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
@@ -56,6 +70,17 @@ def test_questions_that_some_run_could_not_grade_are_left_out_and_other_question
     assert "1 that were not graded in every run" in table_of(comparison)
     with pytest.raises(RunError, match="Only 1 of 2 questions"):
         compare(make_study(tmp_path / "other", {"A": [[1.0], [0.0]], "B": [[1.0, 1.0], [0.0, 0.0]]}))
+
+
+def test_a_study_may_compare_on_the_selection_split(tmp_path):
+    study = make_study(tmp_path, {"A": [[1.0], [0.0]]}, selection=(2, 3))
+    study.split = "selection"
+    comparison = compare(study)
+    assert comparison.arms[0].accuracy[0] == pytest.approx(0.3)
+    assert "1 questions of the selection split" in table_of(comparison)
+    assert "eval.final_tasks=0" in runs_of(study, study.arms[0])[0].overrides
+    with pytest.raises(RunError, match=r"no evaluation on the selection split: set eval.eval_steps"):
+        compare(make_study(tmp_path / "none", {"A": [[1.0], [0.0]]}).model_copy(update={"split": "selection"}))
 
 
 def test_everything_is_written(tmp_path):

@@ -151,6 +151,29 @@ def test_the_twin_follows_the_weights_after_sync(make_model, tokenizer, lora):
     assert log_probs(subject) == log_probs(engine(model, tokenizer, dtype="bfloat16"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_released_engine_holds_no_copies_and_samples_from_the_weights_as_they_are(make_model, tokenizer, dtype):
+    model = make_model("llama")
+    subject = engine(model, tokenizer, dtype=dtype)
+
+    def log_probs(subject):
+        return subject.generate(PROMPTS[:1], max_new_tokens=6, temperature=0, eos_token_ids=[])[0][0].log_probs
+
+    before = log_probs(subject)
+    subject.release()
+    own = [p for p in subject._twin.parameters() if p.data_ptr() not in {q.data_ptr() for q in model.parameters()}]
+    assert sum(parameter.numel() for parameter in own) == 0
+    assert not any(hasattr(module, "packed") for module in subject._twin.modules())
+    assert all(parameter.numel() for parameter in model.parameters())
+    subject.release()
+    assert log_probs(subject) == before
+    assert subject._twin.lm_head.weight is subject._twin.model.embed_tokens.weight
+    subject.release()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5)
+    assert log_probs(subject) == log_probs(engine(model, tokenizer, dtype=dtype)) != before
+
+
 @IGNORE_PEFT_WARNING
 def test_sync_refuses_a_model_whose_modules_have_changed(make_model, tokenizer):
     model = make_model("llama")

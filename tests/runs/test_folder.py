@@ -6,6 +6,7 @@ import pytest
 
 from vpd.config import ConfigError, VPDConfig
 from vpd.runs import RunError, RunFolder, atomic_write_text, read_metrics
+from vpd.runs.folder import changed_settings
 
 
 def weights(text: str):
@@ -150,6 +151,18 @@ def test_an_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch)
         atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_setting_that_came_with_an_upgrade_counts_as_its_default():
+    now = VPDConfig.parse({"optim": {"learning_rate": 2e-5}}).model_dump(mode="json")
+    before = json.loads(json.dumps(now))
+    del before["run"]["stop_on"], before["algorithm"]["e_epochs"]
+    assert changed_settings(before, now) == ""
+    now["algorithm"]["e_epochs"] = 2
+    assert changed_settings(before, now) == "algorithm.e_epochs was 1 and is 2"
+    # One that is no longer known cannot be filled up, and is told with what else differs.
+    before["run"]["colour"] = "blue"
+    assert "run.colour was 'blue' and is None" in changed_settings(before, now)
 
 
 def test_a_broken_json_file_is_told(tmp_path):

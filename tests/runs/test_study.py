@@ -182,9 +182,21 @@ def wait_for(path):
 
 def test_each_worker_takes_one_of_the_gpus_that_it_may_use(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    assert [study_module._device(worker) for worker in range(3)] == ["4", "5", "4"]
+    devices = [study_module._environment(worker, 3) for worker in range(3)]
+    assert devices == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "5", "4")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    assert study_module._device(0) is None
+    assert study_module._environment(0, 3) == {}
+
+
+def test_runs_at_the_same_time_share_the_cores(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(study_module, "usable_cores", lambda: 8)
+    threads = [study_module._environment(0, workers).get("OMP_NUM_THREADS") for workers in (1, 2, 3, 16)]
+    assert threads == [None, "4", "2", "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert study_module._environment(0, 2) == {}
 
 
 @pytest.mark.parametrize(

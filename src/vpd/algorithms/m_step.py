@@ -42,10 +42,20 @@ class MStepResult:
 
 
 def old_log_probs(
-    learner: Learner, examples: Sequence[Example], settings: MStepSettings
+    learner: Learner, examples: Sequence[Example], settings: MStepSettings, batch_prompts: int, *, e_step: bool = False
 ) -> Mapping[int, Tensor] | None:
-    """log pi(y_t) [T] by rollout index, before any update, where the sampled estimate will ask for it."""
-    if settings.divergence != "sampled":
+    """log pi(y_t) [T] by rollout index, before any update; None where the M-step's loss will not ask for it.
+
+    Args:
+        learner: the policy.
+        examples: this process's active rollouts.
+        settings: which divergence, and whether tokens are weighed.
+        batch_prompts: prompts of the batch over all processes.
+        e_step: whether an E-step comes between.
+    """
+    minibatch = settings.m_minibatch_prompts
+    is_changed = e_step or (minibatch is not None and minibatch < batch_prompts)
+    if not (settings.weighs_tokens and is_changed):
         return None
     found = learner.token_log_probs(examples, student_view)
     return {example.rollout: values for example, values in zip(examples, found, strict=True)}

@@ -25,7 +25,7 @@ def update(
     """One iteration's update: the M-step."""
     examples = with_teacher(examples)
     with timer("m_step"):
-        old = old_log_probs(learner, examples, settings)
+        old = old_log_probs(learner, examples, settings, batch_prompts)
         betas = torch.full((len(examples),), _MARGIN_BETA)
         result = distil(learner, examples, settings, batch_prompts, betas, old)
     result.metrics["margin_on_arrival"] = result.metrics.get("margin")

@@ -39,11 +39,12 @@ def update(
     ``margin_on_arrival`` is the teacher's margin against the student on rollouts that no update has seen yet.
     """
     examples = with_teacher(examples)
+    is_due = is_e_iteration(step, settings.e_step_every)
     with timer("m_step"):
-        old = old_log_probs(learner, examples, settings)
+        old = old_log_probs(learner, examples, settings, batch_prompts, e_step=is_due)
     metrics: dict[str, float | None] = {"e_step": None}
     refinement = None
-    if is_e_iteration(step, settings.e_step_every):
+    if is_due:
         metrics = {"e_step": 0.0}
         if holds_both_classes(learner, examples):
             fresh = sample_fresh() if sample_fresh is not None else None

@@ -52,8 +52,15 @@ class MStepSettings(UpdateSettings):
     """Of the squared distance between the student's hidden states and the teacher's, added to the divergence (OPRD)."""
     representation_layers: list[int] | None = Field(default=None, min_length=1)
     """Which layers' outputs, counted from 1; all by default."""
-    importance_clip: float | None = Field(default=None, gt=1)
-    """With ``sampled``: bound of the weight that corrects for updates since the rollout; a bound makes it biased."""
+    importance_clip: float | None = Field(default=None, ge=0)
+    """Each token counts as often as the student would now write it, pi / pi_old, but at most this; 0 lets all count the
+    same. By default they count the same, and with ``sampled`` by the unbounded ratio, which leaves the estimate
+    unbiased."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether a token's weight depends on what the student has become since it wrote it."""
+        return self.importance_clip != 0 and (self.divergence == "sampled" or self.importance_clip is not None)
 
     @model_validator(mode="after")
     def _objective(self) -> MStepSettings:
@@ -76,8 +83,11 @@ class MStepSettings(UpdateSettings):
                 "algorithm.representation_layers does nothing without algorithm.representation_weight: set it, or "
                 "leave the layers out"
             )
-        if self.importance_clip is not None and self.divergence != "sampled":
-            raise ValueError('algorithm.importance_clip is for divergence = "sampled": leave it out')
+        if self.importance_clip is not None and 0 < self.importance_clip < 1:
+            raise ValueError(
+                f"algorithm.importance_clip is {self.importance_clip}, so that no token would ever count in full: "
+                "take 1 or more, or 0 for no weights"
+            )
         return self
 
 
@@ -112,6 +122,8 @@ class SDPO(MStepSettings):
     type: Literal["sdpo"] = "sdpo"
     teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "ema"
     """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps."""
+    importance_clip: float | None = Field(default=2.0, ge=0)
+    """As SDPO's code has it; it matters where a batch has several M-minibatches."""
 
 
 class PolicyGradientSettings(UpdateSettings):
@@ -140,6 +152,8 @@ class Joint(PolicyGradientSettings, MStepSettings):
     type: Literal["joint"] = "joint"
     distillation_weight: float = Field(default=1.0, ge=0)
     reward_weight: float = Field(default=1.0, ge=0)
+    importance_clip: float | None = Field(default=2.0, ge=0)
+    """Of the distillation's tokens, as in SDPO."""
 
     @model_validator(mode="after")
     def _teacher(self) -> Joint:

@@ -54,6 +54,8 @@ def divergence(
     *,
     token_weights: Tensor | None = None,
     targets: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    importance_clip: float | None = None,
     kind: DivergenceKind = "reverse_kl",
     alpha: float = 0.5,
     temperature: float = 1.0,
@@ -75,7 +77,10 @@ def divergence(
         teacher_head: the teacher's; None means the student's.
         token_weights: [T], constants, e.g. 1 / (active tokens of the minibatch over all ranks); None means ones.
         targets: [T] ids of the tokens that were written, whose log-probabilities under both are wanted for the logs;
-            they do not change the loss.
+            they do not change the loss by themselves.
+        old_log_probs: [T], of the ``targets`` under the policy that wrote them: each token's weight is multiplied by
+            stopgrad(pi / pi_old) (SDPO's code, arXiv 2601.20802). None leaves the weights as they are.
+        importance_clip: the most that it is multiplied by; None for no bound.
         kind: ``"reverse_kl"`` KL(pi||q), ``"forward_kl"`` KL(q||pi), or ``"js"``, generalised Jensen-Shannon.
         alpha: the teacher's share of the mixture of ``"js"``, in [0, 1]. The formula vanishes at both ends, where its
             rescaled limits stand in: 0 means forward KL, 1 reverse KL.
@@ -117,6 +122,11 @@ def divergence(
         raise ValueError(
             f"targets must be [{student_hidden.shape[0]}], one for each token, got shape {tuple(targets.shape)}."
         )
+    if old_log_probs is not None and (targets is None or old_log_probs.shape != targets.shape):
+        raise ValueError(
+            f"old_log_probs are of the targets, one for each: got shape {tuple(old_log_probs.shape)} and "
+            f"{'no targets' if targets is None else f'targets of shape {tuple(targets.shape)}'}."
+        )
     if kind not in get_args(DivergenceKind):
         raise ValueError(f"kind must be one of {', '.join(get_args(DivergenceKind))}; got {kind!r}.")
     if not 0.0 <= alpha <= 1.0:
@@ -142,6 +152,7 @@ def divergence(
         teacher_hidden,
         token_weights,
         targets,
+        old_log_probs,
         student_head,
         teacher_head,
         _Settings(
@@ -152,6 +163,7 @@ def divergence(
             None if top_k is None else min(top_k, student_head.vocabulary_size),
             support,
             correction,
+            importance_clip,
             chunk_size,
             torch.is_grad_enabled(),
         ),
@@ -170,6 +182,7 @@ class _Settings:
     top_k: int | None
     support: Support
     correction: Correction
+    importance_clip: float | None
     chunk_size: int
     grad_enabled: bool
     """Whether the caller is under ``torch.no_grad``: inside a Function's forward, gradient mode is always off."""
@@ -185,6 +198,7 @@ class _FusedDivergence(torch.autograd.Function):
         teacher_hidden: Tensor,
         token_weights: Tensor,
         targets: Tensor | None,
+        old_log_probs: Tensor | None,
         student_head: Head,
         teacher_head: Head,
         settings: _Settings,
@@ -192,7 +206,7 @@ class _FusedDivergence(torch.autograd.Function):
         shared_head = teacher_head is student_head
         student_head = student_head.detached_float32()
         teacher_head = student_head if shared_head else teacher_head.detached_float32()
-        token_weights = token_weights.float()
+        token_weights = token_weights.float() if old_log_probs is None else token_weights.float().clone()
         per_token = token_weights.new_empty(student_hidden.shape[0])
         entropy = torch.empty_like(per_token)
         target_log_probs = [torch.empty_like(per_token), torch.empty_like(per_token)]
@@ -213,6 +227,11 @@ class _FusedDivergence(torch.autograd.Function):
                     written = targets[rows, None]
                     target_log_probs[0][rows] = student_log_probs.gather(1, written)[:, 0]
                     target_log_probs[1][rows] = teacher_log_probs.gather(1, written)[:, 0]
+                if old_log_probs is not None:
+                    ratio = torch.exp(target_log_probs[0][rows] - old_log_probs[rows].float())
+                    token_weights[rows] *= (
+                        ratio if settings.importance_clip is None else ratio.clamp(max=settings.importance_clip)
+                    )
                 if settings.teacher_share < 1.0:
                     teacher_log_probs = torch.logaddexp(
                         teacher_log_probs + math.log(settings.teacher_share),
@@ -237,7 +256,7 @@ class _FusedDivergence(torch.autograd.Function):
             None if gradient is None else (gradient * grad_total).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None, None
 
 
 def _divergence_and_gradient(

@@ -80,7 +80,7 @@ def sampled_divergence(
         token_weights: [T].
         old_log_probs: [T], of the policy that wrote the tokens; None where it is pi itself (rho_t = 1).
         baseline: [T], KL_t(pi || q); None leaves the control variate out.
-        importance_clip: rho_t stays between its inverse and it, which makes the estimate biased; None for no bound.
+        importance_clip: the largest rho_t, which makes the estimate biased; None for no bound.
 
     Returns:
         A scalar in fp32 whose value means little; its gradient counts.
@@ -93,6 +93,6 @@ def sampled_divergence(
     if old_log_probs is not None:
         ratio = torch.exp(current - old_log_probs.detach().float())
         if importance_clip is not None:
-            ratio = ratio.clamp(1.0 / importance_clip, importance_clip)
+            ratio = ratio.clamp(max=importance_clip)
         advantages = ratio * advantages
     return -(token_weights * advantages * log_probs).sum()

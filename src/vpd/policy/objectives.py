@@ -152,7 +152,7 @@ class Distil:
         settings: which divergence.
         teacher_head: maps ``teacher_hidden`` to logits; None for the student's.
         tokens: which of the batch's completion tokens have a teacher, S of them; None for all.
-        old_log_probs: [S], of the policy that wrote the tokens, for the sampled estimate.
+        old_log_probs: [S], of the policy that wrote the tokens; None where it is the student as it is.
     """
 
     teacher_hidden: Tensor
@@ -182,6 +182,11 @@ class Distil:
             width = head.weight.shape[1]
             states, teacher_states = states[:, :width], teacher_states[:, :width]
         is_sampled = self.settings.divergence == "sampled"
+        old = self.old_log_probs if self.settings.weighs_tokens else None
+        old = None if old is None else old.to(hidden.device)
+        distinct_old = None
+        if old is not None and not is_sampled:
+            distinct_old = old.new_empty(rows.numel()).index_copy_(0, inverse, old)
         kind: DivergenceKind = "reverse_kl" if self.settings.divergence == "sampled" else self.settings.divergence
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_sampled):
             result = divergence(
@@ -191,6 +196,8 @@ class Distil:
                 self.teacher_head,
                 token_weights=weights,
                 targets=targets,
+                old_log_probs=distinct_old,
+                importance_clip=self.settings.importance_clip,
                 teacher_share=self.settings.teacher_share,
                 kind=kind,
                 alpha=self.settings.alpha,
@@ -215,7 +222,7 @@ class Distil:
             token_log_probs(states, head, targets, temperature=self.temperature)[inverse],
             values["teacher_log_probs"],
             self.token_weights.to(hidden.device),
-            old_log_probs=None if self.old_log_probs is None else self.old_log_probs.to(hidden.device),
+            old_log_probs=old,
             baseline=values["divergence"] if self.settings.control_variate else None,
             importance_clip=self.settings.importance_clip,
         )

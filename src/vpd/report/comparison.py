@@ -38,7 +38,7 @@ class RunResult:
     """One finished run.
 
     Attributes:
-        outcomes: the share of successes of each question of the final split.
+        outcomes: the share of successes of each question of the study's split.
         steps, train_seconds: of training.
         tokens_rollout, tokens_computed: sampled in training, and run through training passes.
         success_rate: of the rollouts, by step.
@@ -63,12 +63,14 @@ class ArmResult:
 
     Attributes:
         accuracy: mean over seeds and questions.
+        gain: on the shared start, on the same questions; None where the start has not been asked them.
         difference: of this arm and the first one, on the same seeds and questions; None for the first.
     """
 
     name: str
     runs: list[RunResult]
     accuracy: tuple[float, float, float]
+    gain: tuple[float, float, float] | None
     difference: tuple[float, float, float] | None
 
 
@@ -79,26 +81,28 @@ class Comparison:
     Attributes:
         start: the measurements of the shared start.
         arms: in their order.
-        questions: of the final split that every run has graded; the others are left out.
+        questions: of the split that every run has graded; the others are left out.
         left_out: how many these are.
+        split: ``final``, or ``selection``.
     """
 
     start: list[Entry]
     arms: list[ArmResult]
     questions: int
     left_out: int
+    split: str
 
 
 def compare(study: Study) -> Comparison:
     """Read the runs of a finished study.
 
     Raises:
-        RunError: a run has no final evaluation, or the arms were asked too different questions: more than a twentieth
-            of all would have to be left out.
+        RunError: a run has no evaluation on the split, or the arms were asked too different questions: more than a
+            twentieth of all would have to be left out.
     """
     start = read_json(Path(study.output_dir) / START / "result.json") or {}
     runs = [
-        [_read(run.folder, seed) for run, seed in zip(runs_of(study, arm), study.seeds, strict=True)]
+        [_read(run.folder, seed, study.split) for run, seed in zip(runs_of(study, arm), study.seeds, strict=True)]
         for arm in study.arms
     ]
     asked = set[str]().union(*(run.outcomes for of_arm in runs for run in of_arm))
@@ -110,14 +114,14 @@ def compare(study: Study) -> Comparison:
             f"{study.output_dir}, so that its arms cannot be compared: do they have the same data settings?"
         )
     scores = [[[run.outcomes[question] for question in questions] for run in of_arm] for of_arm in runs]
+    begun = _outcomes(Path(study.output_dir) / START, study.split)
+    before = [begun[question] for question in questions] if begun.keys() >= set(questions) else None
     arms = []
     for arm, of_arm, values in zip(study.arms, runs, scores, strict=True):
-        lead = [
-            [own - other for own, other in zip(mine, theirs, strict=True)]
-            for mine, theirs in zip(values, scores[0], strict=True)
-        ]
-        arms.append(ArmResult(arm.name, of_arm, _mean(values), None if values is scores[0] else _mean(lead)))
-    return Comparison(start.get("rows", []), arms, len(questions), left_out)
+        gain = None if before is None else _lead(values, [before] * len(values))
+        lead = None if values is scores[0] else _lead(values, scores[0])
+        arms.append(ArmResult(arm.name, of_arm, _mean(values), gain, lead))
+    return Comparison(start.get("rows", []), arms, len(questions), left_out, study.split)
 
 
 def write_comparison(study: Study) -> str:
@@ -138,18 +142,14 @@ def table_of(comparison: Comparison) -> str:
     """The comparison as a Markdown table."""
     first = comparison.arms[0].name
     lines = [
-        f"| | accuracy (95% interval) | difference from {first} | seeds | steps | training s | rollout tokens "
-        "| training tokens |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| | accuracy (95% interval) | gain on the start | difference from {first} | seeds | steps | training s "
+        "| rollout tokens | training tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in comparison.start:
-        lines.append(f"| {row['name']} | {_percent(row.get('accuracy'))} | | | | | | |")
+        lines.append(f"| {row['name']} | {_percent(row.get('accuracy'))} | | | | | | | |")
     for arm in comparison.arms:
         mean, low, high = arm.accuracy
-        difference = ""
-        if arm.difference is not None:
-            value, below, above = (100 * part for part in arm.difference)
-            difference = f"{value:+.1f} ({below:+.1f} to {above:+.1f})"
         columns = (
             [run.steps for run in arm.runs],
             [run.train_seconds for run in arm.runs],
@@ -158,10 +158,11 @@ def table_of(comparison: Comparison) -> str:
         )
         means = " | ".join(f"{statistics.fmean(column):,.0f}" for column in columns)
         accuracy = f"{mean:.1%} ({low:.1%} to {high:.1%})"
-        lines.append(f"| {arm.name} | {accuracy} | {difference} | {len(arm.runs)} | {means} |")
+        columns = (arm.name, accuracy, _points_of(arm.gain), _points_of(arm.difference), len(arm.runs), means)
+        lines.append(f"| {' | '.join(map(str, columns))} |")
     lines.append("")
     lines.append(
-        f"{comparison.questions} questions"
+        f"{comparison.questions} questions of the {comparison.split} split"
         + (f" ({comparison.left_out} that were not graded in every run are left out)" if comparison.left_out else "")
         + "; intervals resample seeds and questions"
         + (", here questions alone" if len(comparison.arms[0].runs) == 1 else "")
@@ -183,35 +184,63 @@ def margin_curves(comparison: Comparison) -> Figure | None:
     return _curves(comparison, {"margin on fresh rollouts": "margin"})
 
 
-def _read(folder: Path, seed: int) -> RunResult:
+def _read(folder: Path, seed: int, split: str) -> RunResult:
     result, metrics = read_json(folder / "result.json"), read_metrics(folder)
-    finals = [entry for entry in metrics if entry.get("event") == "eval" and entry.get("split") == "final"]
-    if result is None or not finals:
-        raise RunError(f"The run in {folder} has no evaluation on the final split: set eval.final_tasks above 0.")
+    outcomes = _outcomes(folder, split)
+    if result is None or not outcomes:
+        remedy = "eval.final_tasks above 0" if split == "final" else "eval.eval_steps, at most run.max_steps"
+        raise RunError(f"The run in {folder} has no evaluation on the {split} split: set {remedy}.")
     train = [entry for entry in metrics if entry.get("event") == "train"]
-    selection = [entry for entry in metrics if entry.get("event") == "eval" and entry.get("split") == "selection"]
     # An arm that trains on demonstrations alone does so before its first step.
     supervised = sum(number(entry.get("seconds")) or 0.0 for entry in metrics if entry.get("event") == "warm_start")
     return RunResult(
         seed=seed,
-        outcomes=finals[-1]["outcomes"],
+        outcomes=outcomes,
         steps=result["steps"],
         train_seconds=result["train_seconds"] + supervised,
         tokens_rollout=sum(int(number(entry.get("tokens_rollout")) or 0) for entry in train),
         tokens_computed=sum(int(number(entry.get("tokens_computed")) or 0) for entry in train),
         success_rate=_points(train, "success_rate"),
-        selection=_points(selection, "accuracy"),
+        selection=_points(_evaluations(metrics, "selection"), "accuracy"),
         margin=_points(train, "margin_on_arrival"),
     )
+
+
+def _evaluations(metrics: Sequence[Entry], split: str) -> list[Entry]:
+    return [entry for entry in metrics if entry.get("event") == "eval" and entry.get("split") == split]
+
+
+def _outcomes(folder: Path, split: str) -> dict[str, float]:
+    """Of the last evaluation on a split, by question; empty where there was none."""
+    found = _evaluations(read_metrics(folder), split)
+    return found[-1]["outcomes"] if found else {}
 
 
 def _points(entries: Sequence[Entry], key: str) -> Curve:
     return list(zip(*series(entries, key), strict=True))
 
 
+def _points_of(difference: tuple[float, float, float] | None) -> str:
+    """In percentage points, with the interval."""
+    if difference is None:
+        return ""
+    value, low, high = (100 * part for part in difference)
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
 def _percent(value: Any) -> str:
     found = number(value)
     return "" if found is None else f"{found:.1%}"
+
+
+def _lead(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Of the one over the other, paired by seed and question."""
+    return _mean(
+        [
+            [own - other for own, other in zip(mine, theirs, strict=True)]
+            for mine, theirs in zip(values, others, strict=True)
+        ]
+    )
 
 
 def _mean(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.rollout.cache import StatefulCache, make_cache
-from vpd.rollout.packed import pack
+from vpd.rollout.packed import pack, unpack
 from vpd.rollout.sampling import Sampler, sequence_uniforms
 from vpd.rollout.stopping import StopCondition
 
@@ -42,7 +42,8 @@ class LocalEngine:
 
     Sampling runs on a twin of the model: its own modules, in evaluation mode, with transformers' own attention. A
     parameter that need not be converted is shared with the model; others are bfloat16 copies, which :meth:`sync`
-    brings up to date. The model's modes, settings and hooks are never touched.
+    brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
+    hooks are never touched.
 
     Each distinct prompt is computed once and its cache expanded to its generations; sequences that end leave the
     batch at once.
@@ -79,10 +80,11 @@ class LocalEngine:
         if self._has_teacher_adapter:
             switch_teacher_adapter(self._twin, on=False)
         pack(self._twin)
+        self._is_released = False
 
     @torch.no_grad()
     def sync(self) -> None:
-        """Copy the model's current weights and buffers into the twin, in place; call it after optimizer steps."""
+        """Copy the model's current weights and buffers into the twin; call it after optimizer steps."""
         for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
             targets = dict(kind(self._twin))
             sources = dict(kind(self._source))
@@ -92,9 +94,28 @@ class LocalEngine:
                     "make a new engine."
                 )
             for name, source in sources.items():
-                if targets[name] is not source:
-                    targets[name].copy_(source)
+                target = targets[name]
+                if target is source:
+                    continue
+                if target.shape != source.shape:
+                    target.data = torch.empty_like(source, dtype=target.dtype)
+                target.copy_(source)
         pack(self._twin)
+        self._is_released = False
+
+    def release(self) -> None:
+        """Free the copies of the weights; the next :meth:`generate` makes them anew from the weights as they are then.
+
+        Called before a training pass, whose activations need the room.
+        """
+        if self._is_released:
+            return
+        sources = dict(self._source.named_parameters())
+        for name, parameter in self._twin.named_parameters():
+            if parameter is not sources.get(name):
+                parameter.data = parameter.data.new_empty(0)
+        unpack(self._twin)
+        self._is_released = True
 
     @contextmanager
     def as_teacher(self) -> Iterator[None]:
@@ -147,6 +168,8 @@ class LocalEngine:
             raise ValueError(f"Prompt {empty[0]} is empty: sampling needs at least one token to start from.")
         sampler = Sampler(temperature, top_p, top_k, min_p)
         stop = StopCondition(self._tokenizer, eos_token_ids, stop_strings)
+        if self._is_released:
+            self.sync()
         samples = [[Sample() for _ in range(num_generations)] for _ in prompts]
         for chunk in self._chunks(prompts, num_generations):
             self._decode(

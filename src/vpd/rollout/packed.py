@@ -37,3 +37,10 @@ def pack(model: nn.Module) -> None:
             module.__class__ = PackedLinear
         if isinstance(module, PackedLinear):
             module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
+
+
+def unpack(model: nn.Module) -> None:
+    """Free what :func:`pack` has made; the layers compute nothing until it is called again."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            del module.packed

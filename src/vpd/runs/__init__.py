@@ -2,7 +2,7 @@
 
 from vpd.runs.files import RunError, atomic_write_bytes, atomic_write_text
 from vpd.runs.folder import RunFolder, read_metrics
-from vpd.runs.memory import peak_memory_bytes
+from vpd.runs.machine import peak_memory_bytes
 from vpd.runs.progress import Progress
 from vpd.runs.samples import RolloutRecord, read_rollouts, write_rollouts
 

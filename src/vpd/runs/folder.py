@@ -12,6 +12,7 @@ In a distributed run only the main process opens the folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vpd.config import ConfigError
+from vpd.config import ConfigError, VPDConfig
 from vpd.runs.files import (
     TEMPORARY_PATTERN,
     RunError,
@@ -207,7 +208,13 @@ class RunFolder:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The settings that differ between two configs, as a sentence's part; empty where none do."""
+    """The settings that differ between two configs, as a sentence's part; empty where none do.
+
+    A setting that did not exist yet when ``before`` was written counts as its default.
+    """
+    # Where some setting of then is no longer known, what was written is compared.
+    with contextlib.suppress(ConfigError):
+        before = VPDConfig.parse(dict(before)).model_dump(mode="json")
     old, new = _flat(_plain(before)), _flat(_plain(now))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)

@@ -49,7 +49,8 @@ class Measurements:
     def selection(self) -> Evaluation:
         """Evaluate on the selection split."""
         evaluation = self._evaluator.accuracy("selection")
-        self._journal.log(self._state.step, "eval", {"split": "selection", **evaluation.summary()})
+        outcomes = {"outcomes": evaluation.outcomes}
+        self._journal.log(self._state.step, "eval", {"split": "selection", **evaluation.summary(), **outcomes})
         self._journal.say(f"Selection split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}.")
         return evaluation
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -43,6 +43,7 @@ from pydantic import Field, ValidationError, model_validator
 from vpd.config import ConfigError, Section, VPDConfig, sentences_of
 from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder, changed_settings, read_json
+from vpd.runs.machine import usable_cores
 
 
 class Arm(Section):
@@ -61,6 +62,9 @@ class Study(Section):
     """``run.seed`` of the runs; every arm has a run of each."""
     set: list[str] = Field(default_factory=list)
     """``section.key=value`` or ``section={...}``, for all arms and the start."""
+    split: Literal["final", "selection"] = "final"
+    """Whose questions the table is about. ``selection`` is for tuning: its last evaluation counts
+    (``eval.eval_steps``), and the final questions are not asked."""
     arms: list[Arm] = Field(min_length=1)
     """The first is the one that the others are compared with."""
 
@@ -131,23 +135,27 @@ class PlannedRun:
 def start_of(study: Study) -> PlannedRun:
     """The run that makes the shared start, and measures it."""
     folder = Path(study.output_dir) / START
-    return PlannedRun(START, folder, [*study.set, "run.max_steps=0", f"run.output_dir={_quoted(folder)}"])
+    return PlannedRun(START, folder, [*_of_all(study), "run.max_steps=0", f"run.output_dir={_quoted(folder)}"])
 
 
 def runs_of(study: Study, arm: Arm) -> list[PlannedRun]:
     """The runs of an arm, one a seed.
 
-    An arm's own settings come last: one that names another model leaves the shared start, and one that sets a warm
-    start makes it on top of the shared one.
+    What the start has measured, they don't measure again. An arm's own settings come last: one that names another
+    model leaves the shared start, and one that sets a warm start makes it on top of the shared one.
     """
     begins = [f"model.name={_quoted(start_of(study).folder / 'model')}", "warm_start.demonstrations=0"]
     runs = []
     for seed in study.seeds:
         folder = Path(study.output_dir) / _folder_name(arm.name) / f"seed-{seed}"
-        own = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false"]
+        own = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false", "eval.preflight_tasks=0"]
         place = f"run.output_dir={_quoted(folder)}"
-        runs.append(PlannedRun(f"{arm.name}, seed {seed}", folder, [*study.set, *begins, *own, *arm.set, place]))
+        runs.append(PlannedRun(f"{arm.name}, seed {seed}", folder, [*_of_all(study), *begins, *own, *arm.set, place]))
     return runs
+
+
+def _of_all(study: Study) -> list[str]:
+    return [*study.set, *(["eval.final_tasks=0"] if study.split == "selection" else [])]
 
 
 def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print) -> None:
@@ -157,7 +165,8 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
 
     Args:
         study: what to run.
-        workers: runs at the same time; where there are several GPUs, each takes the next one.
+        workers: runs at the same time; where there are several GPUs, each takes the next one, and where there is none,
+            each takes its share of the processor's cores.
         say: is told of each run that begins and ends.
 
     Raises:
@@ -197,9 +206,9 @@ class _Pool:
         self._signal: int | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
         self._previous: dict[int, Any] = {}
-        self._devices: SimpleQueue[str | None] = SimpleQueue()
+        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
         for index in range(workers):
-            self._devices.put(_device(index))
+            self._environments.put(_environment(index, workers))
 
     def __enter__(self) -> _Pool:
         if threading.current_thread() is threading.main_thread():
@@ -233,20 +242,23 @@ class _Pool:
         log.parent.mkdir(parents=True, exist_ok=True)
         changes = [part for override in run.overrides for part in ("--set", override)]
         command = [sys.executable, "-m", "vpd.cli", "train", self._config, "--resume", *changes]
-        device = self._devices.get()
-        environment = dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        environment = self._environments.get()
         self._say(f"{run.name} begins; its log is {log}.")
         with open(log, "ab") as file:
             # In a group of its own: a terminal's Ctrl-C comes once, through this process, and not twice.
             process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ) | environment,
+                start_new_session=True,
             )
             self._running.add(process)
             if self._signal is not None:
                 process.send_signal(self._signal)
             code = process.wait()
         self._running.discard(process)
-        self._devices.put(device)
+        self._environments.put(environment)
         if code and self._signal is None:
             self._stopped.set()
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -255,11 +267,19 @@ class _Pool:
         self._say(f"{run.name} is {'interrupted' if code else 'done'}.")
 
 
-def _device(worker: int) -> str | None:
-    """The GPU of a worker, among those that this process may use; None leaves the choice to the run."""
+def _environment(worker: int, workers: int) -> dict[str, str]:
+    """What a worker's runs find in their environment, so that runs at the same time share the machine.
+
+    Of several GPUs a worker gets its own. Without a GPU it gets as many threads as it has cores: with more, the
+    threads of one run wait for a core that another's holds, and every product of matrices waits for them.
+    """
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(torch.cuda.device_count())]
-    return names[worker % len(names)] if len(names) > 1 else None
+    if len(names) > 1:
+        return {"CUDA_VISIBLE_DEVICES": names[worker % len(names)]}
+    if names or workers == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
 
 
 def _check(run: PlannedRun, config: str, start: PlannedRun) -> None:

@@ -1,9 +1,15 @@
-"""How much memory the run has taken at most."""
+"""What the run takes of its machine: memory at most, and the cores it may use."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory_bytes() -> int:
