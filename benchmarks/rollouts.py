@@ -36,6 +36,7 @@ class Vllm:
         environment = dict(os.environ) | {
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # In its own process: otherwise it keeps one of the cores for itself, and computes on the rest.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         environment.pop("PYTHONPATH", None)
@@ -67,7 +68,7 @@ class Vllm:
 
 @torch.inference_mode()
 def generated(network: torch.nn.Module, prompts: Prompts, workload: Workload) -> int:
-    """transformers' ``generate`` on the same prompts (all of one length)."""
+    """transformers' ``generate`` on the same prompts (all of one length), with its default settings otherwise."""
     output = network.generate(  # pyright: ignore[reportCallIssue]
         input_ids=torch.tensor(prompts),
         attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
@@ -83,7 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, default="a")
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM; left out by default")
-    parser.add_argument("--rounds", type=int, default=STEPS_OF_TASKS - 1, help="counted ones, after one that is not")
+    counted = range(1, STEPS_OF_TASKS)
+    parser.add_argument(
+        "--rounds", type=int, choices=counted, default=counted[-1], help="after one that does not count"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -122,7 +126,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for name, sample in sides.items():
                 start = time.perf_counter()
-                tokens = sample(rounds[number % len(rounds)])
+                tokens = sample(rounds[number])
                 seconds = time.perf_counter() - start
                 assert tokens == workload.rollouts * workload.completion_tokens, (name, tokens)
                 if number:

@@ -8,7 +8,7 @@ import pytest
 from toy import ToyEnvironment, toy_model, toy_trainer
 from transformers import LlamaConfig
 
-from vpd import ConfigError, Verdict, VPDConfig
+from vpd import ConfigError, Verdict, VPDConfig, calibration
 from vpd.calibration import this_machine
 from vpd.plan import GPUS, Lengths, hardware_named, predict, shape_of_config
 from vpd.policy import load
@@ -104,7 +104,11 @@ def test_the_operations_of_a_student_pass_are_six_for_each_parameter_and_token()
         GPUS["h100"],
     )
     assert again.flops.student - plan.flops.student == pytest.approx(2 * SHAPE.blocks * tokens, rel=1e-3)
-    assert again.memory < plan.memory
+    kept, recomputed = (
+        predict(config(model={"gradient_checkpointing": on}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).memory
+        for on in (False, True)
+    )
+    assert recomputed < kept
 
 
 def test_rarer_e_steps_cost_less_and_one_pass_less_than_two():
@@ -137,16 +141,49 @@ def test_the_sizes_of_a_local_model_are_found_without_the_network(tmp_path, monk
 
 
 def test_the_machine_at_hand_is_measured_with_the_runs_own_work():
+    network, lengths = toy_model().config, Lengths(20, 6, 10)
+    for model in ({}, {"gradient_checkpointing": True, "autocast": "none"}):
+        hardware = this_machine(config(model=model), network, lengths)
+        shares = (hardware.train_share, hardware.score_share, hardware.decode_share)
+        assert all(0 < share < 1 for share in shares), "a tiny network reaches little"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_says_what_was_timed(monkeypatch, checkpointing):
+    # Products and reads of the machine; sampling 6 tokens and 1; a pass without gradient and one with.
+    timed = iter([1e-6, 1e-6, 0.6, 0.1, 2.0, 7.0])
+    monkeypatch.setattr(calibration, "_seconds", lambda *args, **kwargs: next(timed))
+    lengths = Lengths(100, 20, 30)
     network = toy_model().config
-    lengths = Lengths(20, 6, 10)
-    hardware = this_machine(config(), network, lengths)
-    shares = (hardware.train_share, hardware.score_share, hardware.decode_share)
-    assert all(0 < share < 1 for share in shares), "a tiny network reaches little"
-    # What was timed is what the plan then says, up to the work around the passes.
-    settings = config(algorithm={"type": "sdpo", "teacher": "live"})
-    plan = predict(settings, shape_of_config(network), lengths, hardware)
-    slower = predict(settings, shape_of_config(network), lengths, replace(hardware, score_share=shares[1] / 2))
-    assert slower.seconds.teacher == pytest.approx(2 * plan.seconds.teacher)
-    assert slower.seconds.student == plan.seconds.student
-    adapted = config(model={"gradient_checkpointing": True})
-    assert this_machine(adapted, network, lengths).train_share > 0
+    settings = config(
+        algorithm={"type": "vpd", "e_step_every": 1},
+        model={"gradient_checkpointing": checkpointing},
+        optim={"micro_batch_tokens": 8000},
+    )
+    hardware = this_machine(settings, network, lengths)
+    seconds = predict(settings, shape_of_config(network), lengths, hardware).seconds
+    assert seconds.teacher == pytest.approx(2.0, rel=0.05)
+    prior = 2.0 * 4 * (100 + 8 * 20) / (4 * (100 + 8 * 50))
+    assert seconds.e_step == pytest.approx(7.0 + prior, rel=0.1)
+    # A tenth of a second for each of 20 steps, and the prompts' pass.
+    prefill = 2.0 * 4 * 100 / (4 * (100 + 8 * 50))
+    assert seconds.rollout == pytest.approx(20 * 0.1 + prefill, rel=0.1)
+
+
+def test_a_pass_that_is_timed_is_no_larger_than_a_micro_batch(monkeypatch):
+    packed = []
+    made = calibration.pack
+    monkeypatch.setattr(calibration, "pack", lambda *args, **kwargs: packed.append(made(*args, **kwargs)) or packed[-1])
+    monkeypatch.setattr(calibration, "_seconds", lambda *args, **kwargs: 1.0)
+    hardware = this_machine(config(optim={"micro_batch_tokens": 200}), toy_model().config, Lengths(60, 20, 30))
+    assert packed[0].sequence_count == 2
+    assert packed[0].token_count <= 200
+    assert hardware.decode_share == 0.6, "five steps that take no time are noise"
+
+
+def test_a_network_that_is_large_however_few_its_layers_is_not_run(monkeypatch):
+    monkeypatch.setattr(calibration, "_LARGEST", 10.0)
+    monkeypatch.setattr(calibration, "PolicyModule", None)
+    hardware = this_machine(config(), toy_model().config, Lengths(20, 6, 10))
+    assert "is a guess" in hardware.name
+    assert (hardware.train_share, hardware.decode_share) == (0.6, 0.6)

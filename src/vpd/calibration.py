@@ -19,23 +19,33 @@ from transformers import AutoModelForCausalLM
 
 from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
-from vpd.plan import Hardware, Lengths, decoding_bytes, pass_flops, shape_of_config
+from vpd.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
+from vpd.policy.prepare import autocasts, may_share_prefixes
 from vpd.rollout.local import LocalEngine, computes_bfloat16
 
 _LARGEST = 200e6
 """Parameters of the network that is timed; a larger model's layers are left out, and counted as so many more."""
 
+_MOST_TOKENS = 8192
+"""Of a pass that is timed, where a micro-batch would hold more."""
+
 _DECODED = 5
 """Steps of decoding that are timed."""
+
+_LEAST_PART = 0.1
+"""Of the time of sampling, that these steps must take: else they drown in the noise of the prompt's pass."""
 
 _TRIES = 2
 """Of each measurement; the best one counts, since others may use the machine too."""
 
 
 def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware:
-    """This machine's processor or first GPU, by what it does with the run's own work in some seconds.
+    """This machine's processor or first GPU, by what it does with the run's own work.
+
+    Where even a few layers of the model are large, as with a large vocabulary, nothing of it is run, and the shares
+    stay guesses, which the name says.
 
     Args:
         settings: of the run.
@@ -54,21 +64,22 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
         shape = shape_of_config(config)
+    if shape.parameters > 2 * _LARGEST:
+        return replace(plain, name=f"{plain.name} (what a run reaches of it is a guess)")
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
     if settings.model.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
-    autocasts = bfloat16 and dtype == torch.float32 and settings.model.autocast != "none"
+    half = autocasts(settings.model, device)
 
-    decoding = _decoding_seconds(network, settings, lengths)
-    policy = PolicyModule(network).train()
-    batch, groups = _micro_batch(settings, lengths, text.vocab_size)
-    batch = batch.to(device)
+    decode_share = _decode_share(network, shape, settings, lengths, plain)
+    policy = PolicyModule(network, share_prefixes=may_share_prefixes(network)).train()
+    batch = _micro_batch(settings, lengths, text.vocab_size, policy.share_prefixes).to(device)
     tokens = len(batch.targets)
-    flops, head = pass_flops(shape, lengths, groups * settings.rollout.num_generations, batch.token_count)
+    flops, head = pass_flops(shape, lengths, batch.sequence_count, batch.token_count)
 
     def run(objective: Objective, learns: bool) -> None:
-        with torch.set_grad_enabled(learns), torch.autocast(device.type, torch.bfloat16, enabled=autocasts):
+        with torch.set_grad_enabled(learns), torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss = policy(batch, objective).loss
         if loss is not None and learns:
             loss.backward()
@@ -76,54 +87,61 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
 
     scoring = _seconds(lambda: run(TokenLogProbs(1.0), learns=False), device)
     training = _seconds(lambda: run(Imitate(tokens), learns=True), device)
-    read = decoding_bytes(shape, settings, replace(lengths, completion=_DECODED))
     passes = 3 + settings.model.gradient_checkpointing
     # The loss's head is computed once more in its backward pass.
     return replace(
         plain,
         score_share=(flops + head) / scoring / plain.flops,
         train_share=(passes * flops + 4 * head) / training / plain.flops,
-        decode_share=read / decoding / plain.bandwidth,
+        decode_share=decode_share,
     )
 
 
-def _micro_batch(settings: VPDConfig, lengths: Lengths, vocabulary: int) -> tuple[PackedBatch, int]:
-    """As many groups of a teacher's sequences as a micro-batch holds, one at least, and how many these are."""
+def _micro_batch(settings: VPDConfig, lengths: Lengths, vocabulary: int, share_prefixes: bool) -> PackedBatch:
+    """As many of a step's teacher sequences as a micro-batch holds, one at least."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
-    of_group = lengths.prompt + settings.rollout.num_generations * (lengths.feedback + lengths.completion)
-    groups = min(settings.rollout.prompts_per_step, max(1, settings.optim.micro_batch_tokens // of_group))
-    prompts = [draw(lengths.prompt) for _ in range(groups)]
-    sequences = [
-        prompt + draw(lengths.feedback + lengths.completion)
-        for prompt in prompts
-        for _ in range(settings.rollout.num_generations)
-    ]
-    return pack(sequences, [lengths.prompt + lengths.feedback] * len(sequences)), groups
+    budget = min(settings.optim.micro_batch_tokens, _MOST_TOKENS)
+    own = lengths.feedback + lengths.completion
+    sequences: list[list[int]] = []
+    tokens = 0
+    for _ in range(settings.rollout.prompts_per_step):
+        prompt = draw(lengths.prompt)
+        tokens += lengths.prompt
+        for _ in range(settings.rollout.num_generations):
+            tokens += own
+            if sequences and tokens > budget:
+                break
+            sequences.append(prompt + draw(own))
+    starts = [lengths.prompt + lengths.feedback] * len(sequences)
+    return pack(sequences, starts, share_prefixes=share_prefixes)
 
 
-def _decoding_seconds(network: Any, settings: VPDConfig, lengths: Lengths) -> float:
-    """Of one step of decoding a whole batch of sequences."""
-    rollouts = settings.rollout.prompts_per_step * settings.rollout.num_generations
-    groups = max(1, min(rollouts, settings.rollout.batch_size) // settings.rollout.num_generations)
+def _decode_share(network: Any, shape: Shape, settings: VPDConfig, lengths: Lengths, plain: Hardware) -> float:
+    """Of the bandwidth, what a step of decoding reaches with a batch as full as the run's."""
+    rows = min(settings.rollout.prompts_per_step * settings.rollout.num_generations, settings.rollout.batch_size)
+    group = min(settings.rollout.num_generations, rows)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(network.config.get_text_config().vocab_size, (groups, lengths.prompt), generator=generator)
+    vocabulary = network.config.get_text_config().vocab_size
+    prompts = torch.randint(vocabulary, (rows // group, lengths.prompt), generator=generator).tolist()
     # No tokenizer: it would decode completions in search of stop strings.
-    engine = LocalEngine(network, None, settings.rollout.dtype, settings.rollout.batch_size)  # pyright: ignore
-    device = network.device
+    engine = LocalEngine(network, None, settings.rollout.dtype, rows)  # pyright: ignore[reportArgumentType]
 
-    def sample(steps: int) -> Callable[[], object]:
-        return lambda: engine.generate(
-            prompts.tolist(),
-            max_new_tokens=steps,
-            eos_token_ids=(),
-            num_generations=settings.rollout.num_generations,
+    def seconds(steps: int) -> float:
+        return _seconds(
+            lambda: engine.generate(prompts, max_new_tokens=steps, eos_token_ids=(), num_generations=group),
+            network.device,
         )
 
-    return max((_seconds(sample(_DECODED + 1), device) - _seconds(sample(1), device)) / _DECODED, 1e-9)
+    whole = seconds(_DECODED + 1)
+    decoding = whole - seconds(1)
+    if decoding < _LEAST_PART * whole:
+        return plain.decode_share
+    read = 2 * shape.parameters + (rows // group * group) * cache_bytes(shape) * (lengths.prompt + _DECODED / 2)
+    return _DECODED * read / decoding / plain.bandwidth
 
 
 def _plain(device: torch.device, dtype: torch.dtype) -> Hardware:

@@ -204,7 +204,10 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     copies += (getattr(settings.algorithm, "prior", "") == "fixed") + settings.optim.extrapolation
     train, score = hardware.flops * hardware.train_share, hardware.flops * hardware.score_share
     batches = -(-rollouts // settings.rollout.batch_size)
-    read = lengths.completion * batches * decoding_bytes(shape, settings, lengths)
+    rows = min(rollouts, settings.rollout.batch_size)
+    # A step of decoding reads the weights, in two bytes, and the keys and values so far.
+    read = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion / 2)
+    read *= lengths.completion * batches
     # The E-step's prior and a separate pass for delta have no gradient.
     without = e_share * (student_pass + head + (0 if fits else teacher_pass + head))
     reading = reads * (student_pass + head)
@@ -220,8 +223,10 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     )
     held = min(settings.optim.micro_batch_tokens, max(student, teacher * (e_share > 0)))
     kept_layers = 2 if settings.model.gradient_checkpointing else _ACTIVATION_BYTES
-    memory = shape.parameters * (width + (3 + copies) * trained + 2) + held * shape.layers * shape.hidden * kept_layers
-    memory += min(rollouts, settings.rollout.batch_size) * _cache(shape) * (lengths.prompt + lengths.completion)
+    activations = held * shape.layers * shape.hidden * kept_layers
+    # The copy that samples and its cache are freed before the update.
+    sampling = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion)
+    memory = shape.parameters * (width + (3 + copies) * trained) + max(activations, sampling)
     return Plan(tokens, unshared, flops, seconds, memory)
 
 
@@ -233,14 +238,8 @@ def pass_flops(shape: Shape, lengths: Lengths, rollouts: int, tokens: float) -> 
     return blocks, 2 * rollouts * lengths.completion * shape.vocabulary * shape.hidden
 
 
-def decoding_bytes(shape: Shape, settings: VPDConfig, lengths: Lengths) -> float:
-    """What one step of decoding a batch reads: the weights, in two bytes, and the keys and values so far."""
-    rows = min(settings.rollout.prompts_per_step * settings.rollout.num_generations, settings.rollout.batch_size)
-    return 2 * shape.parameters + rows * _cache(shape) * (lengths.prompt + lengths.completion / 2)
-
-
-def _cache(shape: Shape) -> int:
-    """Bytes of one token's keys and values."""
+def cache_bytes(shape: Shape) -> int:
+    """Of one token's keys and values in all layers, in two bytes a number."""
     return 2 * shape.layers * shape.cache_width
 
 
@@ -251,5 +250,5 @@ def hardware_named(name: str) -> Hardware:
         ConfigError: there is no such preset.
     """
     if name not in GPUS:
-        raise ConfigError(f"There is no hardware {name!r}; there are this, {', '.join(sorted(GPUS))}.")
+        raise ConfigError(f"There is no hardware {name!r}; there are {', '.join(sorted(GPUS))}, and this.")
     return GPUS[name]

@@ -415,6 +415,8 @@ class VPDTrainer:
             self.journal.say(
                 f"Back to the weights of step {best}, {self.state.best_accuracy:.1%} on the selection split."
             )
+        if not self.args.run.max_steps and self.args.eval.eval_steps:
+            self.measurements.selection()
         if self.state.step or not self.state.rows:
             self.measurements.row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
         if self.state.step and self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:

@@ -181,6 +181,8 @@ def test_the_student_is_asked_what_it_wrote_only_where_an_update_comes_between(t
     assert not asked(SDPO(importance_clip=0, m_minibatch_prompts=1))
     assert not asked(VPD(), e_step=True)
     assert asked(VPD(divergence="sampled"), e_step=True)
+    assert SDPO(divergence="sampled").importance_clip is None
+    assert (SDPO().importance_clip, Joint().importance_clip) == (2.0, 2.0)
     assert not asked(VPD(divergence="sampled", importance_clip=0), e_step=True)
 
 

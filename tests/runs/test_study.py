@@ -180,16 +180,32 @@ def wait_for(path):
         time.sleep(0.05)
 
 
+def test_a_study_of_the_selection_split_asks_no_final_question_and_must_ask_the_others(study):
+    study.split = "selection"
+    with pytest.raises(ConfigError, match=r"start would never be evaluated on the selection split.*eval\.eval_steps"):
+        run_study(study, say=lambda line: None)
+    study.set.append("eval.eval_steps=100")
+    with pytest.raises(ConfigError, match=r"VPD, seed 3 would never be evaluated"):
+        run_study(study, say=lambda line: None)
+    assert not start_of(study).folder.exists()
+    study.set[-1] = "eval.eval_steps=7"
+    run_study(study, say=lambda line: None)
+    assert start_of(study).is_finished()
+    assert start_of(study).settings(study.config).eval.final_tasks == 0
+
+
 def test_each_worker_takes_one_of_the_gpus_that_it_may_use(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 2)
     devices = [study_module._environment(worker, 3) for worker in range(3)]
     assert devices == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "5", "4")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 1)
     assert study_module._environment(0, 3) == {}
 
 
 def test_runs_at_the_same_time_share_the_cores(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(study_module, "usable_cores", lambda: 8)

@@ -107,6 +107,13 @@ def test_a_run_without_steps_still_has_its_row(tmp_path):
     assert [line["event"] for line in read_metrics(tmp_path)].count("gap") == 1
 
 
+def test_a_run_without_steps_is_measured_on_the_selection_split_where_evaluations_are_wanted(tmp_path):
+    toy_trainer(tmp_path, run={"max_steps": 0}, eval={"eval_steps": 5, "final_tasks": 0}).train()
+    (evaluation,) = [line for line in read_metrics(tmp_path) if line["event"] == "eval"]
+    assert evaluation["split"] == "selection"
+    assert set(evaluation["outcomes"].values()) <= {0.0, 1.0}
+
+
 def test_rewards_alone_need_no_feedback_to_learn_from(tmp_path):
     algorithm = {"type": "grpo"}
     toy_trainer(tmp_path, run={"max_steps": 1}, algorithm=algorithm, feedback={"sources": ["critique"]}).train()

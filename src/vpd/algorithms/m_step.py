@@ -3,7 +3,7 @@
     L_M = E sum_t D( pi(.|x,y_<t), stopgrad q(.|x,C,y_<t) )
 
 The teacher is the live network behind the feedback prompt: it is read anew at every minibatch, in a pass of its own
-without gradient. No importance weights correct for the E-step in between (VPD, section 4.2).
+without gradient. By default no importance weights correct for the E-step in between (VPD, section 4.2).
 """
 
 from __future__ import annotations

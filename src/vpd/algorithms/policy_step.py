@@ -71,6 +71,8 @@ def policy_step(
         else None
     )
     result, steps, clipped_tokens, tokens = MStepResult({}), [], 0.0, 0
+    minibatch_prompts = settings.m_minibatch_prompts
+    is_whole = minibatch_prompts is None or minibatch_prompts >= batch_prompts
     reads_teacher = shape is not None or distillation is not None
     for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts):
         counts = _counts(learner, minibatch)
@@ -84,7 +86,7 @@ def policy_step(
             if "divergence" in outputs.values:
                 result.tokens.update(split_by_rollout(with_teacher(part), outputs))
 
-        make_pass = _gradient_pass(learner, settings, counts, advantages, old, reference, shape, distillation)
+        make_pass = _gradient_pass(learner, settings, counts, advantages, old, reference, shape, distillation, is_whole)
         views = [student_view, teacher_view] if reads_teacher else [student_view]
         steps.append(learner.optimise(learner.micro_batches(minibatch, views), make_pass, keep_numbers))
     if steps:
@@ -107,6 +109,7 @@ def _gradient_pass(
     reference: Mapping[int, Tensor] | None,
     shape: Shape | None,
     distillation: Distillation | None,
+    is_whole: bool,
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
     tokens, sequences, taught_tokens, taught_sequences = counts
 
@@ -128,7 +131,9 @@ def _gradient_pass(
             reward_weight, weight, m_step = distillation
             taught, where = with_teacher(part), _tokens_with_teacher(part)
             # Also where this process has none: the teacher's pass is one that all processes make.
-            distil = distilling_objective(learner, taught, m_step, taught_tokens, taught_sequences, old, where)
+            # With one update a batch the student is the one that wrote the rollouts.
+            weighs = None if is_whole else old
+            distil = distilling_objective(learner, taught, m_step, taught_tokens, taught_sequences, weighs, where)
             objective = WeightedSum([(reward_weight, gradient), *([(weight, distil)] if taught else [])])
         return learner.pack(part, student_view), objective
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -53,9 +53,9 @@ class MStepSettings(UpdateSettings):
     representation_layers: list[int] | None = Field(default=None, min_length=1)
     """Which layers' outputs, counted from 1; all by default."""
     importance_clip: float | None = Field(default=None, ge=0)
-    """Each token counts as often as the student would now write it, pi / pi_old, but at most this; 0 lets all count the
-    same. By default they count the same, and with ``sampled`` by the unbounded ratio, which leaves the estimate
-    unbiased."""
+    """Each token's divergence counts as often as the student would now write the token, pi / pi_old, but at most this;
+    0 lets all count the same. By default they count the same, and with ``sampled`` by the unbounded ratio, which leaves
+    the estimate unbiased."""
 
     @property
     def weighs_tokens(self) -> bool:
@@ -116,14 +116,20 @@ class VPD(MStepSettings):
     """The E-step's learning rate is the run's times this; it also holds for what momentum carries into M-steps."""
 
 
+def _sdpo_clip(settings: dict[str, Any]) -> float | None:
+    return None if settings.get("divergence") == "sampled" else 2.0
+
+
 class SDPO(MStepSettings):
     """Self-distillation policy optimisation: the same loop without E-steps."""
 
     type: Literal["sdpo"] = "sdpo"
     teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "ema"
-    """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps."""
-    importance_clip: float | None = Field(default=2.0, ge=0)
-    """As SDPO's code has it; it matters where a batch has several M-minibatches."""
+    """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps (with ``importance_clip`` 0,
+    where a batch has several M-minibatches)."""
+    importance_clip: float | None = Field(default_factory=_sdpo_clip, ge=0)
+    """2 as in SDPO's code, where tokens weigh something else than 1: with several M-minibatches. With ``sampled`` no
+    bound."""
 
 
 class PolicyGradientSettings(UpdateSettings):
@@ -152,7 +158,7 @@ class Joint(PolicyGradientSettings, MStepSettings):
     type: Literal["joint"] = "joint"
     distillation_weight: float = Field(default=1.0, ge=0)
     reward_weight: float = Field(default=1.0, ge=0)
-    importance_clip: float | None = Field(default=2.0, ge=0)
+    importance_clip: float | None = Field(default_factory=_sdpo_clip, ge=0)
     """Of the distillation's tokens, as in SDPO."""
 
     @model_validator(mode="after")

@@ -186,7 +186,9 @@ class Distil:
         old = None if old is None else old.to(hidden.device)
         distinct_old = None
         if old is not None and not is_sampled:
-            distinct_old = old.new_empty(rows.numel()).index_copy_(0, inverse, old)
+            places = torch.arange(len(old), device=old.device)
+            first = places.new_full(rows.shape, len(old)).scatter_reduce(0, inverse, places, "amin")
+            distinct_old = old[first]
         kind: DivergenceKind = "reverse_kl" if self.settings.divergence == "sampled" else self.settings.divergence
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_sampled):
             result = divergence(

@@ -69,10 +69,10 @@ def prepare_policy(
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
     verify_head(network)
-    return PolicyModule(network, share_prefixes=_may_share_prefixes(network)), tokenizer
+    return PolicyModule(network, share_prefixes=may_share_prefixes(network)), tokenizer
 
 
-def _may_share_prefixes(network: torch.nn.Module) -> bool:
+def may_share_prefixes(network: torch.nn.Module) -> bool:
     """Whether batches of this network may be packed; where not, the log says why and sequences run one by one."""
     causal_lm = causal_lm_of(network)
     possible, reason = packable(causal_lm)
@@ -111,6 +111,12 @@ def check_layers(policy: PolicyModule, settings: AlgorithmSettings) -> None:
             )
 
 
+def autocasts(settings: ModelSettings, device: torch.device) -> bool:
+    """Whether training passes multiply matrices in bfloat16 while the weights are wider."""
+    wanted = settings.autocast == "bfloat16" or (settings.autocast == "auto" and computes_bfloat16(device))
+    return wanted and settings.dtype == "float32"
+
+
 def make_accelerator(args: VPDConfig) -> Accelerator:
     """The accelerator with the settings' mixed precision and trackers.
 
@@ -122,9 +128,8 @@ def make_accelerator(args: VPDConfig) -> Accelerator:
         if name not in installed:
             raise ConfigError(f"run.report_to names {name}, which is not installed: pip install {name}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wants_bfloat16 = args.model.autocast == "bfloat16" or (args.model.autocast == "auto" and computes_bfloat16(device))
     return Accelerator(
-        mixed_precision="bf16" if wants_bfloat16 and args.model.dtype == "float32" else "no",
+        mixed_precision="bf16" if autocasts(args.model, device) else "no",
         log_with=list(args.run.report_to) or None,
         project_dir=args.run.output_dir,
         # Buffers (rotary frequencies) never change, and broadcasting them would tie scoring passes together.

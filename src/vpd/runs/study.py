@@ -141,14 +141,14 @@ def start_of(study: Study) -> PlannedRun:
 def runs_of(study: Study, arm: Arm) -> list[PlannedRun]:
     """The runs of an arm, one a seed.
 
-    What the start has measured, they don't measure again. An arm's own settings come last: one that names another
-    model leaves the shared start, and one that sets a warm start makes it on top of the shared one.
+    An arm's own settings come last: one that names another model leaves the shared start, and one that sets a warm
+    start makes it on top of the shared one.
     """
     begins = [f"model.name={_quoted(start_of(study).folder / 'model')}", "warm_start.demonstrations=0"]
     runs = []
     for seed in study.seeds:
         folder = Path(study.output_dir) / _folder_name(arm.name) / f"seed-{seed}"
-        own = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false", "eval.preflight_tasks=0"]
+        own = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false"]
         place = f"run.output_dir={_quoted(folder)}"
         runs.append(PlannedRun(f"{arm.name}, seed {seed}", folder, [*_of_all(study), *begins, *own, *arm.set, place]))
     return runs
@@ -177,7 +177,7 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
     start = start_of(study)
     runs = [run for arm in study.arms for run in runs_of(study, arm)]
     for run in (start, *runs):
-        _check(run, study.config, start)
+        _check(run, study, start)
     with _locked(Path(study.output_dir)), _Pool(study.config, workers, say) as pool:
         pool.run_all([start])
         pool.run_all(runs)
@@ -207,8 +207,6 @@ class _Pool:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._previous: dict[int, Any] = {}
         self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
-        for index in range(workers):
-            self._environments.put(_environment(index, workers))
 
     def __enter__(self) -> _Pool:
         if threading.current_thread() is threading.main_thread():
@@ -221,7 +219,11 @@ class _Pool:
             signal.signal(number, handler)
 
     def run_all(self, runs: Sequence[PlannedRun]) -> None:
-        with ThreadPoolExecutor(self._workers) as pool:
+        workers = min(self._workers, len(runs))
+        self._environments = SimpleQueue()
+        for index in range(workers):
+            self._environments.put(_environment(index, workers))
+        with ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(self._run, run) for run in runs if not run.is_finished()]
         if self._signal is not None:
             raise KeyboardInterrupt
@@ -273,17 +275,24 @@ def _environment(worker: int, workers: int) -> dict[str, str]:
     Of several GPUs a worker gets its own. Without a GPU it gets as many threads as it has cores: with more, the
     threads of one run wait for a core that another's holds, and every product of matrices waits for them.
     """
+    count = torch.cuda.device_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = allowed.split(",") if allowed else [str(index) for index in range(torch.cuda.device_count())]
-    if len(names) > 1:
-        return {"CUDA_VISIBLE_DEVICES": names[worker % len(names)]}
-    if names or workers == 1 or "OMP_NUM_THREADS" in os.environ:
+    names = allowed.split(",") if allowed else [str(index) for index in range(count)]
+    if count > 1:
+        return {"CUDA_VISIBLE_DEVICES": names[worker % count]}
+    if count or workers == 1 or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, usable_cores() // workers))}
 
 
-def _check(run: PlannedRun, config: str, start: PlannedRun) -> None:
-    settings = run.settings(config)
+def _check(run: PlannedRun, study: Study, start: PlannedRun) -> None:
+    settings = run.settings(study.config)
+    steps, every = settings.run.max_steps, settings.eval.eval_steps
+    if study.split == "selection" and (every is None or (run is not start and 0 < steps < every)):
+        raise ConfigError(
+            f'{run.name} would never be evaluated on the selection split, which split = "selection" compares: set '
+            f"eval.eval_steps, at most run.max_steps = {steps}."
+        )
     begun = read_json(run.folder / "config.json")
     if begun is None:
         return
