@@ -98,7 +98,7 @@ def test_all_arms_begin_with_the_start_and_differ_in_what_they_set(study):
     assert len({s.run.output_dir for of_arm in settings for s in of_arm}) == 6
 
 
-def test_finished_runs_are_kept_and_interrupted_ones_go_on(study):
+def test_finished_runs_are_kept_and_interrupted_ones_go_on(study, monkeypatch):
     lines = []
     run_study(study, workers=2, say=lines.append)
     assert sum("is done" in line for line in lines) == 7
@@ -110,8 +110,13 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(study):
     folder.commit_checkpoint(1, lambda path: None, 1)
 
     lines.clear()
-    run_study(study, say=lines.append)
-    assert [line.split(" begins")[0] for line in lines if "begins" in line] == ["GRPO, fast, seed 3", "cold, seed 3"]
+    shared = []
+    environment = study_module._environment
+    monkeypatch.setattr(study_module, "_environment", lambda index, n: shared.append(n) or environment(index, n))
+    run_study(study, workers=5, say=lines.append)
+    assert max(shared) == 2, "what is finished takes no share of the machine"
+    begun = sorted(line.split(" begins")[0] for line in lines if "begins" in line)
+    assert begun == ["GRPO, fast, seed 3", "cold, seed 3"]
     results = [study_module.read_json(run.folder / "result.json") for run in (kept, cut_off, interrupted)]
     assert [result and result["resumed"] for result in results] == [False, False, True]
 

@@ -130,9 +130,9 @@ def _gradient_pass(
         if distillation is not None:
             reward_weight, weight, m_step = distillation
             taught, where = with_teacher(part), _tokens_with_teacher(part)
-            # Also where this process has none: the teacher's pass is one that all processes make.
             # With one update a batch the student is the one that wrote the rollouts.
             weighs = None if is_whole else old
+            # Also where this process has none: the teacher's pass is one that all processes make.
             distil = distilling_objective(learner, taught, m_step, taught_tokens, taught_sequences, weighs, where)
             objective = WeightedSum([(reward_weight, gradient), *([(weight, distil)] if taught else [])])
         return learner.pack(part, student_view), objective

@@ -206,7 +206,6 @@ class _Pool:
         self._signal: int | None = None
         self._running: set[subprocess.Popen[bytes]] = set()
         self._previous: dict[int, Any] = {}
-        self._environments: SimpleQueue[dict[str, str]] = SimpleQueue()
 
     def __enter__(self) -> _Pool:
         if threading.current_thread() is threading.main_thread():
@@ -219,12 +218,14 @@ class _Pool:
             signal.signal(number, handler)
 
     def run_all(self, runs: Sequence[PlannedRun]) -> None:
-        workers = min(self._workers, len(runs))
-        self._environments = SimpleQueue()
+        unfinished = [run for run in runs if not run.is_finished()]
+        # A run that is alone has the whole machine.
+        workers = max(1, min(self._workers, len(unfinished)))
+        environments: SimpleQueue[dict[str, str]] = SimpleQueue()
         for index in range(workers):
-            self._environments.put(_environment(index, workers))
+            environments.put(_environment(index, workers))
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(self._run, run) for run in runs if not run.is_finished()]
+            futures = [pool.submit(self._run, run, environments) for run in unfinished]
         if self._signal is not None:
             raise KeyboardInterrupt
         for future in futures:
@@ -236,7 +237,7 @@ class _Pool:
         for process in list(self._running):
             process.send_signal(number)
 
-    def _run(self, run: PlannedRun) -> None:
+    def _run(self, run: PlannedRun, environments: SimpleQueue[dict[str, str]]) -> None:
         if self._stopped.is_set():
             return
         run.forget_what_cannot_go_on()
@@ -244,7 +245,7 @@ class _Pool:
         log.parent.mkdir(parents=True, exist_ok=True)
         changes = [part for override in run.overrides for part in ("--set", override)]
         command = [sys.executable, "-m", "vpd.cli", "train", self._config, "--resume", *changes]
-        environment = self._environments.get()
+        environment = environments.get()
         self._say(f"{run.name} begins; its log is {log}.")
         with open(log, "ab") as file:
             # In a group of its own: a terminal's Ctrl-C comes once, through this process, and not twice.
@@ -260,7 +261,7 @@ class _Pool:
                 process.send_signal(self._signal)
             code = process.wait()
         self._running.discard(process)
-        self._environments.put(environment)
+        environments.put(environment)
         if code and self._signal is None:
             self._stopped.set()
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -291,7 +292,7 @@ def _check(run: PlannedRun, study: Study, start: PlannedRun) -> None:
     if study.split == "selection" and (every is None or (run is not start and 0 < steps < every)):
         raise ConfigError(
             f'{run.name} would never be evaluated on the selection split, which split = "selection" compares: set '
-            f"eval.eval_steps, at most run.max_steps = {steps}."
+            "eval.eval_steps, at most run.max_steps."
         )
     begun = read_json(run.folder / "config.json")
     if begun is None:
