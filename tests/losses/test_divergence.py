@@ -23,8 +23,11 @@ HEAD_SETTINGS = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("settings", HEAD_SETTINGS)
-@pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 100), (0.7, 5), (2.0, 1)])
-def test_values_and_gradients_equal_the_dense_form(kind, has_bias, settings, temperature, chunk_size, dense_logits):
+@pytest.mark.parametrize(("temperature", "chunk_size", "tile_rows"), [(1.0, 100, 100), (0.7, 5, 2), (2.0, 1, 1)])
+def test_values_and_gradients_equal_the_dense_form(
+    kind, has_bias, settings, temperature, chunk_size, tile_rows, dense_logits, monkeypatch
+):
+    monkeypatch.setattr("vpd.losses.head.TILE_NUMBERS", tile_rows * V)
     generator = torch.Generator().manual_seed(0)
     student_hidden, teacher_hidden = parameter(generator, T, H), torch.randn(T, H, generator=generator)
     weight = parameter(generator, V, H)
@@ -104,6 +107,39 @@ def test_js_over_alpha_tends_to_the_forward_kl():
 
     assert errors[0] > 5 * errors[1] > 25 * errors[2], "the distance should shrink in proportion to alpha"
     assert errors[2] < 1e-2 * forward_kl.max()
+
+
+@pytest.mark.parametrize("alpha", [1e-4, 0.05, 0.5, 0.999])
+def test_js_and_its_gradient_equal_the_dense_form_at_any_alpha(alpha, dense_logits):
+    generator = torch.Generator().manual_seed(7)
+    hidden, teacher_hidden = parameter(generator, T, H), torch.randn(T, H, generator=generator)
+    head = Head(torch.randn(V, H, generator=generator))
+
+    loss = divergence(hidden, teacher_hidden, head, kind="js", alpha=alpha)
+    gradient = torch.autograd.grad(loss.total, hidden)[0]
+
+    logits = dense_logits(hidden, head, 1.0), dense_logits(teacher_hidden, head, 1.0)
+    expected = dense_divergence(*logits, "js", alpha)[0]
+    close(loss.per_token / alpha, expected / alpha)
+    close(gradient / alpha, torch.autograd.grad(expected.sum(), hidden)[0] / alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.5])
+def test_js_of_two_that_nearly_agree_keeps_its_digits(alpha, dense_logits):
+    generator = torch.Generator().manual_seed(9)
+    hidden = parameter(generator, T, H)
+    teacher_hidden = hidden.detach() + 2e-3 * torch.randn(T, H, generator=generator)
+    head = Head(torch.randn(V, H, generator=generator))
+
+    loss = divergence(hidden, teacher_hidden, head, kind="js", alpha=alpha)
+    gradient = torch.autograd.grad(loss.total, hidden)[0]
+
+    logits = dense_logits(hidden, head, 1.0), dense_logits(teacher_hidden, head, 1.0)
+    expected = dense_divergence(*logits, "js", alpha)[0]
+    expected_gradient = torch.autograd.grad(expected.sum(), hidden)[0]
+    # The log-probabilities' own rounding, 1e-7 next to differences of 1e-3, is what is left.
+    assert (gradient - expected_gradient).norm() < 2e-3 * expected_gradient.norm()
+    assert (loss.per_token - expected).abs().max() < 0.02 * expected.mean()
 
 
 @pytest.mark.parametrize(("alpha", "kind"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
@@ -200,7 +236,7 @@ def test_without_tokens_the_total_is_a_zero_that_backward_accepts(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_inputs_are_computed_in_float32_also_under_autocast(kind, dense_logits):
+def test_bfloat16_inputs_give_float32_losses_and_gradients_of_their_own_dtype(kind, dense_logits):
     generator = torch.Generator().manual_seed(8)
     hidden = torch.randn(T, H, generator=generator).bfloat16().requires_grad_()
     teacher_hidden = torch.randn(T, H, generator=generator).bfloat16()

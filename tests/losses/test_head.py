@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from vpd.losses import Head
+from vpd.losses import Head, divergence, token_log_probs
+from vpd.losses.head import products, tiles
+from vpd.rollout.local import computes_bfloat16
+
+needs_bfloat16 = pytest.mark.skipif(
+    not computes_bfloat16(torch.device("cpu")), reason="this processor does not multiply bfloat16 natively"
+)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -45,3 +53,97 @@ def test_logits_are_float32_under_autocast_and_differentiable():
 def test_heads_that_do_not_fit_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Head(**arguments)
+
+
+def _losses(hidden, weight, bias, settings):
+    """Log-probabilities and divergences of some tokens, and the gradients of both with respect to all inputs."""
+    head = Head(weight, bias, **settings)
+    log_probs = token_log_probs(hidden, head, torch.arange(len(hidden)))
+    divergences = divergence(hidden, hidden.detach().roll(1, dims=0), head, kind="js")
+    values = [log_probs, divergences.per_token]
+    gradients = [torch.autograd.grad(total, (hidden, weight, bias)) for total in (log_probs.sum(), divergences.total)]
+    return values, [gradient for pair in gradients for gradient in pair[:2]]
+
+
+def _inputs(rounded=False):
+    """Hidden states and weights of a size from which on oneDNN rounds."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(48, 64, generator=generator), torch.randn(160, 64, generator=generator)
+    bias = torch.randn(160, generator=generator).requires_grad_()
+    return [*((x.bfloat16().float() if rounded else x).requires_grad_() for x in (hidden, weight)), bias]
+
+
+def _distance(left, right):
+    return float((left.detach().double() - right.detach().double()).norm() / right.detach().double().norm())
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("settings", [{}, {"softcap": 16.0}])
+def test_autocast_rounds_the_factors_of_the_heads_products_and_nothing_else(settings):
+    with torch.autocast("cpu", torch.bfloat16):
+        values, gradients = _losses(*_inputs(), settings)
+    rounded_values, rounded_gradients = _losses(*_inputs(rounded=True), settings)
+    exact_values, exact_gradients = _losses(*_inputs(), settings)
+
+    for value, rounded, exact in zip(values, rounded_values, exact_values, strict=True):
+        assert value.dtype == torch.float32
+        assert _distance(value, rounded) < 1e-5, "sums, and all that follows them, stay in float32"
+        assert 1e-4 < _distance(value, exact) < 1e-2
+    # The gradients round one factor more, the logits' gradient: at most by 8 bits.
+    for gradient, rounded, exact in zip(gradients, rounded_gradients, exact_gradients, strict=True):
+        assert gradient.dtype == torch.float32
+        assert 1e-4 < _distance(gradient, exact) < 3e-2
+        assert _distance(gradient, rounded) < 2**-8
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_and_backward_round_under_autocast_alone(autocast, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def record(device, *, rounded):
+        asked.append(rounded)
+        yield
+
+    monkeypatch.setattr("vpd.losses.head.products", record)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        log_probs = token_log_probs(*_head_inputs())
+    log_probs.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden, head, _ = _head_inputs()
+        divergence(hidden, hidden.detach(), head)
+
+    assert asked == [autocast] * len(asked)
+    assert len(asked) == 6, "each of the two: two products of logits, and one place for the gradient's"
+
+
+def _head_inputs():
+    hidden, weight, _ = _inputs()
+    return hidden, Head(weight), torch.arange(len(hidden))
+
+
+@needs_bfloat16
+def test_products_are_exact_again_after_a_loss_and_after_an_error():
+    hidden, weight, bias = _inputs()
+    exact = hidden @ weight.T
+    with torch.autocast("cpu", torch.bfloat16):
+        _losses(hidden, weight, bias, {})
+
+    def fail():
+        with products(hidden.device, rounded=True):
+            assert not torch.equal(hidden @ weight.T, exact)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+    assert torch.equal(hidden @ weight.T, exact)
+
+
+def test_tiles_cover_each_row_once_however_large_the_vocabulary_is():
+    for rows, words in ((0, 5), (1, 2**20), (7, 2**16), (256, 49152), (3, 1)):
+        covered = [index for tile in tiles(torch.empty(rows, words, device="meta")) for index in range(rows)[tile]]
+        assert covered == list(range(rows))
+        logits = torch.empty(1, 1).expand(rows, words)
+        covered = [index for tile in tiles(logits) for index in range(rows)[tile]]
+        assert covered == list(range(rows))

@@ -20,8 +20,11 @@ def dense_log_probs(dense_logits):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"scale": 0.3}, {"scale": 1.7, "softcap": 1.5}])
-@pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 100), (0.6, 4), (1.5, 1)])
-def test_values_and_gradients_equal_the_dense_form(has_bias, settings, temperature, chunk_size, dense_log_probs):
+@pytest.mark.parametrize(("temperature", "chunk_size", "tile_rows"), [(1.0, 100, 100), (0.6, 4, 3), (1.5, 1, 1)])
+def test_values_and_gradients_equal_the_dense_form(
+    has_bias, settings, temperature, chunk_size, tile_rows, dense_log_probs, monkeypatch
+):
+    monkeypatch.setattr("vpd.losses.head.TILE_NUMBERS", tile_rows * V)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(T, H, generator=generator, requires_grad=True)
     weight = torch.randn(V, H, generator=generator, requires_grad=True)
@@ -41,7 +44,7 @@ def test_values_and_gradients_equal_the_dense_form(has_bias, settings, temperatu
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_inputs_are_computed_in_float32_also_under_autocast(dense_log_probs):
+def test_bfloat16_inputs_give_float32_log_probs_and_gradients_of_their_own_dtype(dense_log_probs):
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(T, H, generator=generator).bfloat16().requires_grad_()
     weight = torch.nn.Parameter(torch.randn(V, H, generator=generator).bfloat16())

@@ -5,28 +5,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from pairs import few, sequence_lists, true_pairs, windows
 
 from vpd.packing import blocks, layout
 from vpd.packing.blocks import Block, partition
 from vpd.packing.layout import PackedLayout
-from vpd.packing.trie import Trie, build_trie
-
-# Few examples and no deadline: the suite shares its cores.
-few = settings(max_examples=40, deadline=None)
-
-sequence_lists = st.lists(st.lists(st.integers(0, 2), max_size=12), min_size=1, max_size=8)
-windows = st.one_of(st.none(), st.integers(1, 14))
-
-
-def true_pairs(trie: Trie, window: int | None) -> np.ndarray:
-    """[T, T] bool by walking every sequence."""
-    allowed = np.zeros((len(trie.tokens),) * 2, dtype=bool)
-    for path in trie.paths:
-        for depth, token in enumerate(path):
-            allowed[token, path[0 if window is None else max(0, depth - window + 1) : depth + 1]] = True
-    return allowed
+from vpd.packing.trie import build_trie
 
 
 def attended_pairs(packed: PackedLayout, window: int | None) -> np.ndarray:

@@ -7,7 +7,7 @@ from tiny_models import attention_configs, build, grouped_sequences
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vpd.packing import IMPLEMENTATION, PackedBatch, blocks, enable_packed_attention, hidden_states, pack
+from vpd.packing import IMPLEMENTATIONS, PackedBatch, blocks, enable_packed_attention, hidden_states, pack
 
 CONFIGS = attention_configs()
 # float32 sums in another order: a few hundred roundings of 1e-7 in a network of this size.
@@ -83,7 +83,7 @@ def test_without_a_layout_it_is_sdpa(name):
     arguments = {"attention_mask": attention_mask, "max_new_tokens": 12, "do_sample": False, "output_logits": True}
     expected = model.generate(input_ids, **arguments, return_dict_in_generate=True)
     enable_packed_attention(model)
-    assert model.config._attn_implementation == IMPLEMENTATION
+    assert model.config._attn_implementation == IMPLEMENTATIONS["blocks"]
     generated = model.generate(input_ids, **arguments, return_dict_in_generate=True)
     assert torch.equal(generated.sequences, expected.sequences)
     assert all(torch.equal(new, old) for new, old in zip(generated.logits, expected.logits, strict=True))

@@ -151,9 +151,13 @@ def test_the_twin_follows_the_weights_after_sync(make_model, tokenizer, lora):
     assert log_probs(subject) == log_probs(engine(model, tokenizer, dtype="bfloat16"))
 
 
+@IGNORE_PEFT_WARNING
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_released_engine_holds_no_copies_and_samples_from_the_weights_as_they_are(make_model, tokenizer, dtype):
-    model = make_model("llama")
+def test_a_released_engine_holds_no_copies_and_samples_from_the_weights_as_they_are(make_model, tokenizer, dtype, lora):
+    plain = model = make_model("llama")
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     subject = engine(model, tokenizer, dtype=dtype)
 
     def log_probs(subject):
@@ -167,10 +171,11 @@ def test_a_released_engine_holds_no_copies_and_samples_from_the_weights_as_they_
     assert all(parameter.numel() for parameter in model.parameters())
     subject.release()
     assert log_probs(subject) == before
-    assert subject._twin.lm_head.weight is subject._twin.model.embed_tokens.weight
+    twin = subject._twin.get_base_model() if lora else subject._twin
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
     subject.release()
     with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(1.5)
+        plain.model.embed_tokens.weight.mul_(1.5)
     assert log_probs(subject) == log_probs(engine(model, tokenizer, dtype=dtype)) != before
 
 

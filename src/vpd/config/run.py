@@ -24,6 +24,9 @@ class ModelSettings(Section):
     """Dtype of the matrix products in training; ``auto`` takes bfloat16 where the processor computes it natively."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    packed_attention: Literal["blocks", "flex"] = "blocks"
+    """How attention over shared prefixes is computed: block by block, or by flex_attention's one compiled kernel, which
+    needs CUDA."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
     lora: LoraSettings | None = None

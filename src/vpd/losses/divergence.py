@@ -22,8 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpd.losses.head import DEFAULT_CHUNK_SIZE, Head, HeadGradient, check_hidden, check_settings, chunks
-from vpd.losses.support import Correction, Support, supported_divergence
+from vpd.losses.head import (
+    DEFAULT_CHUNK_SIZE,
+    Head,
+    HeadGradient,
+    check_hidden,
+    check_settings,
+    chunks,
+    may_round_products,
+    tiles,
+)
+from vpd.losses.support import MOST_LOG_RATIO, Correction, Support, supported_divergence
 
 DivergenceKind: TypeAlias = Literal["reverse_kl", "forward_kl", "js"]
 
@@ -166,6 +175,7 @@ def divergence(
             importance_clip,
             chunk_size,
             torch.is_grad_enabled(),
+            may_round_products(student_hidden.device),
         ),
     )
     if targets is None:
@@ -186,6 +196,8 @@ class _Settings:
     chunk_size: int
     grad_enabled: bool
     """Whether the caller is under ``torch.no_grad``: inside a Function's forward, gradient mode is always off."""
+    rounded: bool
+    """Whether products may round their factors to bfloat16."""
 
 
 class _FusedDivergence(torch.autograd.Function):
@@ -212,34 +224,37 @@ class _FusedDivergence(torch.autograd.Function):
         target_log_probs = [torch.empty_like(per_token), torch.empty_like(per_token)]
         needs = ctx.needs_input_grad[:3] if settings.grad_enabled else (False, False, False)
 
+        temperature, rounded = settings.temperature, settings.rounded
         with torch.autocast(student_hidden.device.type, enabled=False):
-            gradient = HeadGradient(student_head, student_hidden, needs, settings.temperature)
+            gradient = HeadGradient(student_head, student_hidden, needs, temperature, rounded=rounded)
             for rows in chunks(student_hidden.shape[0], settings.chunk_size):
                 hidden = student_hidden[rows].float()
-                logits = student_head.logits(hidden, settings.temperature)
-                student_log_probs = logits.log_softmax(-1)
-                # The logits' memory is free for the probabilities, unless a softcap's gradient will read them.
-                probs_out = logits if student_head.softcap is None else None
-                student_probs = torch.exp(student_log_probs, out=probs_out)
-                entropy[rows] = -_row_dot(student_probs, student_log_probs)
-                teacher_log_probs = teacher_head.logits(teacher_hidden[rows], settings.temperature).log_softmax(-1)
-                if targets is not None:
-                    written = targets[rows, None]
-                    target_log_probs[0][rows] = student_log_probs.gather(1, written)[:, 0]
-                    target_log_probs[1][rows] = teacher_log_probs.gather(1, written)[:, 0]
+                logits = student_head.logits(hidden, temperature, rounded=rounded)
+                teacher_logits = teacher_head.logits(teacher_hidden[rows], temperature, rounded=rounded)
+                # The logits' memory is free for their gradient, unless a softcap's gradient will read them.
+                grad_logits = logits if student_head.softcap is None else torch.empty_like(logits)
+                for tile in tiles(logits):
+                    student_log_probs = logits[tile].log_softmax(-1)
+                    teacher_log_probs = teacher_logits[tile].log_softmax(-1)
+                    student_probs = student_log_probs.exp()
+                    entropy[rows][tile] = -_row_dot(student_probs, student_log_probs)
+                    if targets is not None:
+                        written = targets[rows][tile, None]
+                        target_log_probs[0][rows][tile] = student_log_probs.gather(1, written)[:, 0]
+                        target_log_probs[1][rows][tile] = teacher_log_probs.gather(1, written)[:, 0]
+                    if settings.teacher_share < 1.0:
+                        teacher_log_probs = torch.logaddexp(
+                            teacher_log_probs + math.log(settings.teacher_share),
+                            student_log_probs + math.log1p(-settings.teacher_share),
+                        )
+                    per_token[rows][tile], grad_logits[tile] = _divergence_and_gradient(
+                        student_log_probs, student_probs, teacher_log_probs, settings
+                    )
                 if old_log_probs is not None:
                     ratio = torch.exp(target_log_probs[0][rows] - old_log_probs[rows].float())
                     token_weights[rows] *= (
                         ratio if settings.importance_clip is None else ratio.clamp(max=settings.importance_clip)
                     )
-                if settings.teacher_share < 1.0:
-                    teacher_log_probs = torch.logaddexp(
-                        teacher_log_probs + math.log(settings.teacher_share),
-                        student_log_probs + math.log1p(-settings.teacher_share),
-                    )
-                per_token[rows], grad_logits = _divergence_and_gradient(
-                    student_log_probs, student_probs, teacher_log_probs, settings
-                )
                 if any(needs):
                     gradient.add_chunk(rows, hidden, logits, grad_logits, token_weights[rows])
             total = torch.dot(token_weights, per_token)
@@ -262,7 +277,7 @@ class _FusedDivergence(torch.autograd.Function):
 def _divergence_and_gradient(
     student_log_probs: Tensor, student_probs: Tensor, teacher_log_probs: Tensor, settings: _Settings
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [T] of one chunk and its gradient with respect to the student's logits, [T, V].
+    """Divergence [T] of one tile and its gradient with respect to the student's logits, [T, V].
 
     The three inputs, [T, V] each, are used up as working memory.
     """
@@ -288,11 +303,12 @@ def _divergence_and_gradient(
         return divergence, log_ratio.sub_(divergence[:, None]).mul_(student_probs)
 
     alpha = settings.alpha
-    # log M/pi = log((1 - alpha) + alpha q/pi): relative to pi, since log M itself is large against its difference to
-    # log pi when alpha is small. logaddexp holds where q/pi would overflow.
+    # log M/pi = log(1 + alpha (q/pi - 1)): relative to pi, since log M itself is large against its difference to log pi
+    # where alpha is small or the two are close.
     teacher_over_student = torch.sub(teacher_log_probs, student_log_probs, out=student_log_probs)
-    log_student_share = teacher_over_student.new_tensor(math.log1p(-alpha))
-    mixture_over_student = torch.logaddexp(teacher_over_student + math.log(alpha), log_student_share)
+    # Beyond it pi is below 1e-34 and contributes nothing, and log q/M is -log alpha whatever the ratio is.
+    teacher_over_student.clamp_(max=MOST_LOG_RATIO)
+    mixture_over_student = torch.expm1(teacher_over_student).mul_(alpha).log1p_()
     teacher_over_mixture = teacher_over_student.sub_(mixture_over_student)
     kl_student = -_row_dot(student_probs, mixture_over_student)
     kl_teacher = _row_dot(teacher_log_probs.exp_(), teacher_over_mixture)
@@ -301,5 +317,5 @@ def _divergence_and_gradient(
 
 
 def _row_dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over the vocabulary of the product of two [T, V] tensors -> [T], without making the product."""
-    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
+    """Sum over the vocabulary of the product of two [T, V] tensors -> [T]."""
+    return torch.linalg.vecdot(left, right)

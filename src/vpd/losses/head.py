@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,10 @@ DEFAULT_CHUNK_SIZE = 256
 weight and its gradient, so that small chunks cost time: on a CPU with 49k words, 32 takes twice as long as 256, and 512
 gains a tenth.
 """
+
+TILE_NUMBERS = 2**17
+"""Logits that a core works on at a time once their product is made, 512 KB (or one row): on a processor, what goes over
+them several times finds them in the core's cache. ``benchmarks/losses.py`` shows what that saves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +64,12 @@ class Head:
         bias = None if self.bias is None else self.bias.detach().float()
         return replace(self, weight=self.weight.detach().float(), bias=bias)
 
-    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-        """Logits of one chunk in fp32, divided by ``temperature``; [T, H] -> [T, V]. Autocast does not reach inside."""
-        with torch.autocast(hidden.device.type, enabled=False):
+    def logits(self, hidden: Tensor, temperature: float = 1.0, *, rounded: bool = False) -> Tensor:
+        """Logits of one chunk in fp32, divided by ``temperature``; [T, H] -> [T, V].
+
+        Autocast does not reach inside; ``rounded`` is as in :func:`products`.
+        """
+        with torch.autocast(hidden.device.type, enabled=False), products(hidden.device, rounded=rounded):
             # The scalars go on [T, H] and [V], which saves passes over [T, V].
             gain = self.scale / (temperature if self.softcap is None else self.softcap)
             hidden = hidden.float() if gain == 1.0 else hidden.float() * gain
@@ -84,14 +92,18 @@ class HeadGradient:
         head: in fp32.
         hidden: [T, H], any float dtype; only its shape and device are read.
         needs: whether the gradient of (hidden, weight, bias) is wanted.
+        rounded: as in :func:`products`.
 
     Attributes:
         hidden, weight, bias: [T, H], [V, H], [V] in fp32; None where not wanted.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool], temperature: float) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool], temperature: float, *, rounded: bool
+    ) -> None:
         self._head = head
         self._temperature = temperature
+        self._rounded = rounded
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
         self.weight = torch.zeros_like(head.weight) if needs[1] else None
         self.bias = torch.zeros_like(head.bias) if needs[2] and head.bias is not None else None
@@ -113,11 +125,12 @@ class HeadGradient:
             tanh = logits * (self._temperature / self._head.softcap)
             grad_logits.addcmul_(grad_logits * tanh, tanh, value=-1.0)
         row_weights = row_weights * (self._head.scale / self._temperature)
-        if self.hidden is not None:
-            torch.mm(grad_logits, self._head.weight, out=self.hidden[rows])
-            self.hidden[rows].mul_(row_weights[:, None])
-        if self.weight is not None:
-            self.weight.addmm_(grad_logits.t(), hidden * row_weights[:, None])
+        with products(grad_logits.device, rounded=self._rounded):
+            if self.hidden is not None:
+                torch.mm(grad_logits, self._head.weight, out=self.hidden[rows])
+                self.hidden[rows].mul_(row_weights[:, None])
+            if self.weight is not None:
+                self.weight.addmm_(grad_logits.t(), hidden * row_weights[:, None])
         if self.bias is not None:
             self.bias.addmv_(grad_logits.t(), row_weights)
 
@@ -125,6 +138,41 @@ class HeadGradient:
 def chunks(length: int, chunk_size: int) -> Iterator[slice]:
     """Consecutive slices of at most ``chunk_size`` that cover ``length``."""
     return (slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size))
+
+
+def tiles(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows of a chunk of logits [chunk, V], small enough for the cores' caches; one on other devices."""
+    rows = max(1, logits.shape[0])
+    if logits.device.type == "cpu":
+        rows = torch.get_num_threads() * max(1, TILE_NUMBERS // logits.shape[1])
+    return chunks(logits.shape[0], rows)
+
+
+def may_round_products(device: torch.device) -> bool:
+    """Whether autocast is on in bfloat16, so that the head's products may round their factors as all others do."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+
+
+@contextmanager
+def products(device: torch.device, *, rounded: bool) -> Iterator[None]:
+    """Within it, matrix products of fp32 tensors round their factors where ``rounded``: to bfloat16 on a processor that
+    multiplies it natively, to TF32 on CUDA. Sums and results stay in fp32, unlike those of autocast, whose logits are
+    rounded to 8 bits. Without ``rounded``, and on other devices, nothing changes.
+
+    PyTorch has one switch for the whole process, so this stands around single products: what other threads multiply
+    meanwhile is rounded too.
+    """
+    if not rounded or device.type not in ("cpu", "cuda"):
+        yield
+        return
+    on_processor = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    backend, precision = (on_processor, "bf16") if device.type == "cpu" else (torch.backends.cuda.matmul, "tf32")
+    before = backend.fp32_precision
+    backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def check_hidden(name: str, hidden: Tensor, head: Head) -> None:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpd.losses.head import DEFAULT_CHUNK_SIZE, Head, HeadGradient, check_hidden, check_settings, chunks
+from vpd.losses.head import (
+    DEFAULT_CHUNK_SIZE,
+    Head,
+    HeadGradient,
+    check_hidden,
+    check_settings,
+    chunks,
+    may_round_products,
+    tiles,
+)
 
 
 def token_log_probs(
@@ -64,13 +73,16 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk_size: int,
     ) -> Tensor:
         ctx.head, ctx.temperature, ctx.chunk_size = head, temperature, chunk_size
+        # Backward runs outside of the caller's autocast, and must make the same logits again.
+        ctx.rounded = may_round_products(hidden.device)
         head = head.detached_float32()
         target_logits = torch.empty(hidden.shape[0], device=hidden.device)
         log_normaliser = torch.empty_like(target_logits)
         for rows in chunks(hidden.shape[0], chunk_size):
-            logits = head.logits(hidden[rows], temperature)
+            logits = head.logits(hidden[rows], temperature, rounded=ctx.rounded)
             target_logits[rows] = logits.gather(1, targets[rows, None])[:, 0]
-            log_normaliser[rows] = logits.logsumexp(-1)
+            for tile in tiles(logits):
+                log_normaliser[rows][tile] = logits[tile].logsumexp(-1)
         ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser)
         return target_logits - log_normaliser
 
@@ -79,12 +91,15 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_normaliser = ctx.saved_tensors
         head = Head(weight, bias, ctx.head.scale, ctx.head.softcap).detached_float32()
-        gradient = HeadGradient(head, hidden, ctx.needs_input_grad[:3], ctx.temperature)
+        gradient = HeadGradient(head, hidden, ctx.needs_input_grad[:3], ctx.temperature, rounded=ctx.rounded)
         for rows in chunks(hidden.shape[0], ctx.chunk_size):
             hidden_chunk = hidden[rows].float()
-            logits = head.logits(hidden_chunk, ctx.temperature)
+            logits = head.logits(hidden_chunk, ctx.temperature, rounded=ctx.rounded)
+            # The logits' memory is free for their gradient, unless a softcap's gradient will read them.
+            grad_logits = logits if head.softcap is None else logits.clone()
             # Negative of d log p(target) / d logits, with the sign on the row weights: softmax - one_hot.
-            grad_logits = torch.sub(logits, log_normaliser[rows, None]).exp_()
+            for tile in tiles(logits):
+                grad_logits[tile].sub_(log_normaliser[rows][tile, None]).exp_()
             grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[rows]] -= 1.0
             gradient.add_chunk(rows, hidden_chunk, logits, grad_logits, -grad_log_probs[rows])
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)

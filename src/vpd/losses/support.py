@@ -23,7 +23,7 @@ from torch import Tensor
 Support: TypeAlias = Literal["student", "intersection"]
 Correction: TypeAlias = Literal["tail", "renormalise", "stopgrad"]
 
-_MOST_LOG_RATIO = 80.0
+MOST_LOG_RATIO = 80.0
 """exp(80) is near the largest float."""
 
 
@@ -91,7 +91,7 @@ def _divergence_and_slope(student: Tensor, teacher: Tensor, kind: str, alpha: fl
     An outcome that neither side can have (log-probability minus infinity on both) contributes nothing.
     """
     possible = ~(student.isneginf() & teacher.isneginf())
-    log_ratio = torch.where(possible, teacher - student, 0.0).clamp(-_MOST_LOG_RATIO, _MOST_LOG_RATIO)
+    log_ratio = torch.where(possible, teacher - student, 0.0).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
     student_probs, teacher_probs = student.exp(), teacher.exp()
     if kind == "forward_kl":
         return (teacher_probs * log_ratio).sum(-1), torch.where(possible, 1.0 - log_ratio.exp(), 0.0)

@@ -1,14 +1,15 @@
 """Token sequences -> batches that share prefixes and carry no padding. Knows nothing of the rest of the package."""
 
-from vpd.packing.attention import IMPLEMENTATION, enable_packed_attention
+from vpd.packing.attention import IMPLEMENTATIONS, PackedKernel, enable_packed_attention
 from vpd.packing.batch import PackedBatch, PackedRow, hidden_states, pack
 from vpd.packing.layout import PackedLayout
 from vpd.packing.planning import plan_micro_batches
 from vpd.packing.support import PackingDifference, check_packed_equals_separate, packable
 
 __all__ = [
-    "IMPLEMENTATION",
+    "IMPLEMENTATIONS",
     "PackedBatch",
+    "PackedKernel",
     "PackedLayout",
     "PackedRow",
     "PackingDifference",

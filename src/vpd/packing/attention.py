@@ -1,14 +1,17 @@
-"""Attention over a packed trie, registered with transformers under the name ``vpd_packed``.
+"""Attention over a packed trie, registered with transformers under the names of ``IMPLEMENTATIONS``.
 
-A model with this implementation behaves as with ``sdpa`` until a forward is given the keyword ``packed`` (a
+A model with one of them behaves as with ``sdpa`` until a forward is given the keyword ``packed`` (a
 :class:`PackedLayout`). Then every token attends to its ancestors in the trie and to itself, within the layer's sliding
 window counted in positions. The implementation stays on the model, because gradient checkpointing calls it again in
 the backward pass.
+
+There are two ways to compute it: block by block with scaled dot-product attention, and as one kernel, flex_attention.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +20,26 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vpd.packing import flex
 from vpd.packing.layout import PackedLayout
 
-IMPLEMENTATION = "vpd_packed"
+PackedKernel: TypeAlias = Literal["blocks", "flex"]
+
+IMPLEMENTATIONS: dict[PackedKernel, str] = {"blocks": "vpd_packed_blocks", "flex": "vpd_packed_flex"}
 
 
-def enable_packed_attention(model: PreTrainedModel) -> None:
+def enable_packed_attention(model: PreTrainedModel, kernel: PackedKernel = "blocks") -> None:
     """Set the packed attention on the model, for good. Ask :func:`packable` first.
+
+    Args:
+        model: a causal language model.
+        kernel: how it is computed: ``blocks``, or ``flex``, whose backward pass needs CUDA.
 
     Raises:
         ValueError: the model does not take its attention from transformers' interface.
     """
-    model.set_attn_implementation(IMPLEMENTATION)
-    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+    model.set_attn_implementation(IMPLEMENTATIONS[kernel])
+    if model.config.get_text_config()._attn_implementation != IMPLEMENTATIONS[kernel]:
         raise ValueError(
             f"{type(model).__name__} does not take its attention function from transformers' AttentionInterface, so "
             "its batches cannot be packed. Run it unpacked (share_prefixes=False)."
@@ -45,6 +55,7 @@ def packed_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed: PackedLayout | None = None,
+    kernel: PackedKernel = "blocks",
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; ``packed`` selects attention over segments.
@@ -58,6 +69,7 @@ def packed_attention_forward(
         dropout: probability of dropping an attention weight.
         scaling: factor on the scores; 1 / sqrt(D) by default.
         packed: the layout of the T packed tokens, or None for what ``sdpa`` does.
+        kernel: see :func:`enable_packed_attention`.
         kwargs: ``sliding_window`` among them: positions a token sees back, itself included; None for all.
 
     Returns:
@@ -73,11 +85,20 @@ def packed_attention_forward(
         )
     _refuse_unsupported(module, query, key, packed, kwargs)
 
+    window = kwargs.get("sliding_window")
+    if kernel == "flex":
+        if dropout:
+            raise ValueError(
+                "flex_attention has no dropout: set the model's attention_dropout to 0, or take the blocks."
+            )
+        mask = packed.block_mask(window, query.device)
+        return flex.attend(query[0], key[0], value[0], mask, scaling).transpose(0, 1).unsqueeze(0), None
+
     heads, key_heads = query.shape[1], key.shape[1]
     rows = heads // key_heads
     # The query heads of a key head become rows of one matrix, so that keys and values are not repeated for each.
     folded = query[0].unflatten(0, (key_heads, rows)).transpose(1, 2).flatten(1, 2)
-    outputs = _attend(folded, key[0], value[0], packed, rows, kwargs.get("sliding_window"), dropout, scaling)
+    outputs = _attend(folded, key[0], value[0], packed, rows, window, dropout, scaling)
     output = outputs.unflatten(1, (packed.token_count, rows))
     return output.permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(0), None
 
@@ -167,5 +188,6 @@ def _refuse_lost_layout(query: Tensor, attention_mask: Tensor | None) -> None:
         )
 
 
-AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+for _kernel, _name in IMPLEMENTATIONS.items():
+    AttentionInterface.register(_name, functools.partial(packed_attention_forward, kernel=_kernel))
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -1,4 +1,6 @@
-"""What attention needs to know of a packed batch: its blocks, how to gather their keys, and their masks."""
+"""What attention needs to know of a packed batch: its blocks, how to gather their keys, and their masks; or one mask
+for a kernel that takes all of it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
+from vpd.packing import flex
 from vpd.packing.blocks import Block, allowed_pairs, partition
 from vpd.packing.trie import Trie
 
@@ -39,6 +43,7 @@ class PackedLayout:
         self.trie = trie
         self._plans: dict[int | None, BlockPlan] = {}
         self._masks: dict[tuple, list[Tensor | None]] = {}
+        self._block_masks: dict[tuple, BlockMask] = {}
 
     @property
     def token_count(self) -> int:
@@ -47,11 +52,21 @@ class PackedLayout:
 
     def plan(self, window: int | None) -> BlockPlan:
         """The blocks for layers that see ``window`` positions back (itself included), or everything for None."""
-        if window is not None and window >= int(self.trie.depth.max(initial=-1)) + 1:
-            window = None
+        window = self._effective(window)
         if window not in self._plans:
             self._plans[window] = _plan(partition(self.trie, window))
         return self._plans[window]
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """The mask for flex_attention; see :func:`vpd.packing.flex.make_block_mask`."""
+        key = (self._effective(window), device)
+        if key not in self._block_masks:
+            self._block_masks[key] = flex.make_block_mask(self.trie, *key)
+        return self._block_masks[key]
+
+    def _effective(self, window: int | None) -> int | None:
+        """None for a window that no sequence outgrows."""
+        return None if window is None or window > int(self.trie.depth.max(initial=-1)) else window
 
     def masks(
         self, window: int | None, query_rows: int, dtype: torch.dtype, device: torch.device

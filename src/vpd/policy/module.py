@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from vpd.packing import PackedBatch, enable_packed_attention, hidden_states
+from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidden_states
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, head_of
 from vpd.policy.objectives import Objective, Outputs
@@ -23,15 +23,16 @@ class PolicyModule(nn.Module):
         model: a causal language model, PEFT-wrapped or not.
         share_prefixes: run batches packed; off for architectures that carry state across tokens, whose sequences are
             then run one by one.
+        kernel: how packed attention is computed.
     """
 
-    def __init__(self, model: nn.Module, share_prefixes: bool = True) -> None:
+    def __init__(self, model: nn.Module, share_prefixes: bool = True, kernel: PackedKernel = "blocks") -> None:
         super().__init__()
         self.model = model
         self.share_prefixes = share_prefixes
         self.has_teacher_adapter = has_teacher_adapter(model)
         if share_prefixes:
-            enable_packed_attention(causal_lm_of(model))
+            enable_packed_attention(causal_lm_of(model), kernel)
 
     @property
     def has_dropout(self) -> bool:

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.config import AlgorithmSettings, ConfigError, LoraSettings, ModelSettings, VPDConfig
-from vpd.packing import check_packed_equals_separate, enable_packed_attention, packable
+from vpd.packing import PackedKernel, check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
@@ -47,6 +47,11 @@ def prepare_policy(
     Raises:
         ConfigError: the model cannot be loaded or is of a kind that cannot be trained here.
     """
+    if settings.packed_attention == "flex" and not torch.cuda.is_available():
+        raise ConfigError(
+            'model.packed_attention = "flex" has a backward pass on CUDA only, and there is no such GPU here: take '
+            '"blocks".'
+        )
     if model is None or isinstance(model, str):
         loaded = load_policy(model or settings.name, dtype=getattr(torch, settings.dtype))
         network, tokenizer = loaded.model, tokenizer or loaded.tokenizer
@@ -69,16 +74,19 @@ def prepare_policy(
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
     verify_head(network)
-    return PolicyModule(network, share_prefixes=may_share_prefixes(network)), tokenizer
+    policy = PolicyModule(
+        network, share_prefixes=may_share_prefixes(network, settings.packed_attention), kernel=settings.packed_attention
+    )
+    return policy, tokenizer
 
 
-def may_share_prefixes(network: torch.nn.Module) -> bool:
+def may_share_prefixes(network: torch.nn.Module, kernel: PackedKernel = "blocks") -> bool:
     """Whether batches of this network may be packed; where not, the log says why and sequences run one by one."""
     causal_lm = causal_lm_of(network)
     possible, reason = packable(causal_lm)
     if possible:
         try:
-            enable_packed_attention(causal_lm)
+            enable_packed_attention(causal_lm, kernel)
             difference = check_packed_equals_separate(backbone_of(network), *_small_group(causal_lm)).relative
             tolerance = _PACKING_TOLERANCE[next(causal_lm.parameters()).dtype]
             possible, reason = difference <= tolerance, f"packed and separate runs differ by {difference:.1e}."
