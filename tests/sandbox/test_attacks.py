@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from attacks import BOMBS, KERNEL, NETWORK, PROCESSES, READING, TAMPERING, WRITING
 
-from vpd.sandbox import Limits, Sandbox, why_not
+from vpd.sandbox import Limits, Sandbox, why_not, worker
 from vpd.sandbox.zygote import remove_tree
 
 LEVELS = ("full", "bubblewrap", "landlock")
@@ -139,13 +140,15 @@ def test_what_only_the_kernel_can_refuse_is_refused(name, sandbox, listeners, tm
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_by_their_limits(name, sandbox):
     source, stopped = BOMBS[name]
+    # A limit other than time must not come second on a busy machine.
+    limits = BOMB_LIMITS if stopped in (None, "time") else LIMITS
     start = time.monotonic()
-    ended = sandbox.run(source, limits=BOMB_LIMITS)
+    ended = sandbox.run(source, limits=limits)
     assert ended.exit_code != 0
     if stopped is not None:
         assert ended.stopped == stopped, ended
-    assert time.monotonic() - start < 5 * BOMB_LIMITS.seconds
-    assert len(ended.output) <= BOMB_LIMITS.output_kb * 1024
+    assert time.monotonic() - start < 5 * limits.seconds
+    assert len(ended.output) <= limits.output_kb * 1024
     assert "STARTED ALL" not in ended.output
     assert still_judges_right(sandbox)
 
@@ -223,3 +226,11 @@ def test_common_modules_can_be_used(sandbox):
 
 def test_the_suite_has_what_it_should():
     assert len(HARMLESS) + len(KERNEL) + len(BOMBS) + len(TAMPERING) >= 40
+
+
+def test_what_an_interpreter_of_the_systems_needs_is_shown_once(monkeypatch):
+    """Its library is in /usr/lib, and a symbolic link that is shown twice stops bubblewrap."""
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    shown = worker._paths()["readable"]
+    assert any(path.startswith("/usr/lib/") for path in shown)
+    assert len(set(shown)) == len(shown)

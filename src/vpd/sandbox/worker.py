@@ -298,7 +298,8 @@ def _paths() -> zygote.Paths:
     """
     paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
     readable = _without_packages(paths["stdlib"])
-    for folder in (str(Path(sys.base_prefix, "lib")), "/lib", "/lib64", "/usr/lib", "/usr/lib64"):
+    # Once each: an interpreter of the system's has its library in /usr/lib too.
+    for folder in dict.fromkeys((str(Path(sys.base_prefix, "lib")), "/lib", "/lib64", "/usr/lib", "/usr/lib64")):
         readable += [folder] if os.path.islink(folder) else _without_packages(folder)
     return {"readable": [*readable, "/etc/ld.so.cache", "/usr/share/zoneinfo"], "listable": [paths["stdlib"]]}
 
