@@ -79,7 +79,7 @@ def _plain_seconds(record: StepRecord) -> float:
 def comparison(title: str, results: Sequence[SideResult]) -> Table:
     """One row a side; the ratio is to the first."""
     table = Table(title=title, title_justify="left")
-    columns = ("side", "s/step (min..max)", "ratio", "peak GB", "working GB", "computed", "needed", "divergence")
+    columns = ("side", "s/step (min..max)", "ratio", "peak GiB", "working GiB", "computed", "needed", "divergence")
     for name in columns:
         table.add_column(name, justify="left" if name == "side" else "right", no_wrap=name != "side")
     for result in results:

@@ -46,7 +46,7 @@ def columns(result: SideResult) -> dict[str, float]:
         "rollout s": phases["rollout"],
         "update s": phases["m_step"],
         "tokens computed": result.median(lambda record: record.tokens_computed),
-        "working GB": result.working_bytes / 2**30,
+        "working GiB": result.working_bytes / 2**30,
     }
 
 
