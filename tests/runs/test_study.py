@@ -57,6 +57,10 @@ folder = RunFolder.open(settings.run.output_dir, resume=True)
 folder.write_config(settings)
 resumed = folder.latest_checkpoint() is not None
 folder.write_result({"rows": [], "interrupted": None, "resumed": resumed})
+if not resumed:
+    folder.commit_checkpoint(1, lambda path: None, 1)
+for name in ("model", "best-1"):
+    (folder.path / name).mkdir(exist_ok=True)
 """
 
 
@@ -119,6 +123,21 @@ def test_finished_runs_are_kept_and_interrupted_ones_go_on(study, monkeypatch):
     assert begun == ["GRPO, fast, seed 3", "cold, seed 3"]
     results = [study_module.read_json(run.folder / "result.json") for run in (kept, cut_off, interrupted)]
     assert [result and result["resumed"] for result in results] == [False, False, True]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_study_that_keeps_no_models_leaves_the_figures_of_its_runs_and_the_start(study, kept):
+    study.keep_models = kept
+    run_study(study, say=lambda line: None)
+    for run in (run for arm in study.arms for run in runs_of(study, arm)):
+        assert [(run.folder / name).exists() for name in ("model", "best-1", "checkpoints/checkpoint-1")] == [kept] * 3
+        assert (run.folder / "config.json").exists()
+        assert run.is_finished()
+    assert (start_of(study).folder / "model").exists()
+    # What is finished stays so.
+    lines = []
+    run_study(study, say=lines.append)
+    assert lines == []
 
 
 def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(study):

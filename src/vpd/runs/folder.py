@@ -186,6 +186,12 @@ class RunFolder:
         self._prune(final, keep)
         return final
 
+    def remove_weights(self) -> None:
+        """Remove the model, the best weights and the checkpoints; what was measured stays."""
+        for path in (self.path / "model", *self.path.glob("best-*"), *self._checkpoints.iterdir()):
+            if path.is_dir():
+                _remove(path)
+
     def _prune(self, newest: Path, keep: int) -> None:
         others = _numbered(self._checkpoints, _CHECKPOINT)
         del others[checkpoint_step(newest)]

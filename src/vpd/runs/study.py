@@ -65,6 +65,8 @@ class Study(Section):
     split: Literal["final", "selection"] = "final"
     """Whose questions the table is about. ``selection`` is for tuning: its last evaluation counts
     (``eval.eval_steps``), and the final questions are not asked."""
+    keep_models: bool = True
+    """Keep the weights of every finished run, each as large as the start's; without them the figures stay."""
     arms: list[Arm] = Field(min_length=1)
     """The first is the one that the others are compared with."""
 
@@ -180,7 +182,7 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
         _check(run, study, start)
     with _locked(Path(study.output_dir)), _Pool(study.config, workers, say) as pool:
         pool.run_all([start])
-        pool.run_all(runs)
+        pool.run_all(runs, then=None if study.keep_models else _remove_weights)
 
 
 @contextmanager
@@ -217,7 +219,8 @@ class _Pool:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def run_all(self, runs: Sequence[PlannedRun]) -> None:
+    def run_all(self, runs: Sequence[PlannedRun], then: Callable[[PlannedRun], None] | None = None) -> None:
+        """Run what is not finished yet, and call ``then`` with each run that now is."""
         unfinished = [run for run in runs if not run.is_finished()]
         # A run that is alone has the whole machine.
         workers = max(1, min(self._workers, len(unfinished)))
@@ -225,7 +228,7 @@ class _Pool:
         for index in range(workers):
             environments.put(_environment(index, workers))
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(self._run, run, environments) for run in unfinished]
+            futures = [pool.submit(self._run, run, environments, then) for run in unfinished]
         if self._signal is not None:
             raise KeyboardInterrupt
         for future in futures:
@@ -237,7 +240,12 @@ class _Pool:
         for process in list(self._running):
             process.send_signal(number)
 
-    def _run(self, run: PlannedRun, environments: SimpleQueue[dict[str, str]]) -> None:
+    def _run(
+        self,
+        run: PlannedRun,
+        environments: SimpleQueue[dict[str, str]],
+        then: Callable[[PlannedRun], None] | None,
+    ) -> None:
         if self._stopped.is_set():
             return
         run.forget_what_cannot_go_on()
@@ -267,7 +275,13 @@ class _Pool:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             last = lines[-1] if lines else ""
             raise RunError(f"{run.name} ended with exit code {code}: {last} All of it is in {log}.")
+        if then is not None and run.is_finished():
+            then(run)
         self._say(f"{run.name} is {'interrupted' if code else 'done'}.")
+
+
+def _remove_weights(run: PlannedRun) -> None:
+    RunFolder(run.folder, resume=True).remove_weights()
 
 
 def _environment(worker: int, workers: int) -> dict[str, str]:
