@@ -21,6 +21,7 @@ from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
 from vpd.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
 from vpd.policy.module import PolicyModule
+from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
 from vpd.policy.prepare import autocasts, may_share_prefixes
 from vpd.rollout.local import LocalEngine, computes_bfloat16
@@ -70,6 +71,8 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
     if settings.model.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
+    if settings.model.fused_norms:
+        fuse_norms(network)
     half = autocasts(settings.model, device)
 
     decode_share = _decode_share(network, shape, settings, lengths, plain)

@@ -19,6 +19,7 @@ from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
+from vpd.policy.norms import fuse_norms
 from vpd.rollout.local import computes_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ def prepare_policy(
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
     verify_head(network)
+    if settings.fused_norms:
+        fuse_norms(network)
     policy = PolicyModule(
         network, share_prefixes=may_share_prefixes(network, settings.packed_attention), kernel=settings.packed_attention
     )

@@ -1,0 +1,146 @@
+"""Fused norms: transformers' numbers and gradients, its roundings under autocast, and where they are left out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import attention_configs, build
+from toy import toy_trainer
+from transformers import GemmaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from vpd.policy import norms
+from vpd.policy.head import causal_lm_of
+from vpd.policy.norms import fuse_norms, rms_norm
+from vpd.runs.folder import read_metrics
+
+_GEMMA = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _without_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+def _pair(width: int) -> tuple[LlamaRMSNorm, torch.Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    norm = LlamaRMSNorm(width, eps=1e-5)
+    norm.weight.data = 0.5 + torch.rand(width, generator=generator)
+    return norm, torch.randn(2, 37, width, generator=generator) * torch.logspace(-3, 2, 37)[:, None]
+
+
+@pytest.mark.parametrize("width", [8, 96])
+@pytest.mark.parametrize("tile", [1, 2**20])
+def test_values_and_gradients_are_transformers_own(monkeypatch, width, tile):
+    monkeypatch.setattr(norms, "_TILE_NUMBERS", tile * width)
+    norm, x = _pair(width)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for compute in (norm, lambda x: rms_norm(x, norm.weight, norm.variance_epsilon)):
+        given = x.clone().requires_grad_()
+        norm.zero_grad()
+        result = compute(given)
+        result.backward(upstream)
+        assert given.grad is not None
+        assert norm.weight.grad is not None
+        found.append((result.detach(), given.grad, norm.weight.grad.clone()))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_gradients_agree_with_differences():
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    norm, x = _pair(8)
+    norm.requires_grad_(False)
+    x.requires_grad_()
+    rms_norm(x, norm.weight, 1e-5).sum().backward()
+    assert x.grad is not None
+    assert norm.weight.grad is None
+
+
+def test_autocast_gets_what_the_projections_would_have_rounded_to():
+    norm, x = _pair(96)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = rms_norm(x, norm.weight, 1e-5), norm(x).bfloat16()
+    assert ours.dtype == torch.bfloat16
+    # The mean square may differ in its last bit, and so may a value that lies between two.
+    assert (ours != theirs).float().mean() < 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count"), [("llama", 6), ("qwen3", 6), ("mistral", 6), ("olmo3", 0), ("gemma3", 0), ("gemma", 0)]
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_models_compute_the_same_and_norms_of_another_kind_stay(architecture, count, autocast):
+    # Gemma's weights count from 1, in layers like Llama's.
+    config = GemmaConfig(**_GEMMA) if architecture == "gemma" else attention_configs()[architecture]
+    model = build(config)
+    tokens = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(0))
+
+    def logits_and_gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(tokens).logits.float()
+        logits.log_softmax(-1)[..., 5].sum().backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    before = logits_and_gradients()
+    assert fuse_norms(model) == count
+    for theirs, ours in zip(before, logits_and_gradients(), strict=True):
+        tolerance = 2e-2 if autocast else 1e-5
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_a_copy_has_weights_of_its_own_and_samples_as_before():
+    model = build(attention_configs()["llama"])
+    tokens = torch.arange(3, 20)[None]
+    plain = copy.deepcopy(model).bfloat16()(tokens).logits
+    fuse_norms(model)
+    original = model(tokens).logits
+    other = copy.deepcopy(model)
+    for layer in other.model.layers:
+        layer.input_layernorm.weight.data.mul_(2.0)
+    assert torch.equal(model(tokens).logits, original)
+    assert not torch.allclose(other(tokens).logits, original)
+    # In bfloat16 throughout, as transformers computes it.
+    assert torch.equal(copy.deepcopy(model).bfloat16()(tokens).logits, plain)
+
+
+def test_norms_stay_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert fuse_norms(build(attention_configs()["llama"])) == 0
+
+
+def test_a_run_takes_the_same_course_with_and_without(tmp_path):
+    courses = []
+    for fused in (True, False):
+        trainer = toy_trainer(
+            tmp_path / str(fused),
+            model={"fused_norms": fused},
+            eval={"preflight_tasks": 0, "final_tasks": 0, "eval_on_start": False},
+            run={"max_steps": 4},
+        )
+        assert ("forward" in vars(causal_lm_of(trainer.model).model.layers[0].input_layernorm)) is fused
+        trainer.train()
+        entries = [entry for entry in read_metrics(tmp_path / str(fused)) if entry["event"] == "train"]
+        courses.append([(entry["divergence"], entry["grad_norm"], entry["reward"]) for entry in entries])
+    assert len(courses[0]) == 4
+    for ours, theirs in zip(*courses, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
