@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vpd.report.comparison import compare, table_of, write_comparison
+from vpd.report.comparison import compare, learning_curves, table_of, write_comparison
 from vpd.runs import RunError, RunFolder
 from vpd.runs.study import Study, runs_of
 
@@ -83,10 +83,28 @@ def test_a_study_may_compare_on_the_selection_split(tmp_path):
         compare(make_study(tmp_path / "none", {"A": [[1.0], [0.0]]}).model_copy(update={"split": "selection"}))
 
 
+def test_a_figure_has_one_legend_and_shows_single_points(tmp_path):
+    figure = learning_curves(compare(make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0], [1.0]]}, selection=(3,))))
+    assert figure is not None
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["A", "B"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert [line.get_marker() for line in figure.axes[1].get_lines()] == ["o", "o"]
+
+
+def test_what_was_not_graded_is_null(tmp_path):
+    many = [1.0] * 40
+    write_comparison(make_study(tmp_path, {"A": [many], "B": [[1.0] * 39]}, seeds=(0,)))
+    numbers = json.loads((tmp_path / "comparison.json").read_text())
+    missing = numbers["question_ids"].index("q39")
+    assert [arm["runs"][0]["outcomes"][missing] for arm in numbers["arms"]] == [1.0, None]
+
+
 def test_everything_is_written(tmp_path):
     table = write_comparison(make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0], [1.0]]}, selection=(2, 3)))
     assert (tmp_path / "table.md").read_text() == table
     assert {path.name for path in tmp_path.glob("*.*g")} == {"learning.png", "learning.svg", "margin.png", "margin.svg"}
     numbers = json.loads((tmp_path / "comparison.json").read_text())
     assert [run["seed"] for run in numbers["arms"][1]["runs"]] == [0, 1]
-    assert numbers["arms"][0]["runs"][0]["outcomes"] == {"q0": 1.0}
+    assert numbers["question_ids"] == ["q0"]
+    assert numbers["arms"][0]["runs"][0]["outcomes"] == [1.0]

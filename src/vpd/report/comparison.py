@@ -24,7 +24,11 @@ from vpd.runs.folder import read_json, read_metrics
 from vpd.runs.study import START, Study, runs_of
 
 _COLORS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
+_STYLES = ("-", "--", ":", "-.")
 _SMOOTHED_OVER = 5
+
+_LINE_FROM = 5
+"""Points from which a line needs no markers; a single point would not be seen at all."""
 
 _MOST_LEFT_OUT = 0.05
 """Share of the questions that may have been ungraded in some run."""
@@ -128,7 +132,7 @@ def write_comparison(study: Study) -> str:
     """Write ``comparison.json``, ``table.md``, and ``learning`` and ``margin`` as PNG and SVG; return the table."""
     comparison, folder = compare(study), Path(study.output_dir)
     table = table_of(comparison)
-    atomic_write_text(folder / "comparison.json", json.dumps(asdict(comparison), indent=1, allow_nan=False) + "\n")
+    atomic_write_text(folder / "comparison.json", _json(comparison) + "\n")
     atomic_write_text(folder / "table.md", table)
     figures = {"learning": learning_curves(comparison), "margin": margin_curves(comparison)}
     for name, figure in figures.items():
@@ -169,6 +173,16 @@ def table_of(comparison: Comparison) -> str:
         + "; steps, seconds and tokens are means over seeds."
     )
     return "\n".join(lines) + "\n"
+
+
+def _json(comparison: Comparison) -> str:
+    """All numbers; the questions stand once, and each run's outcomes in their order, null where not graded."""
+    values = asdict(comparison)
+    runs = [run for arm in values["arms"] for run in arm["runs"]]
+    names = sorted(set[str]().union(*(run["outcomes"] for run in runs)))
+    for run in runs:
+        run["outcomes"] = [run["outcomes"].get(name) for name in names]
+    return json.dumps({**values, "question_ids": names}, allow_nan=False)
 
 
 def learning_curves(comparison: Comparison) -> Figure | None:
@@ -254,11 +268,11 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
     }
     if not shown:
         return None
-    figure = Figure(figsize=(6.4, 3.4 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8.6, 3.4 * len(shown)), layout="constrained")
     for row, (label, name) in enumerate(shown.items()):
         axes = figure.add_subplot(len(shown), 1, row + 1)
         for index, arm in enumerate(comparison.arms):
-            style = "-" if index < len(_COLORS) else "--"
+            style = _STYLES[index // len(_COLORS) % len(_STYLES)]
             curves = [getattr(run, name) for run in arm.runs]
             _band(axes, arm.name, curves, _COLORS[index % len(_COLORS)], style)
         axes.set_xlabel("rollout batch")
@@ -266,7 +280,9 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=8)
+    # One for all panels, beside them: a study may have more arms than a panel has room for.
+    handles = {str(line.get_label()): line for axes in reversed(figure.axes) for line in axes.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
@@ -276,7 +292,9 @@ def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: str
     values = [[curve[step] for curve in smooth if step in curve] for step in steps]
     if not steps:
         return
-    axes.plot(steps, [statistics.fmean(each) for each in values], color=color, linestyle=style, label=name)
+    marker = "o" if len(steps) < _LINE_FROM else None
+    means = [statistics.fmean(each) for each in values]
+    axes.plot(steps, means, color=color, linestyle=style, marker=marker, label=name)
     axes.fill_between(
         steps, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.15, linewidth=0
     )
