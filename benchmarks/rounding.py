@@ -22,6 +22,7 @@ from vpd.config import VPD
 from vpd.packing import PackedBatch, pack
 from vpd.policy.load import load_policy
 from vpd.policy.module import PolicyModule
+from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Distil, PredictorStates
 
 _KINDS = ("js", "reverse_kl")
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=16)
     options = parser.parse_args()
     loaded = load_policy(str(options.run / "model"))
+    fuse_norms(loaded.model)
     policy = PolicyModule(loaded.model).eval()
     views = batches(options.run, loaded.tokenizer, options.rollouts)
     print(f"{len(views[0].targets)} completion tokens; distance from the gradient in float32, as a part of its length")
