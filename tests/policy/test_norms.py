@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from tiny_models import attention_configs, build
 from toy import toy_trainer
-from transformers import GemmaConfig
+from transformers import GemmaConfig, MiniMaxConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vpd.policy import norms
@@ -16,7 +17,17 @@ from vpd.policy.head import causal_lm_of
 from vpd.policy.norms import fuse_norms, rms_norm
 from vpd.runs.folder import read_metrics
 
-_GEMMA = {
+_FUSED = {
+    "llama": 6,
+    "qwen3": 6,
+    "mistral": 6,
+    "olmo3": 0,
+    "gemma3": 0,
+    "gemma": 0,
+    "mixtral": 0,
+    "minimax": 0,
+}
+_SIZES = {
     "vocab_size": 61,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -65,6 +76,16 @@ def test_gradients_agree_with_differences():
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), (x, weight))
 
 
+def test_the_result_may_be_changed_in_place():
+    norm, x = _pair(8)
+    x.requires_grad_()
+    rms_norm(x, norm.weight, 1e-5).mul_(2.0).sum().backward()
+    doubled = x.grad
+    x.grad = None
+    (2.0 * rms_norm(x, norm.weight, 1e-5)).sum().backward()
+    torch.testing.assert_close(doubled, x.grad)
+
+
 def test_a_frozen_weight_gets_no_gradient():
     norm, x = _pair(8)
     norm.requires_grad_(False)
@@ -84,13 +105,12 @@ def test_autocast_gets_what_the_projections_would_have_rounded_to():
     torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "count"), [("llama", 6), ("qwen3", 6), ("mistral", 6), ("olmo3", 0), ("gemma3", 0), ("gemma", 0)]
-)
+@pytest.mark.parametrize(("architecture", "count"), _FUSED.items())
 @pytest.mark.parametrize("autocast", [False, True])
 def test_models_compute_the_same_and_norms_of_another_kind_stay(architecture, count, autocast):
-    # Gemma's weights count from 1, in layers like Llama's.
-    config = GemmaConfig(**_GEMMA) if architecture == "gemma" else attention_configs()[architecture]
+    # Gemma's weights count from 1, in layers like Llama's; layers of experts read their norms in other ways too.
+    others = {"gemma": GemmaConfig, "mixtral": MixtralConfig, "minimax": MiniMaxConfig}
+    config = others[architecture](**_SIZES) if architecture in others else attention_configs()[architecture]
     model = build(config)
     tokens = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(0))
 
@@ -119,8 +139,20 @@ def test_a_copy_has_weights_of_its_own_and_samples_as_before():
         layer.input_layernorm.weight.data.mul_(2.0)
     assert torch.equal(model(tokens).logits, original)
     assert not torch.allclose(other(tokens).logits, original)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(tokens).logits, original)
     # In bfloat16 throughout, as transformers computes it.
     assert torch.equal(copy.deepcopy(model).bfloat16()(tokens).logits, plain)
+
+
+def test_a_norm_that_treats_eps_otherwise_is_not_taken_for_a_plain_one():
+    class Clamped(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return self.weight * hidden_states * hidden_states.square().mean(-1, True).clamp_min(1e-5).rsqrt()
+
+    model = build(attention_configs()["llama"])
+    for layer in model.model.layers:
+        layer.input_layernorm = Clamped(32, eps=1e-5)
+    assert fuse_norms(model) == 3
 
 
 def test_norms_stay_where_there_is_a_gpu(monkeypatch):

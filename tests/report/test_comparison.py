@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from vpd.report.comparison import compare, learning_curves, table_of, write_comparison
+from vpd.report.comparison import compare, learning_curves, margin_curves, table_of, write_comparison
 from vpd.runs import RunError, RunFolder
 from vpd.runs.study import Study, runs_of
 
@@ -90,6 +91,17 @@ def test_a_figure_has_one_legend_and_shows_single_points(tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["A", "B"]
     assert all(axes.get_legend() is None for axes in figure.axes)
     assert [line.get_marker() for line in figure.axes[1].get_lines()] == ["o", "o"]
+
+
+def test_thirty_arms_are_told_apart_and_all_named(tmp_path):
+    figure = margin_curves(compare(make_study(tmp_path, {f"arm {i}": [[1.0]] for i in range(30)}, seeds=(0,))))
+    assert figure is not None
+    FigureCanvasAgg(figure).draw()
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines}) == 30
+    extent = figure.legends[0].get_window_extent()
+    assert extent.y0 >= 0
+    assert extent.y1 <= figure.bbox.height
 
 
 def test_what_was_not_graded_is_null(tmp_path):

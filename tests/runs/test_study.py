@@ -134,10 +134,12 @@ def test_a_study_that_keeps_no_models_leaves_the_figures_of_its_runs_and_the_sta
         assert (run.folder / "config.json").exists()
         assert run.is_finished()
     assert (start_of(study).folder / "model").exists()
-    # What is finished stays so.
+    # What is finished stays so, and loses its weights once the study says so.
     lines = []
+    study.keep_models = False
     run_study(study, say=lines.append)
     assert lines == []
+    assert not list(Path(study.output_dir).glob("*/seed-*/model"))
 
 
 def test_a_finished_run_with_other_settings_is_not_taken_for_this_one(study):

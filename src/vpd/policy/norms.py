@@ -1,9 +1,10 @@
 """RMS norms that go over their rows once, and hand the products behind them what autocast would make of it anyway.
 
-transformers' norm makes six tensors of its input's size, in float32, and under autocast each of the projections behind
-it casts the result to bfloat16 for itself. Here a tile of rows stays in the processor's cache from the first operation
-to the last, the result is cast once, and the backward pass needs the input and one number a row. On a processor
-without native bfloat16 only the passes over memory are saved.
+transformers' norm makes a tensor of its input's size with each of its operations, in float32, and under autocast each
+of the projections behind it casts the result to bfloat16 for itself. Here a tile of rows stays in the processor's cache
+from the first operation to the last, the result is cast once, and the backward pass needs the input and one number a
+row. The projections' gradients are then added up in bfloat16, where they were cast first. On a processor without
+native bfloat16 only the passes over memory are saved.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TILE_NUMBERS = 2**17
 _READ_BY_PROJECTIONS = ("input_layernorm", "post_attention_layernorm")
 """In layers that normalise what attention and MLP read; others add the norm's result to the residual stream."""
 
-_NORMS_ITS_OUTPUTS = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+_NORMS_ITS_OUTPUTS = ("pre_feedforward_layernorm", "post_feedforward_layernorm", "pre_mlp_layernorm", "norm_after")
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -29,7 +30,8 @@ def fuse_norms(model: nn.Module) -> int:
 
     Where there is a GPU, none: the model will go there, and its norms have kernels of others (such as Liger's).
     Norms whose class computes something else (Gemma's weights count from 1) stay as they are, and so do those whose
-    result is not read by projections alone: rounding it would change more than autocast does.
+    result is not read by projections alone, as in layers of experts, whose routers may compute in float32 and whose
+    sums take their dtype from it: rounding it would change more than autocast does.
 
     Args:
         model: a language model on the CPU.
@@ -38,13 +40,16 @@ def fuse_norms(model: nn.Module) -> int:
         return 0
     count = 0
     for layer in model.modules():
-        if any(hasattr(layer, name) for name in _NORMS_ITS_OUTPUTS):
+        if any(hasattr(layer, name) for name in _NORMS_ITS_OUTPUTS) or not hasattr(layer, _READ_BY_PROJECTIONS[0]):
+            continue
+        if not _only_projects(layer):
             continue
         for name in _READ_BY_PROJECTIONS:
             norm = getattr(layer, name, None)
             if isinstance(norm, nn.Module) and _is_plain(norm):
-                # Bound to the instance, which survives a deep copy; the class stays as it is for other models.
-                norm.forward = MethodType(_forward, norm)
+                # On the instance, so that the class stays as it is for other models. A deep copy has it too; pickle
+                # looks methods up by name, so that an unpickled norm computes as its class does.
+                norm.forward = MethodType(forward, norm)
                 count += 1
     return count
 
@@ -68,13 +73,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        scale.square_().div_(rows.shape[1]).add_(eps).rsqrt_()
-        output = torch.empty_like(rows, dtype=dtype)
+        scale = rows.new_empty(rows.shape[0], 1)
+        # Not returned as a view, which could not be changed in place.
+        output = torch.empty(x.shape, dtype=dtype)
+        output_rows = output.view(rows.shape)
         for tile in _tiles(rows):
-            output[tile] = torch.mul(rows[tile], scale[tile]).mul_(weight)
+            torch.linalg.vector_norm(rows[tile], dim=-1, keepdim=True, out=scale[tile])
+            scale[tile].square_().div_(rows.shape[1]).add_(eps).rsqrt_()
+            output_rows[tile] = torch.mul(rows[tile], scale[tile]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
-        return output.view(x.shape)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -102,16 +110,27 @@ def _tiles(rows: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
 
 
-def _forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+def forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The ``forward`` of a fused norm."""
     weight = norm.weight
     if hidden_states.dtype == weight.dtype == torch.float32:
         return rms_norm(hidden_states, weight, _eps(norm))  # pyright: ignore[reportArgumentType]
-    # A copy in bfloat16 that samples: as transformers has it.
+    # Such as a copy in bfloat16 that samples: as transformers has it.
     return type(norm).forward(norm, hidden_states)
 
 
 def _eps(norm: nn.Module) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _only_projects(layer: nn.Module) -> bool:
+    """Whether all matrices of a layer are those of linear modules: experts and their routers often hold bare ones."""
+    return all(
+        isinstance(module, nn.Linear)
+        for module in layer.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.dim() > 1
+    )
 
 
 def _is_plain(norm: nn.Module) -> bool:
@@ -122,5 +141,7 @@ def _is_plain(norm: nn.Module) -> bool:
     if weight.dim() != 1 or weight.dtype != torch.float32:
         return False
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x = torch.linspace(-2.0, 3.0, weight.numel()).repeat(2, 1)
+        x = torch.linspace(-2.0, 3.0, weight.numel())
+        # The second row is so small that eps counts.
+        x = torch.stack([x, x * eps**0.5])
         return torch.allclose(norm(x), rms_norm(x, weight, eps), rtol=1e-4, atol=1e-6)

@@ -24,7 +24,10 @@ from vpd.runs.folder import read_json, read_metrics
 from vpd.runs.study import START, Study, runs_of
 
 _COLORS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
-_STYLES = ("-", "--", ":", "-.")
+_STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 3)))
+_LEGEND_LINE = 0.18
+"""Inches."""
+
 _SMOOTHED_OVER = 5
 
 _LINE_FROM = 5
@@ -268,7 +271,8 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
     }
     if not shown:
         return None
-    figure = Figure(figsize=(8.6, 3.4 * len(shown)), layout="constrained")
+    height = max(3.4 * len(shown), _LEGEND_LINE * len(comparison.arms) + 0.4)
+    figure = Figure(figsize=(8.6, height), layout="constrained")
     for row, (label, name) in enumerate(shown.items()):
         axes = figure.add_subplot(len(shown), 1, row + 1)
         for index, arm in enumerate(comparison.arms):
@@ -282,11 +286,12 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # One for all panels, beside them: a study may have more arms than a panel has room for.
     handles = {str(line.get_label()): line for axes in reversed(figure.axes) for line in axes.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
+    names = [arm.name for arm in comparison.arms if arm.name in handles]
+    figure.legend([handles[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
-def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: str) -> None:
+def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: Any) -> None:
     smooth = [dict(_smoothed(curve)) for curve in curves]
     steps = sorted(set.union(set(), *smooth))
     values = [[curve[step] for curve in smooth if step in curve] for step in steps]

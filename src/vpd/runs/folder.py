@@ -36,6 +36,7 @@ from vpd.runs.files import (
 from vpd.runs.samples import RolloutRecord, write_rollouts
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_BEST = re.compile(r"best-(\d+)")
 _ROLLOUTS = re.compile(r"step-(\d+)\.parquet")
 
 
@@ -188,9 +189,9 @@ class RunFolder:
 
     def remove_weights(self) -> None:
         """Remove the model, the best weights and the checkpoints; what was measured stays."""
-        for path in (self.path / "model", *self.path.glob("best-*"), *self._checkpoints.iterdir()):
-            if path.is_dir():
-                _remove(path)
+        best, checkpoints = _numbered(self.path, _BEST), _numbered(self._checkpoints, _CHECKPOINT)
+        for path in (self.path / "model", *best.values(), *checkpoints.values()):
+            _remove(path)
 
     def _prune(self, newest: Path, keep: int) -> None:
         others = _numbered(self._checkpoints, _CHECKPOINT)

@@ -66,7 +66,7 @@ class Study(Section):
     """Whose questions the table is about. ``selection`` is for tuning: its last evaluation counts
     (``eval.eval_steps``), and the final questions are not asked."""
     keep_models: bool = True
-    """Keep the weights of every finished run, each as large as the start's; without them the figures stay."""
+    """Keep the model, the best weights and the checkpoints of finished runs; without them the figures stay."""
     arms: list[Arm] = Field(min_length=1)
     """The first is the one that the others are compared with."""
 
@@ -182,6 +182,11 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
         _check(run, study, start)
     with _locked(Path(study.output_dir)), _Pool(study.config, workers, say) as pool:
         pool.run_all([start])
+        if not study.keep_models:
+            # Of runs that finished before this was set, or whose study was killed before it got to it.
+            for run in runs:
+                if run.is_finished():
+                    _remove_weights(run)
         pool.run_all(runs, then=None if study.keep_models else _remove_weights)
 
 
