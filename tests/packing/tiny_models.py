@@ -17,7 +17,7 @@ VOCABULARY = 61
 # Shorter than every prompt below, so that a wrong window shows.
 WINDOW = 7
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -38,17 +38,17 @@ _SLIDING = {
 
 def attention_configs() -> dict[str, PreTrainedConfig]:
     return {
-        "llama": LlamaConfig(**_SIZES),
-        "qwen3": Qwen3Config(**_SIZES),
-        "mistral": MistralConfig(**_SIZES, sliding_window=WINDOW),
-        "olmo3": Olmo3Config(**_SIZES, **_SLIDING),
-        "gemma3": Gemma3TextConfig(**_SIZES, **_SLIDING, query_pre_attn_scalar=8),
+        "llama": LlamaConfig(**SIZES),
+        "qwen3": Qwen3Config(**SIZES),
+        "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
+        "olmo3": Olmo3Config(**SIZES, **_SLIDING),
+        "gemma3": Gemma3TextConfig(**SIZES, **_SLIDING, query_pre_attn_scalar=8),
     }
 
 
 def hybrid_config() -> PreTrainedConfig:
     return Qwen3NextConfig(
-        **(_SIZES | {"num_hidden_layers": 2}),
+        **(SIZES | {"num_hidden_layers": 2}),
         layer_types=["linear_attention", "full_attention"],
         linear_key_head_dim=8,
         linear_value_head_dim=8,

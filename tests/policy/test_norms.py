@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import attention_configs, build
+from tiny_models import SIZES, attention_configs, build
 from toy import toy_trainer
 from transformers import GemmaConfig, MiniMaxConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -26,16 +26,6 @@ _FUSED = {
     "gemma": 0,
     "mixtral": 0,
     "minimax": 0,
-}
-_SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
 }
 
 
@@ -110,7 +100,7 @@ def test_autocast_gets_what_the_projections_would_have_rounded_to():
 def test_models_compute_the_same_and_norms_of_another_kind_stay(architecture, count, autocast):
     # Gemma's weights count from 1, in layers like Llama's; layers of experts read their norms in other ways too.
     others = {"gemma": GemmaConfig, "mixtral": MixtralConfig, "minimax": MiniMaxConfig}
-    config = others[architecture](**_SIZES) if architecture in others else attention_configs()[architecture]
+    config = others[architecture](**SIZES) if architecture in others else attention_configs()[architecture]
     model = build(config)
     tokens = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(0))
 

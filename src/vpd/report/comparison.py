@@ -25,6 +25,7 @@ from vpd.runs.study import START, Study, runs_of
 
 _COLORS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 3)))
+
 _LEGEND_LINE = 0.18
 """Inches."""
 
