@@ -111,7 +111,7 @@ def compare(
 
     Started again, it keeps the finished runs and goes on with the others.
     """
-    from vpd.report.comparison import write_comparison
+    from vpd.report.comparison import report_folder, write_comparison
     from vpd.runs.study import Study, run_study
 
     plan, console = Study.load(study), Console()
@@ -121,7 +121,7 @@ def compare(
         console.print("Interrupted; the same command goes on from here.")
         raise typer.Exit(130) from None
     console.print(write_comparison(plan), markup=False, soft_wrap=True)
-    console.print(f"The table, the plots and all numbers are in {plan.output_dir}.")
+    console.print(f"The table, the plots and all numbers are in {report_folder(plan)}.")
 
 
 @app.command()

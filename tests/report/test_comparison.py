@@ -112,6 +112,14 @@ def test_what_was_not_graded_is_null(tmp_path):
     assert [arm["runs"][0]["outcomes"][missing] for arm in numbers["arms"]] == [1.0, None]
 
 
+def test_studies_that_share_runs_have_tables_of_their_own(tmp_path):
+    study = make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0], [1.0]]})
+    whole = write_comparison(study)
+    part = study.model_copy(update={"arms": study.arms[:1], "report_dir": str(tmp_path / "of" / "A")})
+    assert write_comparison(part) == (tmp_path / "of" / "A" / "table.md").read_text() != whole
+    assert (tmp_path / "table.md").read_text() == whole
+
+
 def test_everything_is_written(tmp_path):
     table = write_comparison(make_study(tmp_path, {"A": [[1.0], [0.0]], "B": [[1.0], [1.0]]}, selection=(2, 3)))
     assert (tmp_path / "table.md").read_text() == table

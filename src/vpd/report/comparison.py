@@ -134,7 +134,8 @@ def compare(study: Study) -> Comparison:
 
 def write_comparison(study: Study) -> str:
     """Write ``comparison.json``, ``table.md``, and ``learning`` and ``margin`` as PNG and SVG; return the table."""
-    comparison, folder = compare(study), Path(study.output_dir)
+    comparison, folder = compare(study), report_folder(study)
+    folder.mkdir(parents=True, exist_ok=True)
     table = table_of(comparison)
     atomic_write_text(folder / "comparison.json", _json(comparison) + "\n")
     atomic_write_text(folder / "table.md", table)
@@ -144,6 +145,11 @@ def write_comparison(study: Study) -> str:
             FigureCanvasAgg(figure).print_figure(folder / f"{name}.png", dpi=150)
             FigureCanvasSVG(figure).print_figure(folder / f"{name}.svg", metadata={"Date": None})
     return table
+
+
+def report_folder(study: Study) -> Path:
+    """Where :func:`write_comparison` writes."""
+    return Path(study.report_dir or study.output_dir)
 
 
 def table_of(comparison: Comparison) -> str:

@@ -57,7 +57,10 @@ class Study(Section):
     config: str
     """The TOML file of settings that all arms share, relative to the study's file."""
     output_dir: str
-    """Where the runs, the table and the plots go, from where the command is run."""
+    """Where the runs, the table and the plots go, from where the command is run. Studies with one ``output_dir`` share
+    its start and the runs that they have in common."""
+    report_dir: str | None = None
+    """Where the table and the plots go instead: each of several studies with one ``output_dir`` needs its own."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
     """``run.seed`` of the runs; every arm has a run of each."""
     set: list[str] = Field(default_factory=list)
