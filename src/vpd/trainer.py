@@ -388,7 +388,8 @@ class VPDTrainer:
         if settings.demonstrations:
             threshold = self.args.algorithm.success_threshold
             eos = end_of_turn(self.tokenizer)
-            sources = [source for source in self.sources if not isinstance(source, CritiqueSource)]
+            readable = self.sources if settings.feedback else []
+            sources = [source for source in readable if not isinstance(source, CritiqueSource)]
             sequences = demonstration_sequences(
                 self.environment, self.prompts, eos, settings.demonstrations, threshold, sources
             )

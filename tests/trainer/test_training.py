@@ -13,6 +13,7 @@ from toy import ToyEnvironment, toy_config, toy_model, toy_trainer
 from transformers import TrainerCallback
 
 from vpd import ConfigError, Verdict, VPDTrainer
+from vpd.algorithms.warm_start import WarmStartResult
 from vpd.runs.files import RunError
 from vpd.runs.folder import read_metrics
 
@@ -295,6 +296,24 @@ def test_warm_start_is_cached_and_shared(tmp_path, monkeypatch):
     ]
     assert steps[0] > 0
     assert steps[1] == 0
+
+
+def test_a_warm_start_without_feedback_learns_plain_answers_alone(tmp_path, monkeypatch):
+    learned = {}
+    for feedback in (True, False):
+        settings = {"warm_start": {"demonstrations": 4, "feedback": feedback, "cache": False}, "run": {"max_steps": 0}}
+        trainer = toy_trainer(tmp_path / str(feedback), **settings)
+
+        def record(learner, sequences, *rest, feedback=feedback):
+            learned[feedback] = sequences
+            return WarmStartResult(len(sequences), 0, 0.0, 0.0, None)
+
+        monkeypatch.setattr("vpd.trainer.warm_start", record)
+        trainer.train()
+    plain = [trainer.prompts.student(task.prompt) for task in trainer.environment.tasks("train")[:4]]
+    assert [sequence.prompt for sequence in learned[False]] == plain
+    assert [sequence for sequence in learned[True] if sequence.prompt in plain] == learned[False]
+    assert len(learned[True]) == 8
 
 
 def test_the_permuted_control_starts_from_the_same_warm_start(tmp_path, monkeypatch):

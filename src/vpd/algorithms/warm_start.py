@@ -63,7 +63,7 @@ def demonstration_sequences(
         end_of_sequence: closes an answer.
         count: of demonstrations.
         success_threshold: the reward from which an answer succeeds.
-        sources: of feedback; those of the prompts' settings by default.
+        sources: of feedback; those of the prompts' settings by default, and none makes plain sequences alone.
 
     Raises:
         ConfigError: the environment has no demonstrations, or one of them is not a success.

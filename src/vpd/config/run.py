@@ -39,10 +39,13 @@ class ModelSettings(Section):
 class WarmStartSettings(Section):
     demonstrations: int = Field(default=0, ge=0)
     """How many of the environment's demonstrations to learn from; 0 skips the warm start."""
+    feedback: bool = True
+    """Learn each demonstration twice: as it is, and behind feedback on a wrong attempt, so that a small model learns to
+    read feedback. Without it the teacher reads as the network does by nature, or as E-steps teach it."""
     epochs: int = Field(default=2, ge=1)
     learning_rate: float = Field(default=3e-5, gt=0)
     batch_size: int = Field(default=16, ge=1)
-    """Sequences per optimizer step; each demonstration makes a plain and a feedback-conditioned one."""
+    """Sequences per optimizer step."""
     max_seconds: float | None = Field(default=None, gt=0)
     """Stop after this many seconds, whatever ``epochs`` says."""
     seed: int = 0
