@@ -388,8 +388,7 @@ class VPDTrainer:
         if settings.demonstrations:
             threshold = self.args.algorithm.success_threshold
             eos = end_of_turn(self.tokenizer)
-            readable = self.sources if settings.feedback else []
-            sources = [source for source in readable if not isinstance(source, CritiqueSource)]
+            sources = [s for s in self.sources if settings.feedback and not isinstance(s, CritiqueSource)]
             sequences = demonstration_sequences(
                 self.environment, self.prompts, eos, settings.demonstrations, threshold, sources
             )

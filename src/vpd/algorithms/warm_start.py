@@ -4,7 +4,7 @@ Half of the sequences are plain (prompt, answer), half feedback-conditioned (tea
 cannot read feedback at first, and a teacher that cannot read is worse than its student. The feedback of a demonstration
 is what a rollout would have got: a wrong attempt and the demonstrated answer are judged as a group of two, and the
 answer is learned behind the attempt's teacher prompt. Every other attempt stands alone, as in a group that all failed,
-so that the kinds of feedback that such groups get are learned too.
+so that the kinds of feedback that such groups get are learned too. Without feedback all sequences are plain.
 """
 
 from __future__ import annotations
