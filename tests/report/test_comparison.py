@@ -12,8 +12,11 @@ from vpd.runs import RunError, RunFolder
 from vpd.runs.study import Study, runs_of
 
 
-def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None):
-    """A finished study: ``outcomes[arm][seed]`` lists the questions' scores, ``start`` those of the shared start."""
+def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None, margins=None):
+    """A finished study: ``outcomes[arm][seed]`` lists the questions' scores, ``start`` those of the shared start.
+
+    ``margins[arm][seed]`` lists the margins by step, None where there is none.
+    """
     arms = [{"name": name} for name in outcomes]
     study = Study(config="none.toml", output_dir=str(tmp_path), seeds=list(seeds), arms=arms)  # pyright: ignore
     if start is not None:
@@ -23,16 +26,17 @@ def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None):
                 0, "eval", {"split": "final", "name": name, "outcomes": scores}
             )
     for arm in study.arms:
-        for run, scores in zip(runs_of(study, arm), outcomes[arm.name], strict=True):
+        by_seed = margins[arm.name] if margins else [[0.1, 0.2, 0.3]] * len(seeds)
+        for run, scores, arrivals in zip(runs_of(study, arm), outcomes[arm.name], by_seed, strict=True):
             folder = RunFolder(run.folder)
-            for step in (1, 2, 3):
-                margin = {"margin": 9.0, "margin_on_arrival": 0.1 * step}
+            for step, arrival in enumerate(arrivals, start=1):
+                margin = {"margin": 9.0, **({} if arrival is None else {"margin_on_arrival": arrival})}
                 folder.log(step, "train", {"success_rate": 0.2 * step, "tokens_rollout": 10, **margin})
             for step in selection:
                 folder.log(step, "eval", {"split": "selection", "accuracy": 0.3, "outcomes": {"s0": step / 10}})
             named = {f"q{i}": score for i, score in enumerate(scores)}
             folder.log(3, "eval", {"split": "final", "accuracy": 0.0, "outcomes": named})
-            folder.write_result({"rows": [], "steps": 3, "train_seconds": 6.0, "interrupted": None})
+            folder.write_result({"rows": [], "steps": len(arrivals), "train_seconds": 6.0, "interrupted": None})
     return study
 
 
@@ -53,7 +57,7 @@ def test_differences_are_paired_by_seed_and_question(tmp_path):
 def test_the_gain_is_on_the_start_as_the_arms_begin_with_it(tmp_path):
     study = make_study(tmp_path, {"A": [[0.5, 1.0], [0.5, 1.0]]}, start=[0.0, 0.5])
     assert compare(study).arms[0].gain == pytest.approx((0.5, 0.5, 0.5))
-    assert "| +50.0 (+50.0 to +50.0) |  | 2 |" in table_of(compare(study))
+    assert "| +50.0 (+50.0 to +50.0) |  | 0.30 (0.30 to 0.30) | 2 |" in table_of(compare(study))
     other = make_study(tmp_path / "other", {"A": [[0.5, 1.0], [0.5, 1.0]]}, start=[0.0])
     assert compare(other).arms[0].gain is None
 
@@ -62,6 +66,23 @@ def test_curves_and_tokens_are_read_from_the_metrics(tmp_path):
     comparison = compare(make_study(tmp_path, {"A": [[1.0], [0.0]]}))
     assert dict(comparison.arms[0].runs[0].margin) == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3})
     assert comparison.arms[0].runs[0].tokens_rollout == 30
+
+
+def test_the_margin_at_the_end_is_that_of_the_last_quarter_by_seed(tmp_path):
+    early = [9.0] * 6
+    # A batch without a success or without a failure has no margin.
+    margins = {
+        "A": [[*early, 1.0, 3.0], [*early, None, 4.0]],
+        "no teacher": [[None] * 8] * 2,
+        "silent at last": [[*early, 1.0, 1.0], [*early, None, None]],
+    }
+    comparison = compare(make_study(tmp_path, {arm: [[1.0], [0.0]] for arm in margins}, margins=margins))
+    first, *others = (arm.margin for arm in comparison.arms)
+    assert first == pytest.approx((3.0, 2.0, 4.0))
+    assert others == [None, None]
+    assert "| 3.00 (2.00 to 4.00) | 2 |" in table_of(comparison)
+    single = make_study(tmp_path / "one", {"A": [[1.0]]}, seeds=(0,), margins={"A": [[0.0, 2.5]]})
+    assert "| 2.50 | 1 |" in table_of(compare(single))
 
 
 def test_questions_that_some_run_could_not_grade_are_left_out_and_other_questions_refused(tmp_path):

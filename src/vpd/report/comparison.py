@@ -31,6 +31,9 @@ _LEGEND_LINE = 0.18
 
 _SMOOTHED_OVER = 5
 
+_END = 0.25
+"""Share of an arm's batches, the last ones, over which its margin at the end is averaged."""
+
 _LINE_FROM = 5
 """Points from which a line needs no markers; a single point would not be seen at all."""
 
@@ -73,6 +76,8 @@ class ArmResult:
         accuracy: mean over seeds and questions.
         gain: on the shared start, on the same questions; None where the start has not been asked them.
         difference: of this arm and the first one, on the same seeds and questions; None for the first.
+        margin: on fresh rollouts, mean over the last quarter of the batches and over seeds, with the interval over
+            seeds (of one seed, the value alone); None for an arm without a teacher.
     """
 
     name: str
@@ -80,6 +85,7 @@ class ArmResult:
     accuracy: tuple[float, float, float]
     gain: tuple[float, float, float] | None
     difference: tuple[float, float, float] | None
+    margin: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def compare(study: Study) -> Comparison:
     for arm, of_arm, values in zip(study.arms, runs, scores, strict=True):
         gain = None if before is None else _lead(values, [before] * len(values))
         lead = None if values is scores[0] else _lead(values, scores[0])
-        arms.append(ArmResult(arm.name, of_arm, _mean(values), gain, lead))
+        arms.append(ArmResult(arm.name, of_arm, _mean(values), gain, lead, _margin_at_end(of_arm)))
     return Comparison(start.get("rows", []), arms, len(questions), left_out, study.split)
 
 
@@ -156,12 +162,12 @@ def table_of(comparison: Comparison) -> str:
     """The comparison as a Markdown table."""
     first = comparison.arms[0].name
     lines = [
-        f"| | accuracy (95% interval) | gain on the start | difference from {first} | seeds | steps | training s "
-        "| rollout tokens | training tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| | accuracy (95% interval) | gain on the start | difference from {first} | margin at the end | seeds "
+        "| steps | training s | rollout tokens | training tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in comparison.start:
-        lines.append(f"| {row['name']} | {_percent(row.get('accuracy'))} | | | | | | | |")
+        lines.append(f"| {row['name']} | {_percent(row.get('accuracy'))} | | | | | | | | |")
     for arm in comparison.arms:
         mean, low, high = arm.accuracy
         columns = (
@@ -172,7 +178,9 @@ def table_of(comparison: Comparison) -> str:
         )
         means = " | ".join(f"{statistics.fmean(column):,.0f}" for column in columns)
         accuracy = f"{mean:.1%} ({low:.1%} to {high:.1%})"
-        columns = (arm.name, accuracy, _points_of(arm.gain), _points_of(arm.difference), len(arm.runs), means)
+        margin = "{:.2f} ({:.2f} to {:.2f})" if len(arm.runs) > 1 else "{:.2f}"
+        margin = "" if arm.margin is None else margin.format(*arm.margin)
+        columns = (arm.name, accuracy, _points_of(arm.gain), _points_of(arm.difference), margin, len(arm.runs), means)
         lines.append(f"| {' | '.join(map(str, columns))} |")
     lines.append("")
     lines.append(
@@ -180,7 +188,8 @@ def table_of(comparison: Comparison) -> str:
         + (f" ({comparison.left_out} that were not graded in every run are left out)" if comparison.left_out else "")
         + "; intervals resample seeds and questions"
         + (", here questions alone" if len(comparison.arms[0].runs) == 1 else "")
-        + "; steps, seconds and tokens are means over seeds."
+        + "; the margin is the mean over the last quarter of the batches, on rollouts that no update has seen; steps, "
+        "seconds and tokens are means over seeds."
     )
     return "\n".join(lines) + "\n"
 
@@ -269,6 +278,13 @@ def _lead(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) 
 
 def _mean(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return (statistics.fmean(value for row in values for value in row), *crossed_interval(values))
+
+
+def _margin_at_end(runs: Sequence[RunResult]) -> tuple[float, float, float] | None:
+    ends = [[value for step, value in run.margin if step > (1 - _END) * run.steps] for run in runs]
+    if not all(ends):
+        return None
+    return _mean([[statistics.fmean(end)] for end in ends])
 
 
 def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -94,7 +96,17 @@ class PreallocatedLayer(CacheLayerMixin):
 
 
 class PreallocatedCache(Cache):
-    """A cache whose attention layers are :class:`PreallocatedLayer`; other layers hold nothing."""
+    """A cache whose attention layers are :class:`PreallocatedLayer`; other layers hold nothing.
+
+    Args:
+        layers: of the model.
+        has_windows: whether some of them see a window of the last tokens alone, padding included, so that rows may be
+            padded before their first token only.
+    """
+
+    def __init__(self, layers: Sequence[PreallocatedLayer | DummyLayer], *, has_windows: bool):
+        super().__init__(layers=list(layers))
+        self.has_windows = has_windows
 
     def expand(self, rows: torch.Tensor) -> None:
         """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""
@@ -155,5 +167,6 @@ def make_cache(config: PreTrainedConfig, max_length: int) -> PreallocatedCache |
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in dynamic.layers):
         return dynamic
     return PreallocatedCache(
-        layers=[layer if isinstance(layer, DummyLayer) else PreallocatedLayer(max_length) for layer in dynamic.layers]
+        [layer if isinstance(layer, DummyLayer) else PreallocatedLayer(max_length) for layer in dynamic.layers],
+        has_windows=any(isinstance(layer, DynamicSlidingWindowLayer) for layer in dynamic.layers),
     )

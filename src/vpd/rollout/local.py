@@ -15,10 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
-from vpd.rollout.cache import StatefulCache, make_cache
+from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
 from vpd.rollout.packed import pack, unpack
 from vpd.rollout.sampling import Sampler, sequence_uniforms
 from vpd.rollout.stopping import StopCondition
+
+SHARED_FROM = 128
+"""Tokens that a prefix common to all prompts of a batch must save to be worth a pass of its own."""
 
 
 @dataclass(slots=True)
@@ -45,8 +48,9 @@ class LocalEngine:
     brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
     hooks are never touched.
 
-    Each distinct prompt is computed once and its cache expanded to its generations; sequences that end leave the
-    batch at once.
+    Each distinct prompt is computed once and its cache expanded to its generations; what all prompts of a batch begin
+    with, such as a system message, is computed once for all of them, but for models with sliding windows or a state.
+    Sequences that end leave the batch at once.
 
     Args:
         model: a causal language model of transformers or PEFT, on its device, without wrappers such as DDP.
@@ -221,7 +225,13 @@ class LocalEngine:
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         longest = max(map(len, distinct))
         cache = self._make_cache(max_length=longest + steps)
-        input_ids, mask, position_ids = self._left_pad(list(distinct), longest)
+        shared = 0
+        if isinstance(cache, PreallocatedCache) and not cache.has_windows:
+            shared = _worthwhile_prefix(list(distinct))
+        if shared:
+            self._forward(*self._pad([prompts[0][:shared]], 0, shared), cache)
+            cache.expand(torch.zeros(len(distinct), dtype=torch.long, device=self._device))
+        input_ids, mask, position_ids = self._pad(list(distinct), shared, longest)
         logits = self._forward(input_ids, mask, position_ids, cache)
 
         rows = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
@@ -252,15 +262,22 @@ class LocalEngine:
             seen = None if mask is None else mask[:, : longest + step + 1]
             logits = self._forward(tokens[:, None], seen, position_ids, cache)
 
-    def _left_pad(
-        self, prompts: list[tuple[int, ...]], longest: int
+    def _pad(
+        self, prompts: list[tuple[int, ...]], start: int, longest: int
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Token ids, mask (None where nothing is padded) and positions, [rows, longest] each."""
+        """What comes after the first ``start`` tokens, padded on the left.
+
+        Returns:
+            token ids and positions, [rows, longest - start] each, and between them the mask of all that is seen, [rows,
+            longest], None where nothing is padded.
+        """
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
-        input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        position_ids = torch.arange(longest, device=self._device) - (longest - lengths)
-        mask = None if int(lengths.min()) == longest else (position_ids >= 0).long()
-        return input_ids.to(self._device), mask, position_ids.clamp(min=0)
+        input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt[start:]) for prompt in prompts])
+        position_ids = torch.arange(start, longest, device=self._device) - (longest - lengths)
+        mask = None
+        if int(lengths.min()) < longest:
+            mask = nn.functional.pad((position_ids >= start).long(), (start, 0), value=1)
+        return input_ids.to(self._device), mask, position_ids.clamp(min=start)
 
     def _forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: object
@@ -275,6 +292,18 @@ class LocalEngine:
             logits_to_keep=self._last,
         )
         return output.logits[:, -1]
+
+
+def _worthwhile_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens, with which all prompts begin, are to be computed once; 0 where that saves too little.
+
+    At least one token of each prompt is left, whose logits are wanted.
+    """
+    # What the first and the last in lexicographic order have in common, all others have too.
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    common = next((place for place in range(limit) if first[place] != last[place]), limit)
+    return common if common * (len(prompts) - 1) >= SHARED_FROM else 0
 
 
 def computes_bfloat16(device: torch.device) -> bool:
