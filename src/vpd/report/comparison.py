@@ -294,6 +294,8 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
     }
     if not shown:
         return None
+    # Seven bands at the strength of three would hide the lines.
+    strength = min(0.15, 0.45 / len(comparison.arms))
     height = max(3.4 * len(shown), _LEGEND_LINE * len(comparison.arms) + 0.4)
     figure = Figure(figsize=(8.6, height), layout="constrained")
     for row, (label, name) in enumerate(shown.items()):
@@ -301,7 +303,7 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
         for index, arm in enumerate(comparison.arms):
             style = _STYLES[index // len(_COLORS) % len(_STYLES)]
             curves = [getattr(run, name) for run in arm.runs]
-            _band(axes, arm.name, curves, _COLORS[index % len(_COLORS)], style)
+            _band(axes, arm.name, curves, _COLORS[index % len(_COLORS)], style, strength)
         axes.set_xlabel("rollout batch")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
@@ -314,7 +316,7 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
     return figure
 
 
-def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: Any) -> None:
+def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: Any, strength: float) -> None:
     smooth = [dict(_smoothed(curve)) for curve in curves]
     steps = sorted(set.union(set(), *smooth))
     values = [[curve[step] for curve in smooth if step in curve] for step in steps]
@@ -324,7 +326,7 @@ def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: Any
     means = [statistics.fmean(each) for each in values]
     axes.plot(steps, means, color=color, linestyle=style, marker=marker, label=name)
     axes.fill_between(
-        steps, [min(each) for each in values], [max(each) for each in values], color=color, alpha=0.15, linewidth=0
+        steps, [min(each) for each in values], [max(each) for each in values], color=color, alpha=strength, linewidth=0
     )
 
 
