@@ -8,8 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -50,6 +54,26 @@ def gemma3() -> PreTrainedModel:
     return Gemma3ForCausalLM(config)
 
 
+def gpt_neo() -> PreTrainedModel:
+    """Its local layer counts a window in places of the cache, and nothing in its config's usual fields says so."""
+    config = GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["local", "global"], 1]],
+        window_size=12,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    return GPTNeoForCausalLM(config)
+
+
+def mpt() -> PreTrainedModel:
+    """Its attention falls off with the distance in places of the cache."""
+    return MptForCausalLM(MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4, initializer_range=0.3))
+
+
 def qwen3_next() -> PreTrainedModel:
     """Carries a state across tokens in its first layer."""
     config = Qwen3NextConfig(
@@ -68,7 +92,14 @@ def qwen3_next() -> PreTrainedModel:
     return Qwen3NextForCausalLM(config)
 
 
-MODELS = {"llama": llama, "qwen3": qwen3, "gemma3": gemma3, "qwen3_next": qwen3_next}
+MODELS = {
+    "llama": llama,
+    "qwen3": qwen3,
+    "gemma3": gemma3,
+    "gpt_neo": gpt_neo,
+    "mpt": mpt,
+    "qwen3_next": qwen3_next,
+}
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_each_distinct_prompt_is_computed_once(make_model, tokenizer):
 SYSTEM = list(range(50, 90))
 
 
-@pytest.mark.parametrize("name", ALL_MODELS)
+@pytest.mark.parametrize("name", [*ALL_MODELS, "gpt_neo", "mpt"])
 @pytest.mark.parametrize(
     "tails", [[[5, 6, 7, 8], [20, 21], [22], [30], [31, 32, 33]], [[5, 6], [7, 8], [9, 4], [3, 2], [4, 4]]]
 )
@@ -103,7 +103,7 @@ def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
     )
     settings = {"num_generations": 2, "max_new_tokens": 6, "eos_token_ids": range(2, 12), "seed": 4}
     shared = subject.generate(prompts, **settings)
-    # Those with a window or a state compute every prompt whole.
+    # Those with a window, a state or positions that are not rotary compute every prompt whole.
     if name in ("llama", "qwen3"):
         assert calls[:2] == [(1, len(SYSTEM)), (len(tails), max(map(len, tails)))]
     else:

@@ -156,8 +156,8 @@ def may_round_products(device: torch.device) -> bool:
 @contextmanager
 def products(device: torch.device, *, rounded: bool) -> Iterator[None]:
     """Within it, matrix products of fp32 tensors round their factors where ``rounded``: to bfloat16 on a processor with
-    AMX, to TF32 on CUDA. Sums and results stay in fp32, unlike those of autocast, whose logits are
-    rounded to 8 bits. Without ``rounded``, and on other devices, nothing changes.
+    AMX, to TF32 on CUDA. Sums and results stay in fp32, unlike those of autocast, whose logits are rounded to 8 bits.
+    Without ``rounded``, and on other devices, nothing changes.
 
     PyTorch has one switch for the whole process, so this stands around single products: what other threads multiply
     meanwhile is rounded too.

@@ -77,7 +77,7 @@ class ArmResult:
         gain: on the shared start, on the same questions; None where the start has not been asked them.
         difference: of this arm and the first one, on the same seeds and questions; None for the first.
         margin: on fresh rollouts, mean over the last quarter of the batches and over seeds, with the interval over
-            seeds (of one seed, the value alone); None for an arm without a teacher.
+            seeds (of one seed, the value alone); None where some run has none there, as without a teacher.
     """
 
     name: str
@@ -188,7 +188,8 @@ def table_of(comparison: Comparison) -> str:
         + (f" ({comparison.left_out} that were not graded in every run are left out)" if comparison.left_out else "")
         + "; intervals resample seeds and questions"
         + (", here questions alone" if len(comparison.arms[0].runs) == 1 else "")
-        + "; the margin is the mean over the last quarter of the batches, on rollouts that no update has seen; steps, "
+        + "; the margin is that of the teacher's implicit rewards (at each arm's bco_beta), successes less failures, "
+        "on rollouts that no update has seen, mean of the last quarter of the batches, its interval over seeds; steps, "
         "seconds and tokens are means over seeds."
     )
     return "\n".join(lines) + "\n"

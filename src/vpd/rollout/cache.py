@@ -100,13 +100,13 @@ class PreallocatedCache(Cache):
 
     Args:
         layers: of the model.
-        has_windows: whether some of them see a window of the last tokens alone, padding included, so that rows may be
-            padded before their first token only.
+        places_matter: whether attention depends on tokens' places in the cache, not on their positions alone: then rows
+            may be padded before their first token only.
     """
 
-    def __init__(self, layers: Sequence[PreallocatedLayer | DummyLayer], *, has_windows: bool):
+    def __init__(self, layers: Sequence[PreallocatedLayer | DummyLayer], *, places_matter: bool):
         super().__init__(layers=list(layers))
-        self.has_windows = has_windows
+        self.places_matter = places_matter
 
     def expand(self, rows: torch.Tensor) -> None:
         """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""
@@ -168,5 +168,8 @@ def make_cache(config: PreTrainedConfig, max_length: int) -> PreallocatedCache |
         return dynamic
     return PreallocatedCache(
         [layer if isinstance(layer, DummyLayer) else PreallocatedLayer(max_length) for layer in dynamic.layers],
-        has_windows=any(isinstance(layer, DynamicSlidingWindowLayer) for layer in dynamic.layers),
+        # Windows are counted in places, as are the distances of ALiBi (MPT) and GPT-Neo's local attention; rotary
+        # embeddings put the position into the key.
+        places_matter=any(isinstance(layer, DynamicSlidingWindowLayer) for layer in dynamic.layers)
+        or not getattr(config, "rope_parameters", None),
     )

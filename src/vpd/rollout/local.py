@@ -49,8 +49,8 @@ class LocalEngine:
     hooks are never touched.
 
     Each distinct prompt is computed once and its cache expanded to its generations; what all prompts of a batch begin
-    with, such as a system message, is computed once for all of them, but for models with sliding windows or a state.
-    Sequences that end leave the batch at once.
+    with, such as a system message, is computed once for all of them, where positions are rotary and no layer has a
+    sliding window or a state. Sequences that end leave the batch at once.
 
     Args:
         model: a causal language model of transformers or PEFT, on its device, without wrappers such as DDP.
@@ -226,7 +226,7 @@ class LocalEngine:
         longest = max(map(len, distinct))
         cache = self._make_cache(max_length=longest + steps)
         shared = 0
-        if isinstance(cache, PreallocatedCache) and not cache.has_windows:
+        if isinstance(cache, PreallocatedCache) and not cache.places_matter:
             shared = _worthwhile_prefix(list(distinct))
         if shared:
             self._forward(*self._pad([prompts[0][:shared]], 0, shared), cache)
