@@ -26,7 +26,8 @@ from benchmarks.step.tasks import ImposedVerdicts
 from vpd.algorithms.e_step import refine_teacher
 from vpd.algorithms.example import Example, make_examples, student_view, teacher_view, with_teacher
 from vpd.algorithms.m_step import distilling_objective
-from vpd.algorithms.teacher import read_teacher
+from vpd.algorithms.teacher import borrows, read_teacher
+from vpd.policy.objectives import PredictorStates
 from vpd.trainer import VPDTrainer
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default,
@@ -95,18 +96,25 @@ def passes(workload: str, overrides: tuple[str, ...]) -> dict[str, Callable[[], 
     tokens = sum(len(example.completion) for example in examples)
     parts = learner.micro_batches(examples, [student_view, teacher_view])
     states = [read_teacher(learner, part, algorithm) for part in parts]  # pyright: ignore[reportArgumentType]
+    is_behind = borrows(learner, algorithm)  # pyright: ignore[reportArgumentType]
+    lenders = [learner.pack(part, student_view, lends=is_behind) for part in parts]
+    for lender in lenders:
+        learner.score(lender, PredictorStates())
 
     def student() -> None:
         learner.policy.train()
         for part, read in zip(parts, states, strict=True):
-            objective = distilling_objective(learner, part, algorithm, tokens, len(examples), states=read)  # pyright: ignore[reportArgumentType]
-            loss = learner.policy(learner.pack(part, student_view), objective).loss
-            learner.accelerator.backward(loss)
+            batch = learner.pack(part, student_view)
+            objective = distilling_objective(learner, part, batch, algorithm, tokens, len(examples), states=read)  # pyright: ignore[reportArgumentType]
+            learner.accelerator.backward(learner.policy(batch, objective).loss)
         learner.optimizer.zero_grad()
 
     def teacher() -> None:
-        for part in parts:
-            read_teacher(learner, part, algorithm)  # pyright: ignore[reportArgumentType]
+        for part, lender in zip(parts, lenders, strict=True):
+            if is_behind:
+                learner.score(learner.pack(part, teacher_view, behind=lender), PredictorStates())
+            else:
+                read_teacher(learner, part, algorithm)  # pyright: ignore[reportArgumentType]
 
     def e_step() -> None:
         refine(examples)

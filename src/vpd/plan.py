@@ -169,16 +169,22 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     reads += getattr(settings.algorithm, "beta", 0.0) > 0
     teacher_kind = getattr(settings.algorithm, "teacher", "live" if has_teacher else "")
     teachers = has_teacher * (2 if teacher_kind == "trust_region" else 1)
+    # In the M-step a live teacher stands behind the questions of the student's pass.
+    has_dropout = settings.model.lora is not None and settings.model.lora.lora_dropout > 0
+    is_live = getattr(settings.algorithm, "teacher", "") == "live"
+    is_read_behind = is_live and settings.model.packed_attention == "blocks" and not has_dropout
+    m_teacher = teacher - is_read_behind * prompts * lengths.prompt
     scored = rollouts * lengths.completion
 
     backward = 2 + settings.model.gradient_checkpointing
     student_pass, head = pass_flops(shape, replace(lengths, feedback=0), rollouts, student)
     teacher_pass, _ = pass_flops(shape, lengths, rollouts, teacher)
+    m_teacher_pass, _ = pass_flops(shape, lengths, rollouts, m_teacher, is_read_behind * lengths.prompt)
     prefill, _ = pass_flops(shape, Lengths(lengths.prompt, 0, 0), prompts, prompts * lengths.prompt)
     flops = Step(
         rollout=student_pass + head,
         student=(1 + backward + reads) * student_pass + (3 + reads) * head,
-        teacher=teachers * (teacher_pass + head),
+        teacher=teachers * (m_teacher_pass + head),
         # The prior; the training pass, whose head is computed once more in its backward pass; delta's pass.
         e_step=e_share
         * (
@@ -191,7 +197,7 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     tokens = Step(
         rollout=prompts * lengths.prompt + scored,
         student=(1 + reads) * student,
-        teacher=teachers * teacher,
+        teacher=teachers * m_teacher,
         e_step=e_share * (student + (epochs + (not fits)) * teacher),
     )
     unshared = rollouts * (lengths.prompt + lengths.completion)
@@ -224,16 +230,19 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     held = min(settings.optim.micro_batch_tokens, max(student, teacher * (e_share > 0)))
     kept_layers = 2 if settings.model.gradient_checkpointing else _ACTIVATION_BYTES
     activations = held * shape.layers * shape.hidden * kept_layers
+    if is_read_behind and settings.model.gradient_checkpointing:
+        # Without checkpointing they are held for the backward pass anyway.
+        activations += cache_bytes(shape) * min(settings.optim.micro_batch_tokens, student)
     # The copy that samples and its cache are freed before the update.
     sampling = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion)
     memory = shape.parameters * (width + (3 + copies) * trained) + max(activations, sampling)
     return Plan(tokens, unshared, flops, seconds, memory)
 
 
-def pass_flops(shape: Shape, lengths: Lengths, rollouts: int, tokens: float) -> tuple[float, float]:
-    """Operations of a pass without gradient over ``tokens`` distinct ones: of the blocks, and of the head, which scores
-    the completions alone."""
-    context = (lengths.prompt + lengths.feedback + lengths.completion) / 2
+def pass_flops(shape: Shape, lengths: Lengths, rollouts: int, tokens: float, known: int = 0) -> tuple[float, float]:
+    """Operations of a pass without gradient over ``tokens`` distinct ones, which stand behind ``known`` ones of another
+    pass: of the blocks, and of the head, which scores the completions alone."""
+    context = (known + lengths.prompt + lengths.feedback + lengths.completion) / 2
     blocks = tokens * (2 * shape.blocks + 4 * shape.layers * shape.attention_width * context)
     return blocks, 2 * rollouts * lengths.completion * shape.vocabulary * shape.hidden
 

@@ -29,8 +29,9 @@ def separate_states(trainer, sequence, layers):
 def loss_of(trainer, examples):
     settings = trainer.args.algorithm
     tokens = sum(len(example.completion) for example in examples)
-    objective = distilling_objective(trainer.learner, examples, settings, tokens, len(examples))
-    return trainer.learner.policy(trainer.learner.pack(examples, student_view), objective).loss
+    batch = trainer.learner.pack(examples, student_view, lends=True)
+    objective = distilling_objective(trainer.learner, examples, batch, settings, tokens, len(examples))
+    return trainer.learner.policy(batch, objective).loss
 
 
 @pytest.mark.parametrize(("layers", "chosen"), [(None, [1, 2]), ([1], [1]), ([2], [2])])

@@ -6,15 +6,18 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_em import examples_of
-from toy import toy_trainer
+from toy import toy_model, toy_trainer
 
 from vpd.algorithms.e_step import betas, refine_teacher
-from vpd.algorithms.example import student_view, teacher_view
-from vpd.algorithms.m_step import distil
-from vpd.algorithms.teacher import read_teacher
+from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view, with_teacher
+from vpd.algorithms.m_step import distil, distilling_objective
+from vpd.algorithms.teacher import borrows, read_teacher
 from vpd.config import SDPO, VPD, ConfigError
 from vpd.losses import Head, divergence
 from vpd.policy.copies import AVERAGE, INITIAL
+from vpd.policy.learner import TokenCounts
+from vpd.policy.module import PolicyModule
+from vpd.policy.objectives import PredictorStates
 from vpd.runs.folder import read_metrics
 
 
@@ -35,6 +38,87 @@ def logits_of(trainer, examples, settings):
     states = read_teacher(trainer.learner, examples, settings)
     head = states.head or Head(trainer.model.get_output_embeddings().weight)
     return (states.hidden @ head.weight.T.float())[states.rows].detach()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sections"),
+    [
+        ({"type": "sdpo", "teacher": "live", "divergence": "js"}, {}),
+        ({"type": "sdpo", "teacher": "live"}, {"model": {"autocast": "bfloat16", "gradient_checkpointing": True}}),
+        ({"type": "sdpo", "teacher": "live"}, {"model": {"lora": {"r": 4}}}),
+        ({"type": "joint", "teacher": "live"}, {}),
+        ({"type": "joint", "teacher": "live"}, {"feedback": {"sources": ["sibling"]}}),
+        ({"teacher": "live", "representation_weight": 0.5, "m_minibatch_prompts": 1}, {}),
+    ],
+)
+def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, monkeypatch, algorithm, sections):
+    updates, computed = [], []
+    halves = sections.get("model", {}).get("autocast") == "bfloat16"
+    for lends in (True, False):
+        if not lends:
+            monkeypatch.setattr(PolicyModule, "can_lend_keys", False)
+        trainer = toy_trainer(tmp_path / str(lends), algorithm=algorithm, **sections)
+        trainer.sampler.engine.sync()
+        batch = trainer.sample(1)
+        trainer.learner.tokens = TokenCounts()
+        metrics, tokens = trainer.update(batch, 1)
+        updates.append((metrics, tokens, list(trainer.model.parameters())))
+        computed.append(trainer.learner.tokens.computed)
+        assert trainer.learner.module.training
+        assert not torch.is_autocast_enabled("cpu")
+    (behind, behind_tokens, behind_weights), (alone, alone_tokens, alone_weights) = updates
+    examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
+    known = 0
+    for part in minibatches(examples, algorithm.get("m_minibatch_prompts"), 2):
+        asked, taught = (
+            {tuple(view(example)[0][:count]) for example in part for count in range(1, len(view(example)[0]))}
+            for view in (student_view, teacher_view)
+        )
+        known += len(asked & taught)
+    assert known > 15
+    assert computed[1] - computed[0] == known
+    for name in ("m_loss", "grad_norm"):
+        assert behind[name] == pytest.approx(alone[name], rel=0.1 if halves else 1e-4), name
+    assert alone_tokens
+    for rollout, numbers in alone_tokens.items():
+        expected = pytest.approx(numbers.teacher_log_probs, rel=1e-2 if halves else 1e-4)
+        assert behind_tokens[rollout].teacher_log_probs == expected
+    for left, right in zip(behind_weights, alone_weights, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=2e-3 if halves else 2e-5)
+
+
+def test_keys_and_values_are_forgotten_once_the_teacher_has_read_them(tmp_path):
+    trainer = make(tmp_path)
+    learner, examples = trainer.learner, examples_of(trainer, 1)
+    batch = learner.pack(examples, student_view, lends=True)
+    learner.policy.train()
+    learner.policy(batch, distilling_objective(learner, examples, batch, trainer.args.algorithm, 10, 8))
+    assert learner.module.training
+    with pytest.raises(ValueError, match="told to forget"):
+        learner.score_behind(examples, teacher_view, batch, PredictorStates())
+
+
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "lora", "trust_region"])
+def test_other_teachers_read_them_anew(tmp_path, teacher):
+    trainer = make(tmp_path, teacher=teacher)
+    assert not borrows(trainer.learner, trainer.args.algorithm)
+
+
+def test_networks_that_a_training_pass_runs_otherwise_lend_nothing():
+    assert PolicyModule(toy_model()).can_lend_keys
+    assert not PolicyModule(toy_model(), share_prefixes=False).can_lend_keys
+    assert not PolicyModule(toy_model(), kernel="flex").can_lend_keys
+    for name in ("attention_dropout", "resid_pdrop", "router_jitter_noise"):
+        dropping = toy_model()
+        setattr(dropping.config, name, 0.1)
+        assert not PolicyModule(dropping).can_lend_keys, name
+    elsewhere = toy_model()
+    elsewhere.config.classifier_dropout = 0.1
+    assert PolicyModule(elsewhere).can_lend_keys
+    for stretches in ({"rope_type": "dynamic"}, {"full_attention": {"rope_type": "longrope"}}):
+        stretched = toy_model()
+        stretched.config.rope_parameters = stretches
+        assert not PolicyModule(stretched).can_lend_keys
 
 
 def test_the_average_follows_each_rollout_batch_and_not_each_minibatch(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs import few, sequence_lists, true_pairs, windows
 
-from vpd.packing import blocks, layout
+from vpd.packing import blocks, layout, pack
 from vpd.packing.blocks import Block, partition
 from vpd.packing.layout import PackedLayout
 from vpd.packing.trie import build_trie
@@ -17,7 +17,7 @@ from vpd.packing.trie import build_trie
 
 def attended_pairs(packed: PackedLayout, window: int | None) -> np.ndarray:
     """[T, T] bool by what the blocks and their masks let through."""
-    attended = np.zeros((packed.token_count,) * 2, dtype=bool)
+    attended = np.zeros((len(packed.trie.tokens),) * 2, dtype=bool)
     masks = packed.masks(window, 1, torch.float32, torch.device("cpu"))
     for block, mask in zip(packed.plan(window).blocks, masks, strict=True):
         keys = np.concatenate([np.arange(start, stop) for start, stop in block.key_ranges])
@@ -37,6 +37,23 @@ def test_blocks_attend_to_exactly_the_right_pairs(sequences, window, share_prefi
         patch.setattr(blocks, "CHAIN_ROWS", 4)
         packed = PackedLayout(trie)
         np.testing.assert_array_equal(attended_pairs(packed, window), true_pairs(trie, window))
+
+
+@few
+@given(sequence_lists, sequence_lists, windows, st.sampled_from([(0, 0), (0, 8), (96, 1024)]))
+def test_blocks_ask_for_the_tokens_alone_that_are_not_known(lent, sequences, window, costs):
+    lender = pack([[*tokens, 9] for tokens in lent], [len(tokens) + 1 for tokens in lent], lends=True)
+    sequences = [[*tokens, 9, 9] for tokens in sequences]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "KEY_COST", costs[0])
+        patch.setattr(blocks, "CALL_COST", costs[1])
+        patch.setattr(blocks, "CHAIN_ROWS", 4)
+        packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], behind=lender).layout
+        attended = attended_pairs(packed, window)
+    expected = true_pairs(packed.trie, window)
+    computed = attended.any(1)
+    assert computed.sum() == packed.token_count
+    np.testing.assert_array_equal(attended[computed], expected[computed])
 
 
 @few

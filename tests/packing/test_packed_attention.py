@@ -51,6 +51,51 @@ def test_packed_equals_separate(name, checkpointing, divided, monkeypatch):
         assert_close(packed[2][parameter], gradient)
 
 
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeypatch):
+    if divided:
+        monkeypatch.setattr(blocks, "KEY_COST", 0)
+        monkeypatch.setattr(blocks, "CALL_COST", 1)
+        monkeypatch.setattr(blocks, "CHAIN_ROWS", 4)
+    sequences, starts = grouped_sequences()
+    pairs = list(zip(sequences, starts, strict=True))
+    inserted = [[*tokens[: start - 2], 7, 8, 9, *tokens[start - 2 :]] for tokens, start in pairs]
+    # Of one prompt nothing is added, so that all of it but what predicts the completion is known.
+    inserted[0] = sequences[0]
+    behind_starts = [start + len(new) - len(old) for new, (old, start) in zip(inserted, pairs, strict=True)]
+    model = build(CONFIGS[name])
+    enable_packed_attention(model)
+    lender = pack(sequences, starts, lends=True)
+    hidden_states(model.model, lender)
+    # All of them; and the second group alone, whose beginning is the lender's in two pieces.
+    for first, fewest in ((0, 15), (4, 12)):
+        given = inserted[first:], behind_starts[first:]
+        alone, behind = pack(*given), pack(*given, behind=lender)
+        assert behind.token_count <= alone.token_count - fewest
+        assert behind.targets.tolist() == alone.targets.tolist()
+        with torch.no_grad():
+            expected = hidden_states(model.model, alone)[alone.predictor]
+            assert_close(hidden_states(model.model, behind)[behind.predictor], expected)
+    with torch.no_grad():
+        # One that stands behind another may lend too.
+        middle = pack(inserted, behind_starts, behind=lender, lends=True)
+        hidden_states(model.model, middle)
+        last = pack(*given, behind=middle)
+        assert last.token_count < behind.token_count
+        assert_close(hidden_states(model.model, last)[last.predictor], expected)
+        lender.layout.forget()
+        with pytest.raises(ValueError, match="told to forget"):
+            hidden_states(model.model, behind)
+
+
+def test_a_batch_without_shared_prefixes_neither_lends_nor_borrows():
+    sequences, starts = grouped_sequences()
+    for settings in ({"lends": True}, {"behind": pack(sequences, starts, lends=True)}):
+        with pytest.raises(ValueError, match="without shared prefixes"):
+            pack(sequences, starts, share_prefixes=False, **settings)
+
+
 def test_an_unshared_batch_may_be_run_packed_too():
     sequences, starts = grouped_sequences()
     model = build(CONFIGS["olmo3"])

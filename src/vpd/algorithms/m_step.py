@@ -2,8 +2,9 @@
 
     L_M = E sum_t D( pi(.|x,y_<t), stopgrad q(.|x,C,y_<t) )
 
-The teacher is the live network behind the feedback prompt: it is read anew at every minibatch, in a pass of its own
-without gradient. By default no importance weights correct for the E-step in between (VPD, section 4.2).
+The teacher is the live network behind the feedback prompt: it is read anew at every minibatch, without gradient, and
+where the network allows it (:attr:`Learner.lends_keys`) behind the questions' keys and values of the student's pass. By
+default no importance weights correct for the E-step in between (VPD, section 4.2).
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vpd.algorithms.example import Example, minibatches, student_view, teacher_view
-from vpd.algorithms.teacher import TeacherStates, kept_head, read_teacher
+from vpd.algorithms.teacher import borrows, kept_head, read_teacher, read_teacher_behind
 from vpd.config import MStepSettings
 from vpd.packing import PackedBatch
 from vpd.policy.head import head_of
 from vpd.policy.learner import Learner
-from vpd.policy.objectives import Distil, Objective, Outputs
+from vpd.policy.objectives import Distil, Objective, Outputs, TeacherStates
 
 
 @dataclass
@@ -122,10 +124,11 @@ def _distilling_pass(
     kept: Mapping[int, TeacherStates],
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
     def make_pass(part: list[Example]) -> tuple[PackedBatch, Objective]:
+        batch = learner.pack(part, student_view, lends=borrows(learner, settings))
         objective = distilling_objective(
-            learner, part, settings, token_count, sequence_count, old, states=kept.get(id(part))
+            learner, part, batch, settings, token_count, sequence_count, old, states=kept.get(id(part))
         )
-        return learner.pack(part, student_view), objective
+        return batch, objective
 
     return make_pass
 
@@ -143,6 +146,7 @@ def _frozen_states(
 def distilling_objective(
     learner: Learner,
     taught: list[Example],
+    student: PackedBatch,
     settings: MStepSettings,
     token_count: float,
     sequence_count: float,
@@ -150,22 +154,27 @@ def distilling_objective(
     tokens: Tensor | None = None,
     states: TeacherStates | None = None,
 ) -> Distil:
-    """The M-step's loss on some rollouts with a teacher, which is read in a pass of its own.
+    """The M-step's loss on some rollouts with a teacher.
+
+    The teacher is read at once, or within the student's pass where it can take its keys and values.
 
     Args:
         learner: the policy.
         taught: the rollouts; none of them on a process that has none left.
+        student: the batch of the student's pass, packed with ``lends`` if the teacher :func:`borrows`.
         settings: the divergence.
         token_count, sequence_count: over all such rollouts of the minibatch, all processes.
         old: from :func:`old_log_probs`.
         tokens: which of the student batch's completion tokens are theirs; None where it holds no others.
         states: what the teacher predicts, where it was read before.
     """
-    states = states or read_teacher(learner, taught, settings)
+    teacher: TeacherStates | Callable[[], TeacherStates]
+    if states is None and borrows(learner, settings):
+        teacher = partial(read_teacher_behind, learner, taught, settings, student)
+    else:
+        teacher = states or read_teacher(learner, taught, settings)
     return Distil(
-        teacher_hidden=states.hidden,
-        teacher_rows=states.rows,
-        teacher_head=states.head,
+        teacher=teacher,
         token_weights=token_weights(taught, settings.loss_aggregation, token_count, sequence_count),
         settings=settings,
         temperature=learner.temperature,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vpd.algorithms.example import Example, minibatches, student_view, teacher_view, with_teacher
 from vpd.algorithms.m_step import MStepResult, distilling_objective, split_by_rollout, token_weights
+from vpd.algorithms.teacher import borrows
 from vpd.config import MStepSettings, PolicyGradientSettings
 from vpd.packing import PackedBatch
 from vpd.policy.copies import INITIAL
@@ -127,15 +128,20 @@ def _gradient_pass(
             kl_weight=settings.beta,
         )
         objective: Objective = gradient
+        taught = with_teacher(part)
+        lends = distillation is not None and bool(taught) and borrows(learner, distillation[2])
+        batch = learner.pack(part, student_view, lends=lends)
         if distillation is not None:
             reward_weight, weight, m_step = distillation
-            taught, where = with_teacher(part), _tokens_with_teacher(part)
+            where = _tokens_with_teacher(part)
             # With one update a batch the student is the one that wrote the rollouts.
             weighs = None if is_whole else old
-            # Also where this process has none: the teacher's pass is one that all processes make.
-            distil = distilling_objective(learner, taught, m_step, taught_tokens, taught_sequences, weighs, where)
+            # Also where this process has none: a teacher's pass of its own is one that all processes make.
+            distil = distilling_objective(
+                learner, taught, batch, m_step, taught_tokens, taught_sequences, weighs, where
+            )
             objective = WeightedSum([(reward_weight, gradient), *([(weight, distil)] if taught else [])])
-        return learner.pack(part, student_view), objective
+        return batch, objective
 
     return make_pass
 

@@ -9,7 +9,7 @@ trust_region    logits = (1 - m) initial(x, C) + m live(x, C)
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,31 +17,29 @@ from torch import Tensor
 from vpd.algorithms.example import Example, teacher_view
 from vpd.config import ConfigError, MStepSettings
 from vpd.losses import Head
+from vpd.packing import PackedBatch
 from vpd.policy.copies import AVERAGE, INITIAL
 from vpd.policy.head import head_of
 from vpd.policy.learner import Learner
-from vpd.policy.objectives import PredictorStates
+from vpd.policy.objectives import PredictorStates, TeacherStates
 
 
-@dataclass(frozen=True)
-class TeacherStates:
-    """What the teacher predicts at the completion tokens of some rollouts, before its head.
+def borrows(learner: Learner, settings: MStepSettings) -> bool:
+    """Whether the teacher is the very network that reads the student's prompts, so that it need not read them again."""
+    return settings.teacher == "live" and learner.lends_keys
 
-    Attributes:
-        hidden: [U, H'], distinct ones only.
-        rows: [S], which of them predicts each completion token.
-        head: maps them to logits; None for the student's.
-    """
 
-    hidden: Tensor
-    rows: Tensor
-    head: Head | None = None
+def read_teacher_behind(
+    learner: Learner, taught: list[Example], settings: MStepSettings, student: PackedBatch
+) -> TeacherStates:
+    """The pass of a teacher that :func:`borrows`, within the student's and behind what their prompts have in common."""
+    return _states(learner.score_behind(taught, teacher_view, student, _wanted(settings)).values)
 
 
 def read_teacher(learner: Learner, taught: list[Example], settings: MStepSettings) -> TeacherStates:
     """One pass of the teacher over rollouts that have one, or two where two networks are mixed."""
     batch = learner.pack(taught, teacher_view)
-    states = PredictorStates(settings.representation_layers if settings.representation_weight else ())
+    states = _wanted(settings)
     if settings.teacher == "ema":
         average = learner.copies[AVERAGE]
         return _states(learner.score(batch, states, average).values, average.head)
@@ -72,6 +70,10 @@ def mixed_head(initial: Head, live: Head, share: float) -> Head:
     if initial.bias is not None and live.bias is not None:
         bias = (1.0 - share) * initial.bias.detach().float() + share * live.bias.detach().float()
     return Head(weight, bias, initial.scale)
+
+
+def _wanted(settings: MStepSettings) -> PredictorStates:
+    return PredictorStates(settings.representation_layers if settings.representation_weight else ())
 
 
 def _states(values: dict[str, Tensor], head: Head | None = None) -> TeacherStates:

@@ -87,6 +87,8 @@ def packed_attention_forward(
 
     window = kwargs.get("sliding_window")
     if kernel == "flex":
+        if packed.token_count < len(packed.trie.tokens):
+            raise ValueError("flex_attention takes no keys and values of another pass here: pack without `behind`.")
         if dropout:
             raise ValueError(
                 "flex_attention has no dropout: set the model's attention_dropout to 0, or take the blocks."
@@ -98,7 +100,9 @@ def packed_attention_forward(
     rows = heads // key_heads
     # The query heads of a key head become rows of one matrix, so that keys and values are not repeated for each.
     folded = query[0].unflatten(0, (key_heads, rows)).transpose(1, 2).flatten(1, 2)
-    outputs = _attend(folded, key[0], value[0], packed, rows, window, dropout, scaling)
+    all_keys, all_values = packed.with_known(module, key[0], value[0])
+    packed.keep(module, all_keys, all_values)
+    outputs = _attend(folded, all_keys, all_values, packed, rows, window, dropout, scaling)
     output = outputs.unflatten(1, (packed.token_count, rows))
     return output.permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(0), None
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vpd.packing.layout import PackedLayout
-from vpd.packing.trie import Tokens, build_trie
+from vpd.packing.layout import Known, PackedLayout
+from vpd.packing.trie import Tokens, Trie, build_trie, common_prefixes
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,14 @@ class PackedBatch:
             start = stop
 
 
-def pack(sequences: Sequence[Tokens], completion_starts: Sequence[int], *, share_prefixes: bool = True) -> PackedBatch:
+def pack(
+    sequences: Sequence[Tokens],
+    completion_starts: Sequence[int],
+    *,
+    share_prefixes: bool = True,
+    lends: bool = False,
+    behind: PackedBatch | None = None,
+) -> PackedBatch:
     """Pack prompt-and-completion sequences into one batch, on the CPU.
 
     Args:
@@ -107,10 +115,17 @@ def pack(sequences: Sequence[Tokens], completion_starts: Sequence[int], *, share
         completion_starts: index of each sequence's first completion token, from 1 to its length (no completion).
         share_prefixes: compute each distinct prefix once; False lays the sequences end to end, for models that cannot
             be packed.
+        lends: whether a batch packed ``behind`` this one will ask for its keys and values. They are kept without their
+            gradient when the batch is run by the block kernel, until ``layout.forget()``.
+        behind: a batch that lends. What prompts have in common with its sequences is not computed again: the same
+            network, with the same weights and without dropout, must have run it before it runs this one.
 
     Raises:
-        ValueError: a completion starts before the second token or after the sequence's end.
+        ValueError: a completion starts before the second token or after the sequence's end, or a batch that does not
+            share prefixes is to share them with another.
     """
+    if not share_prefixes and (lends or behind is not None):
+        raise ValueError("A batch without shared prefixes can neither lend nor stand behind another.")
     for i, (sequence, start) in enumerate(zip(sequences, completion_starts, strict=True)):
         if not 1 <= start <= len(sequence):
             raise ValueError(
@@ -121,17 +136,43 @@ def pack(sequences: Sequence[Tokens], completion_starts: Sequence[int], *, share
     arrays = {i: np.asarray(sequences[i], dtype=np.int64) for i in scored}
     trie = build_trie([arrays[i][:-1] for i in scored], share_prefixes=share_prefixes)
     counts = [len(arrays[i]) - completion_starts[i] for i in scored]
+    predictors = [path[completion_starts[i] - 1 :] for i, path in zip(scored, trie.paths, strict=True)]
+    known = None if behind is None else _known(trie, predictors, behind.layout)
+    computed = np.ones(len(trie.tokens), dtype=bool) if known is None else ~known.mask
+    places = np.cumsum(computed) - 1
     return PackedBatch(
-        input_ids=torch.from_numpy(trie.tokens),
-        position_ids=torch.from_numpy(trie.depth),
+        input_ids=torch.from_numpy(trie.tokens[computed]),
+        position_ids=torch.from_numpy(trie.depth[computed]),
         targets=_concatenate([arrays[i][completion_starts[i] :] for i in scored]),
-        predictor=_concatenate([path[completion_starts[i] - 1 :] for i, path in zip(scored, trie.paths, strict=True)]),
+        predictor=_concatenate([places[predictor] for predictor in predictors]),
         sequence=torch.from_numpy(np.repeat(np.asarray(scored, dtype=np.int64), counts)),
-        layout=PackedLayout(trie),
+        layout=PackedLayout(trie, known, lends),
         sequence_count=len(sequences),
         padded_token_count=len(sequences) * max((len(sequence) for sequence in sequences), default=0),
         row_lengths=None if share_prefixes else tuple(len(path) for path in trie.paths),
     )
+
+
+def _known(trie: Trie, predictors: list[np.ndarray], lender: PackedLayout) -> Known:
+    """The tokens of a trie that stand in the lender's too, but for those whose own states are wanted."""
+    source = np.full(len(trie.tokens), -1, dtype=np.int64)
+    sequences = [lender.trie.tokens[path] for path in lender.trie.paths]
+    for path, (other, length) in zip(
+        trie.paths, common_prefixes([trie.tokens[path] for path in trie.paths], sequences), strict=True
+    ):
+        source[path[:length]] = lender.trie.paths[other][:length] if length else -1
+    for predictor in predictors:
+        # What stands behind a token that is computed is computed too.
+        source[predictor[0] : trie.subtree_end[predictor[0]]] = -1
+    mask = source >= 0
+    rows = np.where(mask, source, np.cumsum(~mask) - 1)
+    breaks = np.flatnonzero((np.diff(mask.astype(np.int8)) != 0) | (np.diff(rows) != 1)) + 1
+    runs = [
+        (bool(mask[start]), int(rows[start]), int(rows[stop - 1]) + 1)
+        for start, stop in pairwise([0, *breaks.tolist(), len(rows)])
+        if start < stop
+    ]
+    return Known(lender, mask, runs)
 
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch, layers: Sequence[int] = ()) -> Tensor:

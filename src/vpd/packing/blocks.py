@@ -3,6 +3,7 @@
 A block's queries are a contiguous range of packed tokens. Its keys are that range and the ancestors of its first
 token: since a subtree is contiguous, an ancestor of any later token of the range that stands before the range is an
 ancestor of the first token too. Small branches are put together in one block under a mask; large ones get their own.
+Tokens whose keys and values are known from another pass are keys only.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Block:
         return sum(stop - start for start, stop in self.key_ranges)
 
 
-def partition(trie: Trie, window: int | None = None, max_elements: int = MAX_BLOCK_ELEMENTS) -> list[Block]:
+def partition(
+    trie: Trie, window: int | None = None, max_elements: int = MAX_BLOCK_ELEMENTS, known: np.ndarray | None = None
+) -> list[Block]:
     """The cheapest cut of the packed tokens into blocks, by dynamic programming over the places where a cut may be.
 
     Args:
@@ -59,11 +62,14 @@ def partition(trie: Trie, window: int | None = None, max_elements: int = MAX_BLO
         window: how many positions back a token sees, itself included; None for all.
         max_elements: the most query-key pairs of a block that needs a mask. A single query is never divided, so a
             block may exceed it only where one token's keys alone do.
+        known: [T] bool, the tokens that no block asks for, with all their ancestors; None for none.
     """
     token_count = len(trie.tokens)
     if token_count == 0:
         return []
-    cuts = _cut_places(trie, window, max_elements)
+    known = np.zeros(token_count, dtype=bool) if known is None else known
+    cuts = _cut_places(trie, window, max_elements, known)
+    known_before = np.concatenate([[0], np.cumsum(known)])[cuts]
     starts = cuts[:-1]
     depth = trie.depth[starts]
     best_cost = np.full(len(cuts), np.inf)
@@ -83,6 +89,9 @@ def partition(trie: Trie, window: int | None = None, max_elements: int = MAX_BLO
         too_large[-1] = False
         cost = np.where(causal, elements / 2, elements) + KEY_COST * keys + CALL_COST
         cost[too_large] = np.inf
+        known_queries = known_before[i] - known_before[:i]
+        cost[known_queries > 0] = np.inf
+        cost[known_queries == queries] = 0.0
         total = best_cost[:i] + cost
         best_cut[i] = int(total.argmin())
         best_cost[i] = total[best_cut[i]]
@@ -91,7 +100,7 @@ def partition(trie: Trie, window: int | None = None, max_elements: int = MAX_BLO
     while chosen[-1] > 0:
         chosen.append(int(best_cut[chosen[-1]]))
     bounds = [int(cuts[i]) for i in reversed(chosen)]
-    return [_block(trie, start, stop, window) for start, stop in pairwise(bounds)]
+    return [_block(trie, start, stop, window) for start, stop in pairwise(bounds) if not known[start]]
 
 
 def allowed_pairs(trie: Trie, queries: np.ndarray, keys: np.ndarray, window: int | None) -> np.ndarray:
@@ -107,11 +116,14 @@ def _first_visible_depth(depth: np.ndarray, window: int | None) -> np.ndarray:
     return np.zeros_like(depth) if window is None else np.maximum(depth - window + 1, 0)
 
 
-def _cut_places(trie: Trie, window: int | None, max_elements: int) -> np.ndarray:
-    """Segment bounds, and within a segment every ``CHAIN_ROWS`` tokens, or fewer where the cap asks for it."""
+def _cut_places(trie: Trie, window: int | None, max_elements: int, known: np.ndarray) -> np.ndarray:
+    """Segment bounds, and within a segment every ``CHAIN_ROWS`` tokens, or fewer where the cap asks for it; and where
+    known tokens end."""
     places = [0]
     for start, stop in zip(trie.segment_starts[:-1].tolist(), trie.segment_starts[1:].tolist(), strict=True):
-        place = start
+        place = start + int(known[start:stop].sum())
+        if place > start:
+            places.append(place)
         while place < stop:
             depth = int(trie.depth[place])
             ancestors = depth if window is None else min(depth, window - 1)

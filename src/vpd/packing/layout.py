@@ -4,12 +4,13 @@ for a kernel that takes all of it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from vpd.packing import flex
@@ -22,8 +23,8 @@ class BlockPlan:
     """The blocks of one window, over keys and values that are split once into pieces.
 
     Attributes:
-        blocks: in packed order; their queries cover every token once.
-        piece_sizes: sizes of the pieces along the token axis; their sum is T.
+        blocks: in packed order; their queries cover every token that is computed once.
+        piece_sizes: sizes of the pieces along the token axis; their sum is that of all tokens, known ones included.
         block_pieces: for each block, the pieces that make up its keys, in order.
     """
 
@@ -32,29 +33,87 @@ class BlockPlan:
     block_pieces: list[tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Tokens of a trie whose keys and values are another pass's.
+
+    Attributes:
+        lender: the layout of that pass.
+        mask: [T] bool, which tokens; with a token all its ancestors.
+        runs: all tokens in order as runs, each whether it is known and where it starts and stops, among the lender's
+            tokens or among those computed here.
+    """
+
+    lender: PackedLayout
+    mask: np.ndarray
+    runs: list[tuple[bool, int, int]]
+
+    def put_together(self, lent: Tensor, computed: Tensor) -> Tensor:
+        """All tokens' keys or values [key heads, T, D], from the lender's and those computed here."""
+        lent = lent.to(computed.dtype)
+        return torch.cat([(lent if known else computed)[:, start:stop] for known, start, stop in self.runs], dim=1)
+
+
 class PackedLayout:
     """The segments of one packed batch, handed through the model to its attention layers as the keyword ``packed``.
 
     Plans and masks are made at first use and kept, one for each sliding window (and head grouping, dtype, device)
     of the model's layers: all layers and gradient checkpointing's second pass share them.
+
+    Args:
+        trie: the tokens, known ones included.
+        known: what another pass has computed of them; None for nothing.
+        lends: whether other layouts will ask for this pass's keys and values.
     """
 
-    def __init__(self, trie: Trie) -> None:
+    def __init__(self, trie: Trie, known: Known | None = None, lends: bool = False) -> None:
         self.trie = trie
+        self._known = known
+        self._kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] | None = {} if lends else None
+        self._taken: Counter[nn.Module] = Counter()
         self._plans: dict[int | None, BlockPlan] = {}
         self._masks: dict[tuple, list[Tensor | None]] = {}
         self._block_masks: dict[tuple, BlockMask] = {}
 
     @property
     def token_count(self) -> int:
-        """T: the packed tokens."""
-        return len(self.trie.tokens)
+        """T: the packed tokens that are computed."""
+        return len(self.trie.tokens) - (0 if self._known is None else int(self._known.mask.sum()))
+
+    def with_known(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [key heads, T, D] of one layer, with those of the known tokens in their places.
+
+        Raises:
+            ValueError: the lender has none.
+        """
+        if self._known is None:
+            return key, value
+        lent = (self._known.lender._kept or {}).get(layer)
+        if not lent:
+            raise ValueError(
+                "The batch that is to lend its keys and values has none: it was packed without `lends`, has not been "
+                "run, or was told to forget."
+            )
+        # A layer may run several times in a pass.
+        keys, values = lent[self._taken[layer] % len(lent)]
+        self._taken[layer] += 1
+        return self._known.put_together(keys, key), self._known.put_together(values, value)
+
+    def keep(self, layer: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Keep a layer's keys and values [key heads, T, D], without their gradient, if this batch lends them."""
+        if self._kept is not None:
+            self._kept.setdefault(layer, []).append((key.detach(), value.detach()))
+
+    def forget(self) -> None:
+        """Keep no keys and values from now on, so that gradient checkpointing's second pass keeps none either."""
+        self._kept = None
 
     def plan(self, window: int | None) -> BlockPlan:
         """The blocks for layers that see ``window`` positions back (itself included), or everything for None."""
         window = self._effective(window)
         if window not in self._plans:
-            self._plans[window] = _plan(partition(self.trie, window))
+            known = None if self._known is None else self._known.mask
+            self._plans[window] = _plan(partition(self.trie, window, known=known), len(self.trie.tokens))
         return self._plans[window]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
@@ -113,8 +172,9 @@ def _additive(allowed: np.ndarray, query_rows: int, dtype: torch.dtype, device: 
     return mask.repeat_interleave(query_rows, dim=0)
 
 
-def _plan(blocks: list[Block]) -> BlockPlan:
-    bounds = sorted({bound for block in blocks for key_range in block.key_ranges for bound in key_range})
+def _plan(blocks: list[Block], token_count: int) -> BlockPlan:
+    ranges = [key_range for block in blocks for key_range in block.key_ranges]
+    bounds = sorted({0, token_count, *(bound for key_range in ranges for bound in key_range)})
     piece_at = {bound: piece for piece, bound in enumerate(bounds)}
     block_pieces = [
         tuple(piece for start, stop in block.key_ranges for piece in range(piece_at[start], piece_at[stop]))

@@ -129,6 +129,22 @@ class PrefixCounter:
         bisect.insort(self._members, _sort_key(sequence))
 
 
+def common_prefixes(sequences: Sequence[Tokens], others: Sequence[Tokens]) -> list[tuple[int, int]]:
+    """For each sequence one of ``others`` that begins most like it, and how many tokens they have in common.
+
+    Where there are no others the index is -1.
+    """
+    keys = sorted((_sort_key(other), index) for index, other in enumerate(others))
+    found = []
+    for sequence in sequences:
+        key = _sort_key(sequence)
+        place = bisect.bisect_left(keys, (key,))
+        near = [(_common_bytes(key, other), index) for other, index in keys[max(0, place - 1) : place + 1]]
+        length, index = max(near, default=(0, -1))
+        found.append((index, length // _TOKEN_BYTES))
+    return found
+
+
 _TOKEN_BYTES = 4
 
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -123,15 +123,28 @@ class Learner:
         most = int(self.largest(len(parts)))
         return [[items[index] for index in part] for part in parts] + [[] for _ in range(most - len(parts))]
 
-    def pack(self, items: Sequence[T], view: View[T]) -> PackedBatch:
-        """Pack one view of some items for a forward pass."""
+    @property
+    def lends_keys(self) -> bool:
+        """Whether :meth:`score_behind` may be used."""
+        # Processes with nothing left make no pass within their own, which sharded weights would wait for.
+        is_whole = self.accelerator.distributed_type in (
+            DistributedType.NO,
+            DistributedType.MULTI_CPU,
+            DistributedType.MULTI_GPU,
+        )
+        return self.module.can_lend_keys and is_whole
+
+    def pack(
+        self, items: Sequence[T], view: View[T], *, lends: bool = False, behind: PackedBatch | None = None
+    ) -> PackedBatch:
+        """Pack one view of some items for a forward pass; see :func:`vpd.packing.pack`."""
         sequences, starts = [], []
         for item in items:
             sequence, start = view(item)
             sequences.append(sequence)
             starts.append(start)
-        batch = replace(pack(sequences, starts, share_prefixes=self.module.share_prefixes), as_teacher=view.as_teacher)
-        return batch.to(self.accelerator.device)
+        batch = pack(sequences, starts, share_prefixes=self.module.share_prefixes, lends=lends, behind=behind)
+        return replace(batch, as_teacher=view.as_teacher).to(self.accelerator.device)
 
     @torch.no_grad()
     def score(self, batch: PackedBatch, objective: Objective, weights: WeightCopy | None = None) -> Outputs:
@@ -142,6 +155,21 @@ class Learner:
                 return weights.module(batch, objective)
         self.policy.eval()
         return self.policy(batch, objective)
+
+    @torch.no_grad()
+    def score_behind(self, items: Sequence[T], view: View[T], lender: PackedBatch, objective: Objective) -> Outputs:
+        """Score another view of items within the forward of ``lender``, whose keys and values it takes."""
+        # Not the wrapped forward: autocast is on already, and its wrapper does not nest.
+        batch = self.pack(items, view, behind=lender)
+        self.tokens.count(batch)
+        module = self.module
+        was_training = module.training
+        module.eval()
+        try:
+            return module.compute(batch, objective)
+        finally:
+            module.train(was_training)
+            lender.layout.forget()
 
     def sequence_log_probs(self, items: Sequence[T], view: View[T], weights: WeightCopy | None = None) -> Tensor:
         """log pi(y|.) of each completion behind one view's prompt, summed over tokens: [B], on the CPU."""

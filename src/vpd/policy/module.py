@@ -5,7 +5,8 @@ Losses are computed inside this forward, so that the hooks of DDP and the shardi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidd
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, head_of
 from vpd.policy.objectives import Objective, Outputs
+
+_IS_RANDOM = re.compile("drop|jitter")
+_OF_OTHER_HEADS = re.compile("classifier|summary")
 
 
 class PolicyModule(nn.Module):
@@ -30,17 +34,41 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.share_prefixes = share_prefixes
+        self.kernel: PackedKernel = kernel
         self.has_teacher_adapter = has_teacher_adapter(model)
         if share_prefixes:
             enable_packed_attention(causal_lm_of(model), kernel)
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a training pass gives other numbers than a scoring pass."""
+        """Whether a training pass may give other numbers than a scoring pass, by the modules or by the config, since
+        dropout, dropped layers and jitter of routers may be functions."""
         in_modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
-        return in_modules or bool(getattr(causal_lm_of(self.model).config, "attention_dropout", 0.0))
+        config = causal_lm_of(self.model).config.get_text_config().to_dict()
+        in_config = any(
+            isinstance(value, float) and value > 0 and _IS_RANDOM.search(name) and not _OF_OTHER_HEADS.match(name)
+            for name, value in config.items()
+        )
+        return in_modules or in_config
+
+    @property
+    def can_lend_keys(self) -> bool:
+        """Whether a scoring pass may take the keys and values of a training pass over the same beginnings.
+
+        Not where training drops some, where the student's network is not the teacher's, where the kernel cannot, or
+        where rotary positions depend on how long the pass's longest sequence is.
+        """
+        rotary = getattr(causal_lm_of(self.model).config.get_text_config(), "rope_parameters", None) or {}
+        kinds = {nested.get("rope_type") for nested in (rotary, *rotary.values()) if isinstance(nested, Mapping)}
+        is_fixed = not kinds & {"dynamic", "longrope"}
+        is_same = not (self.has_dropout or self.has_teacher_adapter)
+        return self.share_prefixes and self.kernel == "blocks" and is_same and is_fixed
 
     def forward(self, batch: PackedBatch, objective: Objective) -> Outputs:
+        """:meth:`compute`, in whatever accelerate wraps around it."""
+        return self.compute(batch, objective)
+
+    def compute(self, batch: PackedBatch, objective: Objective) -> Outputs:
         """Compute ``objective`` on ``batch``.
 
         An empty batch runs one token and returns a zero loss joined to every weight: in a distributed run each process

@@ -37,6 +37,21 @@ class Outputs:
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TeacherStates:
+    """What the teacher predicts at the completion tokens of some rollouts, before its head.
+
+    Attributes:
+        hidden: [U, H'], distinct ones only.
+        rows: [S], which of them predicts each completion token.
+        head: maps them to logits; None for the student's.
+    """
+
+    hidden: Tensor
+    rows: Tensor
+    head: Head | None = None
+
+
 class Objective(Protocol):
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs: ...
 
@@ -146,21 +161,18 @@ class Distil:
     """The M-step's loss: divergence between student and stop-gradient teacher at the completion tokens that have one.
 
     Attributes:
-        teacher_hidden, teacher_rows: what :class:`PredictorStates` gave for the same completions behind the teacher's
-            prompts.
+        teacher: what it predicts for the same completions behind its own prompts, or a function that reads it once the
+            student's pass has been made.
         token_weights: [S], the loss's weight of each completion token.
         settings: which divergence.
-        teacher_head: maps ``teacher_hidden`` to logits; None for the student's.
         tokens: which of the batch's completion tokens have a teacher, S of them; None for all.
         old_log_probs: [S], of the policy that wrote the tokens; None where it is the student as it is.
     """
 
-    teacher_hidden: Tensor
-    teacher_rows: Tensor
+    teacher: TeacherStates | Callable[[], TeacherStates]
     token_weights: Tensor
     settings: MStepSettings
     temperature: float
-    teacher_head: Head | None = None
     tokens: Tensor | None = None
     old_log_probs: Tensor | None = None
 
@@ -170,13 +182,14 @@ class Distil:
         return self.settings.representation_layers if self.settings.representation_weight else ()
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
+        teacher = self.teacher if isinstance(self.teacher, TeacherStates) else self.teacher()
         columns = (batch.predictor, batch.targets)
         if self.tokens is not None:
             columns = tuple(column[self.tokens.to(column.device)] for column in columns)
-        (rows, teacher_rows, targets), inverse = _distinct(columns[0], self.teacher_rows, columns[1])
+        (rows, teacher_rows, targets), inverse = _distinct(columns[0], teacher.rows, columns[1])
         weights = self.token_weights.to(hidden.device)
         weights = weights.new_zeros(rows.numel()).index_add(0, inverse, weights)
-        states, teacher_states = hidden.index_select(0, rows), self.teacher_hidden.index_select(0, teacher_rows)
+        states, teacher_states = hidden.index_select(0, rows), teacher.hidden.index_select(0, teacher_rows)
         matching = self._representation(states, teacher_states, weights, head)
         if matching is not None:
             width = head.weight.shape[1]
@@ -195,7 +208,7 @@ class Distil:
                 states,
                 teacher_states,
                 head,
-                self.teacher_head,
+                teacher.head,
                 token_weights=weights,
                 targets=targets,
                 old_log_probs=distinct_old,

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
+from vpd.rollout.attention import ROLLOUT_ATTENTION
 from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
 from vpd.rollout.packed import pack, unpack
 from vpd.rollout.sampling import Sampler, sequence_uniforms
@@ -43,7 +44,7 @@ class Sample:
 class LocalEngine:
     """Samples from a transformers causal language model in this process.
 
-    Sampling runs on a twin of the model: its own modules, in evaluation mode, with transformers' own attention. A
+    Sampling runs on a twin of the model: its own modules, in evaluation mode, with an attention for decoding. A
     parameter that need not be converted is shared with the model; others are bfloat16 copies, which :meth:`sync`
     brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
     hooks are never touched.
@@ -341,5 +342,7 @@ def make_twin(model: nn.Module, *, bfloat16: bool) -> nn.Module:
             replaced[id(parameter)] = parameter
     twin = copy.deepcopy(model, replaced).eval()
     base = cast(PreTrainedModel, twin.get_base_model() if isinstance(twin, PeftModel) else twin)
-    base.set_attn_implementation("sdpa" if base._supports_sdpa else "eager")
+    # Older architectures choose among classes of their own by name.
+    sdpa = ROLLOUT_ATTENTION if base._supports_attention_backend else "sdpa"
+    base.set_attn_implementation(sdpa if base._supports_sdpa else "eager")
     return twin

@@ -1,0 +1,127 @@
+"""A training run with a fixed seed gives the same curve with each optimisation and without it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dense import dense_divergence
+from toy import toy_trainer
+
+from vpd.policy.module import PolicyModule
+from vpd.rollout import local
+
+STEPS = 4
+# Sums of log-probabilities that nearly cancel keep the rounding of what they are made of.
+ROUNDING = {"margin": 1e-6, "margin_after": 1e-6, "reward_shift": 1e-6}
+CURVES = ("reward", "divergence", "entropy", "m_loss", "e_loss", "grad_norm", *ROUNDING)
+
+
+def curve(folder, **sections) -> list[dict]:
+    """What each of a few batches logged; the toy's first and third have E-steps."""
+    sections = {"run": {"max_steps": STEPS}, "eval": {"preflight_tasks": 0, "final_tasks": 0}, **sections}
+    toy_trainer(folder, algorithm={"divergence": "js", "teacher": "live"}, **sections).train()
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The curve with all of them; toy prompts have few tokens in common."""
+    shared = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "SHARED_FROM", 4)
+        find = local._worthwhile_prefix
+        patch.setattr(local, "_worthwhile_prefix", lambda prompts: (shared.append(find(prompts)), shared[-1])[1])
+        found = curve(tmp_path_factory.mktemp("optimised") / "run")
+    assert all(shared), "the prompts of each batch begin alike"
+    assert sum("e_loss" in line for line in found) == STEPS // 2
+    return found
+
+
+def assert_the_same(found, expected) -> None:
+    assert len(found) == len(expected) == STEPS
+    for left, right in zip(found, expected, strict=True):
+        compared = [name for name in CURVES if right.get(name) is not None]
+        assert {"reward", "divergence", "m_loss", "grad_norm"} <= set(compared)
+        for name in compared:
+            near = pytest.approx(right[name], rel=1e-3, abs=ROUNDING.get(name, 1e-9), nan_ok=True)
+            assert left[name] == near, name
+
+
+def tokens(lines) -> int:
+    return sum(line["tokens_computed"] for line in lines)
+
+
+@pytest.mark.parametrize("what", ["prefixes", "keys"])
+def test_tokens_computed_again(tmp_path, monkeypatch, expected, what):
+    if what == "prefixes":
+        monkeypatch.setattr("vpd.policy.prepare.may_share_prefixes", lambda network, kernel="blocks": False)
+    else:
+        monkeypatch.setattr(PolicyModule, "can_lend_keys", False)
+    found = curve(tmp_path / "run")
+    assert tokens(found) > tokens(expected)
+    assert_the_same(found, expected)
+
+
+def test_every_prompt_read_from_its_beginning(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(local, "SHARED_FROM", 10**9)
+    assert_the_same(curve(tmp_path / "run"), expected)
+
+
+def test_losses_on_all_logits_at_once(tmp_path, monkeypatch, expected):
+    used = set()
+
+    def logits_of(states, head, temperature):
+        return states.double() @ head.weight.double().T / temperature
+
+    def of(logits, targets):
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    def divergence(student, teacher, head, teacher_head, *, token_weights, targets, kind, alpha, temperature, **_):
+        used.add("divergence")
+        logits = [logits_of(states, head, temperature) for states in (student, teacher.detach())]
+        per_token, entropy = dense_divergence(*logits, kind, alpha)
+        return SimpleNamespace(
+            total=(token_weights * per_token).sum(),
+            per_token=per_token.detach(),
+            entropy=entropy.detach(),
+            student_log_probs=of(logits[0], targets).detach(),
+            teacher_log_probs=of(logits[1], targets),
+        )
+
+    def token_log_probs(hidden, head, targets, *, temperature=1.0):
+        used.add("token_log_probs")
+        return of(logits_of(hidden, head, temperature), targets)
+
+    monkeypatch.setattr("vpd.policy.objectives.divergence", divergence)
+    monkeypatch.setattr("vpd.policy.objectives.token_log_probs", token_log_probs)
+    found = curve(tmp_path / "run")
+    assert used == {"divergence", "token_log_probs"}
+    assert_the_same(found, expected)
+
+
+def test_adamw_as_a_loop(tmp_path, monkeypatch, expected):
+    adamw, used = torch.optim.AdamW, []
+
+    def loop(*args, fused, **kwargs):
+        used.append(fused)
+        return adamw(*args, foreach=False, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", loop)
+    found = curve(tmp_path / "run")
+    assert used == [True]
+    assert_the_same(found, expected)
+
+
+@pytest.mark.parametrize("setting", ["fused_norms", "gradient_checkpointing"])
+def test_settings_of_the_model(tmp_path, expected, setting):
+    assert_the_same(curve(tmp_path / "run", model={setting: setting == "gradient_checkpointing"}), expected)
+
+
+def test_small_micro_batches(tmp_path, expected):
+    found = curve(tmp_path / "run", optim={"micro_batch_tokens": 300})
+    assert tokens(found) > tokens(expected), "prompts are computed once for each part"
+    assert_the_same(found, expected)
