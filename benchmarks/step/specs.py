@@ -24,12 +24,14 @@ class Workload:
         completion_tokens: of every completion, exactly.
         num_generations: N.
         prompts: of one step.
+        system_words: a token each, of a system message that all prompts begin with; 0 for the template's own.
     """
 
     prompt_tokens: int
     completion_tokens: int
     num_generations: int
     prompts: int
+    system_words: int = 0
 
     @property
     def rollouts(self) -> int:
@@ -37,12 +39,17 @@ class Workload:
 
 
 WORKLOADS = {
-    "a": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4),
+    "a": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4, system_words=85),
+    "a-apart": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4),
     "b": Workload(prompt_tokens=60, completion_tokens=4, num_generations=8, prompts=8),
     "c": Workload(prompt_tokens=150, completion_tokens=256, num_generations=4, prompts=2),
     "tiny": Workload(prompt_tokens=50, completion_tokens=4, num_generations=2, prompts=2),
 }
-"""(a) multiple-choice science questions, (b) short answers, (c) long completions; ``tiny`` tries the harness out."""
+"""(a) multiple-choice science questions, (b) short answers, (c) long completions; ``tiny`` tries the harness out.
+
+In (a) 96 of a prompt's 250 tokens are the same in all, as 111 of about 300 are in SciKnowEval's chemistry questions with
+their system message; ``a-apart`` is (a) without that message.
+"""
 
 
 @dataclass(frozen=True)

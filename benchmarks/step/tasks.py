@@ -33,7 +33,7 @@ class ImposedVerdicts(Environment):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, workload: Workload) -> None:
         self._words = _words(tokenizer)
         self._tasks = [
-            Task(f"task-{index}", _prompt(tokenizer, self._words, workload.prompt_tokens, index))
+            Task(f"task-{index}", _prompt(tokenizer, self._words, workload, index))
             for index in range(workload.prompts * STEPS_OF_TASKS)
         ]
         self._numbers = itertools.count()
@@ -73,13 +73,18 @@ def _is_word(text: str) -> bool:
     return text.isalpha() and text.islower() and 3 <= len(text) <= 8
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, words: list[str], length: int, seed: int) -> list[dict[str, str]]:
-    """A chat of ``length`` tokens, template included (one word at least)."""
+def _prompt(
+    tokenizer: PreTrainedTokenizerBase, words: list[str], workload: Workload, seed: int
+) -> list[dict[str, str]]:
+    """A chat of the workload's length, template and system message included (one word at least)."""
+    length = workload.prompt_tokens
     draw = random.Random(f"prompt-{seed}")
     drawn = [draw.choice(words) for _ in range(length)]
+    said = random.Random("system").choices(words, k=workload.system_words)
+    system = [{"role": "system", "content": f"{' '.join(said).capitalize()}."}] if said else []
 
     def chat(count: int) -> list[dict[str, str]]:
-        return [{"role": "user", "content": f"Question: {' '.join(drawn[:count])}?"}]
+        return [*system, {"role": "user", "content": f"Question: {' '.join(drawn[:count])}?"}]
 
     def tokens(count: int) -> int:
         text = str(tokenizer.apply_chat_template(chat(count), tokenize=False, add_generation_prompt=True))

@@ -134,6 +134,20 @@ def test_a_copy_has_weights_of_its_own_and_samples_as_before():
     assert torch.equal(copy.deepcopy(model).bfloat16()(tokens).logits, plain)
 
 
+def test_a_copy_that_samples_goes_over_its_rows_in_tiles_with_the_same_numbers(monkeypatch):
+    norm, x = _pair(96)
+    expected = norm.bfloat16()(x.bfloat16())
+    seen, compute = [], LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: (seen.append(x.shape[0]), compute(self, x))[1])
+    monkeypatch.setattr(norms, "_TILE_NUMBERS", 10 * 96 // torch.get_num_threads())
+    with torch.no_grad():
+        found = norms.forward(norm, x.bfloat16())
+    assert torch.equal(found, expected)
+    assert sum(seen) == 74
+    assert 1 < len(seen) <= 74
+    assert norms.forward(norm, x.bfloat16()).requires_grad, "with a gradient it is transformers' own"
+
+
 def test_a_norm_that_treats_eps_otherwise_is_not_taken_for_a_plain_one():
     class Clamped(LlamaRMSNorm):
         def forward(self, hidden_states):

@@ -115,8 +115,15 @@ def forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     weight = norm.weight
     if hidden_states.dtype == weight.dtype == torch.float32:
         return rms_norm(hidden_states, weight, _eps(norm))  # pyright: ignore[reportArgumentType]
-    # Such as a copy in bfloat16 that samples: as transformers has it.
-    return type(norm).forward(norm, hidden_states)
+    compute = type(norm).forward
+    if hidden_states.dtype != weight.dtype or torch.is_grad_enabled() or hidden_states.is_cuda:
+        return compute(norm, hidden_states)
+    # Such as a copy in bfloat16 that samples: as transformers has it, a tile at a time.
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    output = torch.empty_like(rows)
+    for tile in _tiles(rows):
+        output[tile] = compute(norm, rows[tile])
+    return output.view(hidden_states.shape)
 
 
 def _eps(norm: nn.Module) -> float | None:

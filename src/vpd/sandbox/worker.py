@@ -28,8 +28,9 @@ _BOOTSTRAP = (
 # glibc otherwise reserves 64 MB of address space for each thread.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
 _START_SECONDS = 20
-_GRACE_SECONDS = 5
-"""How long a worker may take beyond the program's own time before it counts as broken."""
+_GRACE_SECONDS = 20
+"""How long a worker may take beyond the program's own time before it counts as broken: on a busy machine what a program
+leaves behind, such as folders thousands deep, takes seconds to remove."""
 _PATIENCE = 0.2
 
 
