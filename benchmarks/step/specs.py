@@ -47,8 +47,8 @@ WORKLOADS = {
 }
 """(a) multiple-choice science questions, (b) short answers, (c) long completions; ``tiny`` tries the harness out.
 
-In (a) 96 of a prompt's 250 tokens are the same in all, as 111 of about 300 are in SciKnowEval's chemistry questions with
-their system message; ``a-apart`` is (a) without that message.
+In (a) 96 of a prompt's 250 tokens are the same in all, as 111 of about 300 are in SciKnowEval's chemistry questions,
+system message included; ``a-apart`` is (a) without that message.
 """
 
 
