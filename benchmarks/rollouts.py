@@ -1,6 +1,6 @@
 """Sampled tokens a second: our engine, transformers' ``generate``, and vLLM where its own environment is named.
 
-    python -m benchmarks.rollouts --workload a-apart --vllm PYTHON_OF_AN_ENVIRONMENT_WITH_VLLM
+    python -m benchmarks.rollouts --workload a --vllm PYTHON_OF_AN_ENVIRONMENT_WITH_VLLM
 
 All sample N completions of the same prompts from the same bfloat16 weights at temperature 1, every completion as long
 as the workload says. They take turns, each round on prompts that none has seen before.
@@ -82,7 +82,7 @@ def generated(network: torch.nn.Module, prompts: Prompts, workload: Workload) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, default="a-apart")
+    parser.add_argument("--workload", choices=WORKLOADS, default="a")
     parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM; left out by default")
     counted = range(1, STEPS_OF_TASKS)
     parser.add_argument(

@@ -39,16 +39,16 @@ class Workload:
 
 
 WORKLOADS = {
-    "a": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4, system_words=85),
-    "a-apart": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4),
+    "a": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4),
+    "a-system": Workload(prompt_tokens=250, completion_tokens=16, num_generations=8, prompts=4, system_words=85),
     "b": Workload(prompt_tokens=60, completion_tokens=4, num_generations=8, prompts=8),
     "c": Workload(prompt_tokens=150, completion_tokens=256, num_generations=4, prompts=2),
     "tiny": Workload(prompt_tokens=50, completion_tokens=4, num_generations=2, prompts=2),
 }
 """(a) multiple-choice science questions, (b) short answers, (c) long completions; ``tiny`` tries the harness out.
 
-In (a) 96 of a prompt's 250 tokens are the same in all, as 111 of about 300 are in SciKnowEval's chemistry questions,
-system message included; ``a-apart`` is (a) without that message.
+``a-system`` is (a) with a system message: 96 of a prompt's 250 tokens are the same in all, as 111 of about 300 are in
+SciKnowEval's chemistry questions. In (a) itself only the template's 26 are.
 """
 
 

@@ -19,23 +19,31 @@ def layer(key_heads: int = KEY_HEADS) -> nn.Module:
     return module
 
 
-def states(queries: int, key_heads: int = KEY_HEADS) -> tuple[torch.Tensor, ...]:
+def states(queries: int, key_heads: int = KEY_HEADS, width: int = D) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    shapes = (B, HEADS, queries, D), (B, key_heads, T, D), (B, key_heads, T, D + 2)
+    shapes = (B, HEADS, queries, D), (B, key_heads, T, D), (B, key_heads, T, width)
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
+# With values of the keys' width transformers leaves the heads to the kernel, with others it makes rows of them.
+@pytest.mark.parametrize("width", [D, D + 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize(
     ("queries", "key_heads", "masked"), [(1, 2, False), (1, 6, False), (1, 2, True), (T, 2, False)]
 )
-def test_gives_what_transformers_gives(queries, key_heads, masked, scaling):
-    given = states(queries, key_heads)
+def test_gives_what_transformers_gives(queries, key_heads, masked, scaling, dtype, width):
+    given = [state.to(dtype) for state in states(queries, key_heads, width)]
     mask = torch.rand(B, 1, queries, T, generator=torch.Generator().manual_seed(1)) > 0.3 if masked else None
     expected, _ = sdpa_attention_forward(layer(key_heads), *given, mask, scaling=scaling)
     found, weights = rollout_attention_forward(layer(key_heads), *given, mask, scaling=scaling)
     assert weights is None
     torch.testing.assert_close(found, expected)
+
+
+def test_what_it_does_not_compute_is_left_to_transformers():
+    with pytest.raises(ValueError, match="softcap"):
+        rollout_attention_forward(layer(), *states(1), None, softcap=1.0)
 
 
 def test_a_step_of_decoding_without_padding_is_computed_in_rows(make_model, tokenizer, monkeypatch):

@@ -158,7 +158,8 @@ class Learner:
 
     @torch.no_grad()
     def score_behind(self, items: Sequence[T], view: View[T], lender: PackedBatch, objective: Objective) -> Outputs:
-        """Score another view of items within the forward of ``lender``, whose keys and values it takes."""
+        """Score another view of items within the forward of ``lender``, whose keys and values it takes: once, for they
+        are forgotten then."""
         # Not the wrapped forward: autocast is on already, and its wrapper does not nest.
         batch = self.pack(items, view, behind=lender)
         self.tokens.count(batch)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,16 @@ from vpd.policy.objectives import Objective, Outputs
 
 _IS_RANDOM = re.compile("drop|jitter")
 _OF_OTHER_HEADS = re.compile("classifier|summary")
+
+
+def _is_random(config: Mapping[str, Any]) -> bool:
+    for name, value in config.items():
+        if isinstance(value, Mapping) and _is_random(value):
+            return True
+        is_positive = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if is_positive and _IS_RANDOM.search(name) and not _OF_OTHER_HEADS.match(name):
+            return True
+    return False
 
 
 class PolicyModule(nn.Module):
@@ -44,12 +55,7 @@ class PolicyModule(nn.Module):
         """Whether a training pass may give other numbers than a scoring pass, by the modules or by the config, since
         dropout, dropped layers and jitter of routers may be functions."""
         in_modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
-        config = causal_lm_of(self.model).config.get_text_config().to_dict()
-        in_config = any(
-            isinstance(value, float) and value > 0 and _IS_RANDOM.search(name) and not _OF_OTHER_HEADS.match(name)
-            for name, value in config.items()
-        )
-        return in_modules or in_config
+        return in_modules or _is_random(causal_lm_of(self.model).config.get_text_config().to_dict())
 
     @property
     def can_lend_keys(self) -> bool:

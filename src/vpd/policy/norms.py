@@ -116,12 +116,14 @@ def forward(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype == weight.dtype == torch.float32:
         return rms_norm(hidden_states, weight, _eps(norm))  # pyright: ignore[reportArgumentType]
     compute = type(norm).forward
-    if hidden_states.dtype != weight.dtype or torch.is_grad_enabled() or hidden_states.is_cuda:
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    tiles = _tiles(rows)
+    is_other = hidden_states.dtype != weight.dtype or hidden_states.device.type != "cpu"
+    if len(tiles) == 1 or is_other or torch.is_grad_enabled():
         return compute(norm, hidden_states)
     # Such as a copy in bfloat16 that samples: as transformers has it, a tile at a time.
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     output = torch.empty_like(rows)
-    for tile in _tiles(rows):
+    for tile in tiles:
         output[tile] = compute(norm, rows[tile])
     return output.view(hidden_states.shape)
 

@@ -28,9 +28,11 @@ _BOOTSTRAP = (
 # glibc otherwise reserves 64 MB of address space for each thread.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
 _START_SECONDS = 20
-_GRACE_SECONDS = 20
-"""How long a worker may take beyond the program's own time before it counts as broken: on a busy machine what a program
-leaves behind, such as folders thousands deep, takes seconds to remove."""
+_GRACE_SECONDS = 5
+"""How long a program's pipes may stay open beyond its own time."""
+_CLEARING_SECONDS = 20
+"""How long a worker may take then before it counts as broken: on a busy machine what a program leaves behind, such as
+folders thousands deep, takes seconds to remove."""
 _PATIENCE = 0.2
 
 
@@ -236,7 +238,7 @@ class Running:
                 continue
         if self._too_much:
             self.abort()
-        report = self._worker.receive(max(deadline - time.monotonic(), _GRACE_SECONDS))
+        report = self._worker.receive(max(deadline - time.monotonic(), _CLEARING_SECONDS))
         while self._read(0):
             pass
         for descriptor in list(self._open):
