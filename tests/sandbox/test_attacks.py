@@ -147,8 +147,7 @@ def test_bombs_end_by_their_limits(name, sandbox):
     assert ended.exit_code != 0
     if stopped is not None:
         assert ended.stopped == stopped, ended
-    # On a busy machine the most of it is clearing up: thousands of folders, one within the other.
-    assert time.monotonic() - start < 5 * limits.seconds + 20
+    assert time.monotonic() - start < 5 * limits.seconds
     assert len(ended.output) <= limits.output_kb * 1024
     assert "STARTED ALL" not in ended.output
     assert still_judges_right(sandbox)
