@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
 from vpd.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
+from vpd.policy.memory import keep_freed_memory
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
@@ -54,6 +55,8 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         lengths: of a typical rollout.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # As a run does.
+    keep_freed_memory(device)
     bfloat16 = computes_bfloat16(device)
     plain = _plain(device, torch.bfloat16 if bfloat16 else torch.float32)
 

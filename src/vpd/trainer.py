@@ -43,6 +43,7 @@ from vpd.policy.best import BestWeights
 from vpd.policy.copies import make_copies
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
+from vpd.policy.memory import keep_freed_memory
 from vpd.policy.optimizer import make_optimizer, make_scheduler
 from vpd.policy.prepare import check_layers, make_accelerator, prepare_policy
 from vpd.report import write_report
@@ -119,6 +120,7 @@ class VPDTrainer:
         )
         training_args = training_arguments(self.args)
         self.accelerator = make_accelerator(self.args)
+        keep_freed_memory(self.accelerator.device)
         self.journal = Journal(self.accelerator)
 
         check_layers(policy, self.args.algorithm)

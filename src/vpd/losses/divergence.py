@@ -26,6 +26,7 @@ from vpd.losses.head import (
     DEFAULT_CHUNK_SIZE,
     Head,
     HeadGradient,
+    HeadProducts,
     check_hidden,
     check_settings,
     chunks,
@@ -224,13 +225,15 @@ class _FusedDivergence(torch.autograd.Function):
         target_log_probs = [torch.empty_like(per_token), torch.empty_like(per_token)]
         needs = ctx.needs_input_grad[:3] if settings.grad_enabled else (False, False, False)
 
-        temperature, rounded = settings.temperature, settings.rounded
+        temperature = settings.temperature
         with torch.autocast(student_hidden.device.type, enabled=False):
-            gradient = HeadGradient(student_head, student_hidden, needs, temperature, rounded=rounded)
+            products = HeadProducts(student_head.weight, rounded=settings.rounded)
+            teacher_products = products if shared_head else HeadProducts(teacher_head.weight, rounded=settings.rounded)
+            gradient = HeadGradient(student_head, products, student_hidden, needs, temperature)
             for rows in chunks(student_hidden.shape[0], settings.chunk_size):
                 hidden = student_hidden[rows].float()
-                logits = student_head.logits(hidden, temperature, rounded=rounded)
-                teacher_logits = teacher_head.logits(teacher_hidden[rows], temperature, rounded=rounded)
+                logits = student_head.logits(hidden, temperature, products=products)
+                teacher_logits = teacher_head.logits(teacher_hidden[rows], temperature, products=teacher_products)
                 # The logits' memory is free for their gradient, unless a softcap's gradient will read them.
                 grad_logits = logits if student_head.softcap is None else torch.empty_like(logits)
                 for tile in tiles(logits):

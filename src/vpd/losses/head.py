@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ gains a tenth.
 TILE_NUMBERS = 2**17
 """Logits that a core works on at a time once their product is made, 512 KB (or one row): on a processor, what goes over
 them several times finds them in the core's cache. ``benchmarks/losses.py`` shows what that saves."""
+
+WORDS_AT_A_TIME = 4096
+"""Words of the vocabulary whose products with a chunk are rounded and corrected at a time, to stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,20 +68,19 @@ class Head:
         bias = None if self.bias is None else self.bias.detach().float()
         return replace(self, weight=self.weight.detach().float(), bias=bias)
 
-    def logits(self, hidden: Tensor, temperature: float = 1.0, *, rounded: bool = False) -> Tensor:
+    def logits(self, hidden: Tensor, temperature: float = 1.0, *, products: HeadProducts | None = None) -> Tensor:
         """Logits of one chunk in fp32, divided by ``temperature``; [T, H] -> [T, V].
 
-        Autocast does not reach inside; ``rounded`` is as in :func:`products`.
+        Autocast does not reach inside; ``products`` are this head's, exact by default.
         """
-        with torch.autocast(hidden.device.type, enabled=False), products(hidden.device, rounded=rounded):
+        with torch.autocast(hidden.device.type, enabled=False):
+            if products is None:
+                products = HeadProducts(self.weight.float(), rounded=False)
             # The scalars go on [T, H] and [V], which saves passes over [T, V].
             gain = self.scale / (temperature if self.softcap is None else self.softcap)
-            hidden = hidden.float() if gain == 1.0 else hidden.float() * gain
-            weight_HV = self.weight.float().t()
-            if self.bias is None:
-                logits = torch.mm(hidden, weight_HV)
-            else:
-                logits = torch.addmm(self.bias.float() * gain, hidden, weight_HV)
+            logits = products.logits(hidden.float() if gain == 1.0 else hidden.float() * gain)
+            if self.bias is not None:
+                logits.add_(self.bias.float() * gain)
             if self.softcap is None:
                 return logits
             return logits.tanh_() * (self.softcap / temperature)
@@ -90,20 +93,20 @@ class HeadGradient:
 
     Args:
         head: in fp32.
+        products: of its weight.
         hidden: [T, H], any float dtype; only its shape and device are read.
         needs: whether the gradient of (hidden, weight, bias) is wanted.
-        rounded: as in :func:`products`.
 
     Attributes:
         hidden, weight, bias: [T, H], [V, H], [V] in fp32; None where not wanted.
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, needs: tuple[bool, bool, bool], temperature: float, *, rounded: bool
+        self, head: Head, products: HeadProducts, hidden: Tensor, needs: tuple[bool, bool, bool], temperature: float
     ) -> None:
         self._head = head
+        self._products = products
         self._temperature = temperature
-        self._rounded = rounded
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
         self.weight = torch.zeros_like(head.weight) if needs[1] else None
         self.bias = torch.zeros_like(head.bias) if needs[2] and head.bias is not None else None
@@ -125,12 +128,10 @@ class HeadGradient:
             tanh = logits * (self._temperature / self._head.softcap)
             grad_logits.addcmul_(grad_logits * tanh, tanh, value=-1.0)
         row_weights = row_weights * (self._head.scale / self._temperature)
-        with products(grad_logits.device, rounded=self._rounded):
-            if self.hidden is not None:
-                torch.mm(grad_logits, self._head.weight, out=self.hidden[rows])
-                self.hidden[rows].mul_(row_weights[:, None])
-            if self.weight is not None:
-                self.weight.addmm_(grad_logits.t(), hidden * row_weights[:, None])
+        if self.hidden is not None:
+            torch.mul(self._products.grad_hidden(grad_logits), row_weights[:, None], out=self.hidden[rows])
+        if self.weight is not None:
+            self._products.add_grad_weight(self.weight, grad_logits, hidden * row_weights[:, None])
         if self.bias is not None:
             self.bias.addmv_(grad_logits.t(), row_weights)
 
@@ -153,26 +154,92 @@ def may_round_products(device: torch.device) -> bool:
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
 
 
-@contextmanager
-def products(device: torch.device, *, rounded: bool) -> Iterator[None]:
-    """Within it, matrix products of fp32 tensors round their factors where ``rounded``: to bfloat16 on a processor with
-    AMX, to TF32 on CUDA. Sums and results stay in fp32, unlike those of autocast, whose logits are rounded to 8 bits.
-    Without ``rounded``, and on other devices, nothing changes.
+class HeadProducts:
+    """The three products of a head's weight and its chunks: logits, and the gradients of hidden states and weight.
 
-    PyTorch has one switch for the whole process, so this stands around single products: what other threads multiply
-    meanwhile is rounded too.
+    Exact in fp32, or, where ``rounded``, with factors rounded to bfloat16 on a processor and to TF32 on CUDA, as under
+    autocast all other products of a network are. Sums stay in fp32, and so do the logits, which autocast rounds to 8
+    bits: to a sixteenth where they are around 20.
+
+    A processor with AMX has such products. Others that multiply bfloat16 round what they return; there a second one,
+    from which the rounded first is taken away within the sum, gives what was lost. On both the smallest products, which
+    gain nothing, stay exact.
+
+    Args:
+        weight: [V, H] fp32.
+        rounded: see above. Without effect on devices that have no such products.
     """
-    if not rounded or device.type not in ("cpu", "cuda"):
-        yield
-        return
-    on_processor = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    backend, precision = (on_processor, "bf16") if device.type == "cpu" else (torch.backends.cuda.matmul, "tf32")
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+
+    def __init__(self, weight: Tensor, *, rounded: bool) -> None:
+        self._weight = weight
+        self._switch = _switch_of(weight.device) if rounded else None
+        is_by_hand = rounded and self._switch is None and weight.device.type == "cpu" and has_bfloat16_products()
+        self._factors = weight.bfloat16() if is_by_hand else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, H] fp32 -> [T, V] fp32; differentiable where the products are exact."""
+        if self._factors is None or self._is_small(hidden):
+            with self._precision():
+                return torch.mm(hidden, self._weight.t())
+        logits = hidden.new_empty(hidden.shape[0], self._weight.shape[0])
+        hidden = hidden.bfloat16()
+        for words in chunks(self._weight.shape[0], WORDS_AT_A_TIME):
+            factors_HV = self._factors[words].t()
+            rounded = torch.mm(hidden, factors_HV)
+            part = logits[:, words].copy_(rounded)
+            part.add_(rounded.addmm_(hidden, factors_HV, beta=-1).float())
+        return logits
+
+    def grad_hidden(self, grad_logits: Tensor) -> Tensor:
+        """[T, V] fp32 -> [T, H]."""
+        if self._factors is None or self._is_small(grad_logits):
+            with self._precision():
+                return torch.mm(grad_logits, self._weight)
+        return torch.mm(grad_logits.bfloat16(), self._factors)
+
+    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Add the gradient to ``total`` [V, H] fp32; ``grad_logits`` [T, V] and ``hidden`` [T, H] are fp32."""
+        if self._factors is None or self._is_small(hidden):
+            with self._precision():
+                total.addmm_(grad_logits.t(), hidden)
+            return
+        hidden = hidden.bfloat16()
+        for words in chunks(self._weight.shape[0], WORDS_AT_A_TIME):
+            total[words].add_(torch.mm(grad_logits[:, words].bfloat16().t(), hidden).float())
+
+    def _is_small(self, rows: Tensor) -> bool:
+        """By oneDNN's own measure."""
+        return rows.shape[0] * self._weight.numel() <= 16**3
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Around single products, since PyTorch has one switch for the whole process: what other threads multiply
+        meanwhile is rounded too. Autocast, which would round results, does not reach inside."""
+        with torch.autocast(self._weight.device.type, enabled=False):
+            if self._switch is None:
+                yield
+                return
+            backend, precision = self._switch
+            before = backend.fp32_precision
+            backend.fp32_precision = precision
+            try:
+                yield
+            finally:
+                backend.fp32_precision = before
+
+
+def has_bfloat16_products() -> bool:
+    """Whether the processor multiplies bfloat16 numbers."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _switch_of(device: torch.device) -> tuple[Any, str] | None:
+    """What lets products of fp32 tensors round their factors, and to what; None where nothing does."""
+    if device.type == "cuda":
+        return torch.backends.cuda.matmul, "tf32"
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch.backends.mkldnn.matmul, "bf16"  # pyright: ignore[reportAttributeAccessIssue]
+    return None
 
 
 def check_hidden(name: str, hidden: Tensor, head: Head) -> None:

@@ -12,6 +12,7 @@ from vpd.losses.head import (
     DEFAULT_CHUNK_SIZE,
     Head,
     HeadGradient,
+    HeadProducts,
     check_hidden,
     check_settings,
     chunks,
@@ -76,10 +77,11 @@ class _TokenLogProbs(torch.autograd.Function):
         # Backward runs outside of the caller's autocast, and must make the same logits again.
         ctx.rounded = may_round_products(hidden.device)
         head = head.detached_float32()
+        products = HeadProducts(head.weight, rounded=ctx.rounded)
         target_logits = torch.empty(hidden.shape[0], device=hidden.device)
         log_normaliser = torch.empty_like(target_logits)
         for rows in chunks(hidden.shape[0], chunk_size):
-            logits = head.logits(hidden[rows], temperature, rounded=ctx.rounded)
+            logits = head.logits(hidden[rows], temperature, products=products)
             target_logits[rows] = logits.gather(1, targets[rows, None])[:, 0]
             for tile in tiles(logits):
                 log_normaliser[rows][tile] = logits[tile].logsumexp(-1)
@@ -91,10 +93,11 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_probs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, log_normaliser = ctx.saved_tensors
         head = Head(weight, bias, ctx.head.scale, ctx.head.softcap).detached_float32()
-        gradient = HeadGradient(head, hidden, ctx.needs_input_grad[:3], ctx.temperature, rounded=ctx.rounded)
+        products = HeadProducts(head.weight, rounded=ctx.rounded)
+        gradient = HeadGradient(head, products, hidden, ctx.needs_input_grad[:3], ctx.temperature)
         for rows in chunks(hidden.shape[0], ctx.chunk_size):
             hidden_chunk = hidden[rows].float()
-            logits = head.logits(hidden_chunk, ctx.temperature, rounded=ctx.rounded)
+            logits = head.logits(hidden_chunk, ctx.temperature, products=products)
             # The logits' memory is free for their gradient, unless a softcap's gradient will read them.
             grad_logits = logits if head.softcap is None else logits.clone()
             # Negative of d log p(target) / d logits, with the sign on the row weights: softmax - one_hot.

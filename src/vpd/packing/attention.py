@@ -5,12 +5,14 @@ A model with one of them behaves as with ``sdpa`` until a forward is given the k
 window counted in positions. The implementation stays on the model, because gradient checkpointing calls it again in
 the backward pass.
 
-There are two ways to compute it: block by block with scaled dot-product attention, and as one kernel, flex_attention.
+There are two ways to compute it: block by block, with scaled dot-product attention or, in bfloat16 on a processor, with
+matrix products; and as one kernel, flex_attention.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vpd.packing import flex
+from vpd.packing import flex, products
 from vpd.packing.layout import PackedLayout
 
 PackedKernel: TypeAlias = Literal["blocks", "flex"]
@@ -96,13 +98,22 @@ def packed_attention_forward(
         mask = packed.block_mask(window, query.device)
         return flex.attend(query[0], key[0], value[0], mask, scaling).transpose(0, 1).unsqueeze(0), None
 
+    if torch.is_autocast_enabled(query.device.type):
+        # As it would for each block.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     heads, key_heads = query.shape[1], key.shape[1]
     rows = heads // key_heads
     # The query heads of a key head become rows of one matrix, so that keys and values are not repeated for each.
     folded = query[0].unflatten(0, (key_heads, rows)).transpose(1, 2).flatten(1, 2)
     all_keys, all_values = packed.with_known(module, key[0], value[0])
     packed.keep(module, all_keys, all_values)
-    outputs = _attend(folded, all_keys, all_values, packed, rows, window, dropout, scaling)
+    if products.can_multiply(folded, all_keys, all_values, dropout):
+        scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        tiled = packed.tiled_blocks(window, heads)
+        outputs = products.attend(folded, all_keys, all_values, tiled, scale, packed.workspace)
+    else:
+        outputs = _attend(folded, all_keys, all_values, packed, rows, window, dropout, scaling)
     output = outputs.unflatten(1, (packed.token_count, rows))
     return output.permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(0), None
 

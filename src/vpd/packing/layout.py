@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vpd.packing import flex
 from vpd.packing.blocks import Block, allowed_pairs, partition
+from vpd.packing.products import TiledBlock, Workspace, cut_into_tiles
 from vpd.packing.trie import Trie
 
 
@@ -73,7 +74,9 @@ class PackedLayout:
         self._taken: Counter[nn.Module] = Counter()
         self._plans: dict[int | None, BlockPlan] = {}
         self._masks: dict[tuple, list[Tensor | None]] = {}
+        self._tiled: dict[tuple, list[TiledBlock]] = {}
         self._block_masks: dict[tuple, BlockMask] = {}
+        self.workspace = Workspace()
 
     @property
     def token_count(self) -> int:
@@ -115,6 +118,14 @@ class PackedLayout:
             known = None if self._known is None else self._known.mask
             self._plans[window] = _plan(partition(self.trie, window, known=known), len(self.trie.tokens))
         return self._plans[window]
+
+    def tiled_blocks(self, window: int | None, heads: int) -> list[TiledBlock]:
+        """The plan's blocks for :func:`vpd.packing.products.attend`, of layers with ``heads`` query heads in all."""
+        key = (window, heads)
+        if key not in self._tiled:
+            masks = self._build_masks(window, 1, torch.float32, torch.device("cpu"))
+            self._tiled[key] = cut_into_tiles(self.plan(window).blocks, masks, heads)
+        return self._tiled[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """The mask for flex_attention; see :func:`vpd.packing.flex.make_block_mask`."""
