@@ -94,9 +94,9 @@ def passes(workload: str, overrides: tuple[str, ...]) -> dict[str, Callable[[], 
     examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
     learner, algorithm = trainer.learner, trainer.args.algorithm
     tokens = sum(len(example.completion) for example in examples)
-    parts = learner.micro_batches(examples, [student_view, teacher_view])
-    states = [read_teacher(learner, part, algorithm) for part in parts]  # pyright: ignore[reportArgumentType]
     is_behind = borrows(learner, algorithm)  # pyright: ignore[reportArgumentType]
+    parts = learner.micro_batches(examples, student_view, teacher_view, behind=is_behind)
+    states = [read_teacher(learner, part, algorithm) for part in parts]  # pyright: ignore[reportArgumentType]
     lenders = [learner.pack(part, student_view, lends=is_behind) for part in parts]
     for lender in lenders:
         learner.score(lender, PredictorStates())

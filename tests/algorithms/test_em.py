@@ -94,7 +94,7 @@ def test_an_e_step_in_one_pass_equals_one_in_several(tmp_path):
         learner.score = lambda *args, score=score, counted=counted: (counted.append(None), score(*args))[1]
         result = vpd.update(learner, examples, trainer.args.algorithm, 1, 2, Timer())
         found[name] = (result.metrics, [p.detach().clone() for p in trainer.model.parameters()])
-        passes[name] = (len(counted), len(learner.micro_batches(examples, [teacher_view])))
+        passes[name] = (len(counted), len(learner.micro_batches(examples, teacher_view)))
     assert passes["one"] == (1, 1), "the prior alone: the M-step's teacher is read within the student's pass"
     assert passes["several"][1] > 1
     one, several = found["one"][0], found["several"][0]

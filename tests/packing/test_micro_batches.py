@@ -48,6 +48,24 @@ def test_a_group_that_fits_is_not_divided(views, budget, data):
             assert any(set(members) <= set(batch) for batch in plan)
 
 
+@few
+@given(rollouts, st.integers(1, 20))
+def test_of_views_behind_the_first_only_what_it_lacks_is_counted(views, budget):
+    def worst(batch):
+        first = [views[i][0][:-1] for i in batch]
+        both = first + [views[i][1][:-1] for i in batch if views[i][1] is not None]
+        firsts = len(build_trie(first).tokens)
+        return max(firsts / budget, (len(build_trie(both).tokens) - firsts) / (2 * budget))
+
+    plan = plan_micro_batches(views, [budget, 2 * budget], behind=True)
+
+    assert [i for batch in plan for i in batch] == list(range(len(views)))
+    for batch in plan:
+        assert len(batch) == 1 or worst(batch) <= 1
+    for batch, following in pairwise(plan):
+        assert worst([*batch, following[0]]) > 1
+
+
 def test_a_group_that_no_longer_fits_starts_a_micro_batch():
     views = [[[1, 2, 3, 4, 0]], [[5, 6, 7, 8, 0]], [[5, 6, 7, 9, 0]]]
     assert plan_micro_batches(views, 8, groups=["a", "b", "b"]) == [[0], [1, 2]]

@@ -118,7 +118,7 @@ def refine_teacher(
         fresh_prior = prior_of_student(fresh)
         margins |= _margins_by_source(learner, "margin_fresh_before", fresh, rewards_of(fresh, fresh_prior))
     planned = [
-        learner.micro_batches(minibatch, [teacher_view])
+        learner.micro_batches(minibatch, teacher_view)
         for minibatch in minibatches(examples, settings.e_minibatch_prompts, batch_prompts)
         if learner.total(len(minibatch))[0]
     ]

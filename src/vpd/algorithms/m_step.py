@@ -84,8 +84,9 @@ def distil(
     result = MStepResult({})
     steps = []
     entropy_sum = representation_sum = 0.0
+    is_behind = borrows(learner, settings)
     planned = [
-        (minibatch, learner.micro_batches(minibatch, [student_view, teacher_view]))
+        (minibatch, learner.micro_batches(minibatch, student_view, teacher_view, behind=is_behind))
         for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts)
     ]
     kept = _frozen_states(learner, [part for _, parts in planned for part in parts], settings)

@@ -75,6 +75,7 @@ def policy_step(
     minibatch_prompts = settings.m_minibatch_prompts
     is_whole = minibatch_prompts is None or minibatch_prompts >= batch_prompts
     reads_teacher = shape is not None or distillation is not None
+    is_behind = shape is None and distillation is not None and borrows(learner, distillation[2])
     for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts):
         counts = _counts(learner, minibatch)
         if not counts[0]:
@@ -88,8 +89,9 @@ def policy_step(
                 result.tokens.update(split_by_rollout(with_teacher(part), outputs))
 
         make_pass = _gradient_pass(learner, settings, counts, advantages, old, reference, shape, distillation, is_whole)
-        views = [student_view, teacher_view] if reads_teacher else [student_view]
-        steps.append(learner.optimise(learner.micro_batches(minibatch, views), make_pass, keep_numbers))
+        scored = teacher_view if reads_teacher else None
+        parts = learner.micro_batches(minibatch, student_view, scored, behind=is_behind)
+        steps.append(learner.optimise(parts, make_pass, keep_numbers))
     if steps:
         clipped, count = learner.total(clipped_tokens, tokens)
         result.metrics = {

@@ -155,7 +155,7 @@ def _train(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStart
             def make_pass(part: list[Sequenced], count: int = int(token_count)) -> tuple[PackedBatch, Objective]:
                 return supervised.pack(part, whole_view), Imitate(count)
 
-            losses.append(supervised.optimise(supervised.micro_batches(mine, [whole_view]), make_pass).loss)
+            losses.append(supervised.optimise(supervised.micro_batches(mine, whole_view), make_pass).loss)
             (out_of_time,) = supervised.total(
                 settings.max_seconds is not None and time.perf_counter() - start > settings.max_seconds
             )

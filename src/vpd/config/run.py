@@ -70,7 +70,8 @@ class OptimSettings(Section):
     extrapolation_tasks: int = Field(default=50, ge=1)
     """Training prompts on which each attempt is scored, as evaluations are sampled."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
-    """Computed tokens of one forward pass; a larger minibatch is accumulated over several."""
+    """Computed tokens of one pass with a gradient; a larger minibatch is accumulated over several. Passes without one
+    keep no activations and have four times as many."""
 
 
 class EvalSettings(Section):

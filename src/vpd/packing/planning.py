@@ -10,14 +10,15 @@ from vpd.packing.trie import PrefixCounter, Tokens
 
 def plan_micro_batches(
     views: Sequence[Sequence[Tokens | None]],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     *,
     groups: Sequence[Hashable] | None = None,
     share_prefixes: bool = True,
+    behind: bool = False,
 ) -> list[list[int]]:
     """Indices of rollouts for each micro-batch, in the given order.
 
-    A micro-batch holds, for each view, at most ``max_tokens`` packed tokens: the distinct prefix tokens of the view's
+    A micro-batch holds, of each view, at most ``max_tokens`` packed tokens: the distinct prefix tokens of the view's
     sequences without their last ones (as :func:`pack` computes them). It is filled until the next rollout no longer
     fits; with ``groups``, a group that fits in a micro-batch of its own is not divided, so that its prefix is computed
     once. A group above the budget is divided, each part with its own prefix. A rollout that alone is above the budget
@@ -25,16 +26,19 @@ def plan_micro_batches(
 
     Args:
         views: for each rollout its sequences, for example the student's and the teacher's; None where it lacks one.
-        max_tokens: the budget of one view.
+        max_tokens: the budget of one view, or of each.
         groups: for each rollout the name of its group; rollouts of a group stand next to each other.
         share_prefixes: whether the batches will share prefixes; False counts every token.
+        behind: whether the passes of all views but the first take its keys and values, so that only tokens that it
+            lacks count for them.
 
     Raises:
         ValueError: the budget is not positive, or rollouts have different numbers of views.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}; a micro-batch needs a budget of at least 1 token.")
     view_count = len(views[0]) if views else 0
+    budgets = [max_tokens] * max(1, view_count) if isinstance(max_tokens, int) else max_tokens
+    if min(budgets) < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; a micro-batch needs a budget of at least 1 token.")
     if any(len(rollout) != view_count for rollout in views):
         raise ValueError("Every rollout must have the same number of views; write None where it lacks one.")
     names = range(len(views)) if groups is None else groups
@@ -42,53 +46,55 @@ def plan_micro_batches(
         [i for i, _ in run] for _, run in groupby(zip(range(len(views)), names, strict=True), key=lambda pair: pair[1])
     ]
 
+    def start() -> _MicroBatch:
+        return _MicroBatch(budgets[:view_count], share_prefixes, behind)
+
     plan: list[list[int]] = []
-    current = _MicroBatch(view_count, max_tokens, share_prefixes)
+    current = start()
     for run in runs:
-        whole = _MicroBatch(view_count, max_tokens, share_prefixes)
+        whole = start()
         # Only if the run overflows what is open and fits in an empty one does a boundary before it spare a prefix.
         if current.rollouts and not current.copy().extend(run, views) and whole.extend(run, views):
             plan.append(current.rollouts)
             current = whole
             continue
         for i in run:
-            if current.rollouts and not current.fits(views[i]):
-                plan.append(current.rollouts)
-                current = _MicroBatch(view_count, max_tokens, share_prefixes)
-            current.add(i, views[i])
+            if not current.add(i, views[i]) and len(current.rollouts) > 1:
+                plan.append(current.rollouts[:-1])
+                current = start()
+                current.add(i, views[i])
     return [*plan, current.rollouts] if current.rollouts else plan
 
 
 class _MicroBatch:
     """The rollouts of one micro-batch and the packed tokens of each of their views."""
 
-    def __init__(self, view_count: int, max_tokens: int, share_prefixes: bool) -> None:
+    def __init__(self, budgets: Sequence[int], share_prefixes: bool, behind: bool) -> None:
         self.rollouts: list[int] = []
-        self._max_tokens = max_tokens
-        self._counters = [PrefixCounter(share_prefixes=share_prefixes) for _ in range(view_count)]
+        self._budgets = budgets
+        self._behind = behind
+        # Behind the first view, the others' counters hold its tokens too.
+        self._counters = [PrefixCounter(share_prefixes=share_prefixes) for _ in budgets]
 
     def copy(self) -> _MicroBatch:
-        duplicate = _MicroBatch(0, self._max_tokens, True)
+        duplicate = _MicroBatch(self._budgets, True, self._behind)
         duplicate.rollouts = list(self.rollouts)
         duplicate._counters = [counter.copy() for counter in self._counters]
         return duplicate
 
-    def fits(self, rollout: Sequence[Tokens | None]) -> bool:
-        return all(
-            counter.count + (0 if sequence is None else counter.new_tokens(sequence[:-1])) <= self._max_tokens
-            for counter, sequence in zip(self._counters, rollout, strict=True)
-        )
-
-    def add(self, index: int, rollout: Sequence[Tokens | None]) -> None:
-        for counter, sequence in zip(self._counters, rollout, strict=True):
-            if sequence is not None:
-                counter.add(sequence[:-1])
+    def add(self, index: int, rollout: Sequence[Tokens | None]) -> bool:
+        """Put a rollout in; whether all fit in the budget now."""
         self.rollouts.append(index)
+        for number, (counter, sequence) in enumerate(zip(self._counters, rollout, strict=True)):
+            first = rollout[0] if self._behind and number else None
+            for tokens in (first, sequence):
+                if tokens is not None:
+                    counter.add(tokens[:-1])
+        counts = [counter.count for counter in self._counters]
+        if self._behind:
+            counts[1:] = [count - counts[0] for count in counts[1:]]
+        return all(count <= budget for count, budget in zip(counts, self._budgets, strict=True))
 
     def extend(self, indices: list[int], views: Sequence[Sequence[Tokens | None]]) -> bool:
-        """Add the rollouts up to the first that does not fit; whether all did."""
-        for i in indices:
-            if not self.fits(views[i]):
-                return False
-            self.add(i, views[i])
-        return True
+        """Put rollouts in up to the first that does not fit; whether all did."""
+        return all(self.add(i, views[i]) for i in indices)

@@ -25,6 +25,9 @@ from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 
 T = TypeVar("T")
 
+SCORED_BUDGETS = 4
+"""Budgets of tokens that a pass without gradient may have: of activations it holds those of one layer at a time."""
+
 
 @dataclass(frozen=True)
 class View(Generic[T]):
@@ -111,14 +114,27 @@ class Learner:
         gathered = torch.as_tensor(self.accelerator.gather(padded)).cpu()
         return gathered[gathered.isfinite()]
 
-    def micro_batches(self, items: Sequence[T], views: Sequence[View[T]]) -> list[list[T]]:
-        """Split items so that each view of a part stays within the token budget.
+    def micro_batches(
+        self, items: Sequence[T], trained: View[T] | None, scored: View[T] | None = None, *, behind: bool = False
+    ) -> list[list[T]]:
+        """Split items so that each part stays within the token budget.
 
         Every process gets the same number of parts; those without items left get empty ones.
+
+        Args:
+            items: to be divided.
+            trained: the view of the passes with a gradient.
+            scored: that of passes without one, which keep no activations and have :data:`SCORED_BUDGETS` budgets.
+            behind: whether the scored view is for :meth:`score_behind`.
         """
-        sequences = [[view(item)[0] for view in views] for item in items]
+        budget = self.settings.micro_batch_tokens
+        views = [(trained, budget), (scored, SCORED_BUDGETS * budget)]
+        given = [(view, limit) for view, limit in views if view is not None]
         parts = plan_micro_batches(
-            sequences, self.settings.micro_batch_tokens, share_prefixes=self.module.share_prefixes
+            [[view(item)[0] for view, _ in given] for item in items],
+            [limit for _, limit in given],
+            share_prefixes=self.module.share_prefixes,
+            behind=behind,
         )
         most = int(self.largest(len(parts)))
         return [[items[index] for index in part] for part in parts] + [[] for _ in range(most - len(parts))]
@@ -187,7 +203,7 @@ class Learner:
     ) -> list[dict[str, Tensor]]:
         """What an objective says of each completion token [S]: by name, one [T] an item, on the CPU, in fp32."""
         results: list[dict[str, Tensor]] = []
-        for part in self.micro_batches(items, [view]):
+        for part in self.micro_batches(items, None, view):
             outputs = self.score(self.pack(part, view), objective, weights)
             if not part:
                 continue
