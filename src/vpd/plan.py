@@ -171,15 +171,20 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     teachers = has_teacher * (2 if teacher_kind == "trust_region" else 1)
     # In the M-step a live teacher stands behind the questions of the student's pass.
     has_dropout = settings.model.lora is not None and settings.model.lora.lora_dropout > 0
-    is_live = getattr(settings.algorithm, "teacher", "") == "live"
-    is_read_behind = is_live and settings.model.packed_attention == "blocks" and not has_dropout
+    lends = settings.model.packed_attention == "blocks" and not has_dropout
+    is_read_behind = lends and getattr(settings.algorithm, "teacher", "") == "live"
     m_teacher = teacher - is_read_behind * prompts * lengths.prompt
+    # And the E-step's prior behind those of the teacher's, where that is one pass.
+    is_dynamic = getattr(settings.algorithm, "prior", "") == "dynamic" and teacher_kind != "lora"
+    known_to_prior = lengths.prompt if lends and fits and is_dynamic else 0
+    prior = student - prompts * known_to_prior
     scored = rollouts * lengths.completion
 
     backward = 2 + settings.model.gradient_checkpointing
     student_pass, head = pass_flops(shape, replace(lengths, feedback=0), rollouts, student)
     teacher_pass, _ = pass_flops(shape, lengths, rollouts, teacher)
     m_teacher_pass, _ = pass_flops(shape, lengths, rollouts, m_teacher, is_read_behind * lengths.prompt)
+    prior_pass, _ = pass_flops(shape, replace(lengths, feedback=0), rollouts, prior, known_to_prior)
     prefill, _ = pass_flops(shape, Lengths(lengths.prompt, 0, 0), prompts, prompts * lengths.prompt)
     flops = Step(
         rollout=student_pass + head,
@@ -188,7 +193,7 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
         # The prior; the training pass, whose head is computed once more in its backward pass; delta's pass.
         e_step=e_share
         * (
-            student_pass
+            prior_pass
             + head
             + epochs * ((1 + backward) * teacher_pass + 4 * head)
             + (0 if fits else teacher_pass + head)
@@ -198,7 +203,7 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
         rollout=prompts * lengths.prompt + scored,
         student=(1 + reads) * student,
         teacher=teachers * m_teacher,
-        e_step=e_share * (student + (epochs + (not fits)) * teacher),
+        e_step=e_share * (prior + (epochs + (not fits)) * teacher),
     )
     unshared = rollouts * (lengths.prompt + lengths.completion)
     unshared += has_teacher * rollouts * (lengths.prompt + lengths.feedback + lengths.completion)
@@ -215,7 +220,7 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     read = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion / 2)
     read *= lengths.completion * batches
     # The E-step's prior and a separate pass for delta have no gradient.
-    without = e_share * (student_pass + head + (0 if fits else teacher_pass + head))
+    without = e_share * (prior_pass + head + (0 if fits else teacher_pass + head))
     reading = reads * (student_pass + head)
     # Weights, gradient and two moments, read and written, and the copy that samples.
     optimizer = shape.parameters * (7 * trained * (1 + e_share) + width + 2) / hardware.bandwidth

@@ -75,6 +75,13 @@ def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, mon
             for view in (student_view, teacher_view)
         )
         known += len(asked & taught)
+    if "type" not in algorithm:
+        # The E-step's prior, behind the teacher's pass over the whole batch.
+        asked, taught = (
+            {tuple(view(example)[0][:count]) for example in examples for count in range(1, len(view(example)[0]))}
+            for view in (student_view, teacher_view)
+        )
+        known += len(asked & taught)
     assert known > 15
     assert computed[1] - computed[0] == known
     for name in ("m_loss", "grad_norm"):
@@ -271,3 +278,31 @@ def test_a_capped_head_cannot_be_mixed():
     head = Head(torch.eye(3), softcap=2.0)
     with pytest.raises(ConfigError, match="cap their logits"):
         mixed_head(head, head, 0.5)
+
+
+def test_passes_without_gradient_have_four_budgets(tmp_path):
+    trainer = make(tmp_path)
+    learner, examples = trainer.learner, examples_of(trainer, 1)
+    student, teacher = (learner.pack(examples, view).token_count for view in (student_view, teacher_view))
+    quarter = -(-teacher // 4)
+    assert student < quarter
+
+    def parts(budget, *views):
+        learner.settings = learner.settings.model_copy(update={"micro_batch_tokens": budget})
+        return len(learner.micro_batches(examples, *views))
+
+    assert parts(quarter, student_view, teacher_view) == parts(quarter, None, teacher_view) == 1
+    assert parts(quarter - 1, student_view, teacher_view) == parts(quarter - 1, None, teacher_view) == 2
+    assert parts(quarter, teacher_view) >= 4
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"teacher": "live"}, {"teacher": "frozen"}, {"type": "joint", "teacher": "live"}]
+)
+def test_micro_batches_are_planned_for_where_the_teacher_stands(tmp_path, algorithm):
+    trainer = make(tmp_path, **algorithm)
+    learner, asked = trainer.learner, []
+    plan = learner.micro_batches
+    learner.micro_batches = lambda *args, behind=False: asked.append((len(args), behind)) or plan(*args, behind=behind)
+    trainer.update(trainer.sample(1), 1)
+    assert asked[-1] == (3, algorithm["teacher"] == "live"), "the M-step's, the last of the batch"

@@ -9,7 +9,8 @@ stay as they are while the minibatches are worked through. A batch of one class 
 and a loss that only pushes up or down teaches no difference.
 
 delta needs the implicit rewards of the whole batch before the loss of its first rollout. Where the batch is one pass,
-that pass's own forward gives them; otherwise a pass without gradient goes before.
+that pass's own forward gives them, and the prior is read within it, behind the questions' keys and values, as the
+network is still the student there; otherwise passes without gradient go before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,7 +114,6 @@ def refine_teacher(
         return implicit_rewards(learner.sequence_log_probs(of, teacher_view), prior, betas(of, settings))
 
     is_success = _successes(examples)
-    prior = prior_of_student(examples)
     margins: dict[str, float | None] = {}
     if fresh is not None:
         fresh_prior = prior_of_student(fresh)
@@ -123,11 +124,14 @@ def refine_teacher(
         if learner.total(len(minibatch))[0]
     ]
     start = _Start(learner, is_success, settings.shift_momentum, memory)
-    if not _is_one_pass(learner, planned):
-        start.take(rewards_of(examples, prior))
+    prior = _Prior(learner)
+    is_one = _is_one_pass(learner, planned)
+    if not (is_one and settings.prior == "dynamic" and learner.lends_keys):
+        prior.note(examples, prior_of_student(examples))
+    if not is_one:
+        start.take(rewards_of(examples, prior.of(examples)))
 
-    prior_of = {example.rollout: prior[index] for index, example in enumerate(examples)}
-    make_pass = _refining_pass(learner, settings, prior_of, start)
+    make_pass = _refining_pass(learner, settings, prior, start)
     has_own = learner.module.has_teacher_adapter
     with training_the_teacher_only(learner.module) if has_own else nullcontext():
         steps = [
@@ -138,7 +142,7 @@ def refine_teacher(
     rewards = start.rewards
     assert rewards is not None
     margins |= _margins_by_source(learner, "margin_before", examples, rewards)
-    refinement = Refinement(learner, examples, prior, settings)
+    refinement = Refinement(learner, examples, prior.of(examples), settings)
     if measures_after:
         margins |= refinement.margins_after(learner.sequence_log_probs(examples, teacher_view))
     if fresh is not None:
@@ -215,6 +219,27 @@ class _Start:
         return self.shift
 
 
+@dataclass
+class _Prior:
+    """log pi_prior(y|x) of rollouts, by their index: read before the step, or within the first pass of it."""
+
+    learner: Learner
+    log_probs: dict[int, Tensor] = field(default_factory=dict)
+
+    def note(self, examples: Sequence[Example], log_probs: Tensor) -> None:
+        """Keep what was found of some rollouts [B]."""
+        self.log_probs |= {example.rollout: value for example, value in zip(examples, log_probs, strict=True)}
+
+    def of(self, examples: Sequence[Example]) -> Tensor:
+        """That of some rollouts, which are known: [B]."""
+        return torch.stack([self.log_probs[example.rollout] for example in examples]) if examples else torch.zeros(0)
+
+    def read_within(self, examples: Sequence[Example], teacher: PackedBatch) -> Tensor:
+        """Read it within the teacher's pass, before anything is updated: [B]."""
+        self.note(examples, self.learner.sequence_log_probs_behind(examples, student_view, teacher))
+        return self.of(examples)
+
+
 def _is_one_pass(learner: Learner, planned: Sequence[Sequence[Sequence[Example]]]) -> bool:
     """Whether every process works its whole batch off in one pass, in which all of them can sum, free of dropout."""
     one = len(planned) == 1 and len(planned[0]) == 1 and len(planned[0][0]) > 0 and not learner.module.has_dropout
@@ -249,13 +274,15 @@ def _margins_by_source(
 
 
 def _refining_pass(
-    learner: Learner, settings: VPD, prior_of: dict[int, Tensor], start: _Start
+    learner: Learner, settings: VPD, prior: _Prior, start: _Start
 ) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
     success_count, failure_count = start.counts
 
     def make_pass(part: list[Example]) -> tuple[PackedBatch, Objective]:
-        return learner.pack(part, teacher_view), Refine(
-            prior_log_probs=torch.stack([prior_of[example.rollout] for example in part]) if part else torch.zeros(0),
+        is_known = all(example.rollout in prior.log_probs for example in part)
+        batch = learner.pack(part, teacher_view, lends=not is_known)
+        return batch, Refine(
+            prior_log_probs=prior.of(part) if is_known else partial(prior.read_within, part, batch),
             is_success=torch.tensor([example.is_success for example in part], dtype=torch.bool),
             shift_from=start.shift_from,
             success_count=success_count,

@@ -188,6 +188,12 @@ class Learner:
             module.train(was_training)
             lender.layout.forget()
 
+    def sequence_log_probs_behind(self, items: Sequence[T], view: View[T], lender: PackedBatch) -> Tensor:
+        """:meth:`sequence_log_probs` by :meth:`score_behind`."""
+        found = self.score_behind(items, view, lender, TokenLogProbs(self.temperature)).values["log_probs"]
+        lengths = [len(sequence) - start for sequence, start in map(view, items)]
+        return torch.stack([values.sum() for values in found.float().cpu().split(lengths)])
+
     def sequence_log_probs(self, items: Sequence[T], view: View[T], weights: WeightCopy | None = None) -> Tensor:
         """log pi(y|.) of each completion behind one view's prompt, summed over tokens: [B], on the CPU."""
         token_log_probs = self.token_log_probs(items, view, weights)

@@ -125,7 +125,7 @@ class Refine:
     """The E-step's loss: BCO on the implicit rewards of teacher sequences (VPD, Algorithm 1).
 
     Attributes:
-        prior_log_probs: [B], log pi_prior(y|x), without gradient.
+        prior_log_probs: [B], log pi_prior(y|x), without gradient, or what reads it once the pass has been made.
         is_success: [B] bool.
         shift_from: gives delta, a constant of the E-step, from the implicit rewards [B] of this pass, which only the
             first pass of an E-step needs.
@@ -133,7 +133,7 @@ class Refine:
         betas: [B], the implicit reward's temperature.
     """
 
-    prior_log_probs: Tensor
+    prior_log_probs: Tensor | Callable[[], Tensor]
     is_success: Tensor
     shift_from: Callable[[Tensor], float]
     success_count: int
@@ -143,9 +143,8 @@ class Refine:
 
     def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
         log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature), batch)
-        rewards = implicit_rewards(
-            log_probs, self.prior_log_probs.to(log_probs.device), self.betas.to(log_probs.device)
-        )
+        prior = self.prior_log_probs if isinstance(self.prior_log_probs, Tensor) else self.prior_log_probs()
+        rewards = implicit_rewards(log_probs, prior.to(log_probs.device), self.betas.to(log_probs.device))
         loss = bco_loss(
             rewards,
             self.is_success.to(log_probs.device),
