@@ -235,9 +235,10 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     held = min(settings.optim.micro_batch_tokens, max(student, teacher * (e_share > 0)))
     kept_layers = 2 if settings.model.gradient_checkpointing else _ACTIVATION_BYTES
     activations = held * shape.layers * shape.hidden * kept_layers
-    if is_read_behind and settings.model.gradient_checkpointing:
-        # Without checkpointing they are held for the backward pass anyway.
-        activations += cache_bytes(shape) * min(settings.optim.micro_batch_tokens, student)
+    if settings.model.gradient_checkpointing:
+        # Keys and values that are lent; without checkpointing they are held for the backward pass anyway.
+        lent = max(student * is_read_behind, teacher * (known_to_prior > 0) * (e_share > 0))
+        activations += cache_bytes(shape) * min(settings.optim.micro_batch_tokens, lent)
     # The copy that samples and its cache are freed before the update.
     sampling = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion)
     memory = shape.parameters * (width + (3 + copies) * trained) + max(activations, sampling)

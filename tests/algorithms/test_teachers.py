@@ -49,6 +49,8 @@ def logits_of(trainer, examples, settings):
         ({"type": "joint", "teacher": "live"}, {}),
         ({"type": "joint", "teacher": "live"}, {"feedback": {"sources": ["sibling"]}}),
         ({"teacher": "live", "representation_weight": 0.5, "m_minibatch_prompts": 1}, {}),
+        ({"teacher": "live", "e_epochs": 2}, {"model": {"lora": {"r": 4}}}),
+        ({"teacher": "live"}, {"model": {"autocast": "bfloat16", "gradient_checkpointing": True}}),
     ],
 )
 def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, monkeypatch, algorithm, sections):
@@ -294,6 +296,9 @@ def test_passes_without_gradient_have_four_budgets(tmp_path):
     assert parts(quarter, student_view, teacher_view) == parts(quarter, None, teacher_view) == 1
     assert parts(quarter - 1, student_view, teacher_view) == parts(quarter - 1, None, teacher_view) == 2
     assert parts(quarter, teacher_view) >= 4
+    assert len(learner.micro_batches(examples, student_view, teacher_view, wants_layers=True)) >= 4
+    trainer.model.activation_checkpointing_enable()
+    assert parts(quarter, student_view, teacher_view) >= 4
 
 
 @pytest.mark.parametrize(
@@ -303,6 +308,8 @@ def test_micro_batches_are_planned_for_where_the_teacher_stands(tmp_path, algori
     trainer = make(tmp_path, **algorithm)
     learner, asked = trainer.learner, []
     plan = learner.micro_batches
-    learner.micro_batches = lambda *args, behind=False: asked.append((len(args), behind)) or plan(*args, behind=behind)
+    learner.micro_batches = lambda *args, **options: (
+        asked.append((len(args), options.get("behind", False))) or plan(*args, **options)
+    )
     trainer.update(trainer.sample(1), 1)
     assert asked[-1] == (3, algorithm["teacher"] == "live"), "the M-step's, the last of the batch"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vpd.losses import Head, divergence, token_log_probs
-from vpd.losses.head import HeadProducts, has_bfloat16_products, tiles
+from vpd.losses.head import HeadProducts, tiles
+from vpd.processor import multiplies_bfloat16
 
 has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
@@ -16,7 +17,7 @@ has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 @pytest.fixture(params=["by oneDNN", "by hand"])
 def rounding(request, monkeypatch):
     """Both ways to round factors, the second also on a processor that would take the first."""
-    if not has_bfloat16_products():
+    if not multiplies_bfloat16():
         pytest.skip("this processor has no products in bfloat16")
     if request.param == "by hand":
         monkeypatch.setattr("vpd.losses.head._switch_of", lambda device: None)

@@ -90,5 +90,7 @@ def test_hundreds_of_rollouts_are_planned_at_once():
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="max_tokens is 0"):
         plan_micro_batches([[[1, 2]]], 0)
+    with pytest.raises(ValueError, match="2 budgets for 1 views"):
+        plan_micro_batches([[[1, 2]]], [4, 4])
     with pytest.raises(ValueError, match="same number of views"):
         plan_micro_batches([[[1, 2]], [[1, 2], [3]]], 4)

@@ -14,13 +14,12 @@ from vpd.packing.blocks import allowed_pairs, partition
 from vpd.packing.layout import PackedLayout
 from vpd.packing.products import Workspace, can_multiply, cut_into_tiles
 from vpd.packing.trie import build_trie
+from vpd.processor import multiplies_bfloat16
 
 CONFIGS = attention_configs()
 ROWS, KEY_HEADS = 2, 3
 
-pytestmark = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no products in bfloat16"
-)
+pytestmark = pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products in bfloat16")
 
 
 def _trie(prompt=40, branches=5, branch=30):
@@ -31,12 +30,13 @@ def _trie(prompt=40, branches=5, branch=30):
     return build_trie([[*start, *rng.integers(0, 1000, branch).tolist()] for start in prompts for _ in range(branches)])
 
 
-def _inputs(tokens, width, value_width, loudness):
-    """Queries, keys, values and the output's gradient; scores are around ``loudness``."""
+def _inputs(tokens, width, value_width, loudness, common=0.0):
+    """Queries, keys, values and the output's gradient; scores are around ``loudness``, and the values and the output's
+    gradient have ``common`` and 1 in common, which cancels in the gradient of the scores."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((tokens * ROWS, width), (tokens, width), (tokens, value_width), (tokens * ROWS, value_width))
     query, key, value, grad = (torch.randn(KEY_HEADS, *shape, generator=generator) for shape in shapes)
-    return [x.bfloat16() for x in (query * loudness, key, value, grad)]
+    return [x.bfloat16() for x in (query * loudness, key, value + common, grad + (common > 0))]
 
 
 def _formula(query, key, value, trie, window, scaling):
@@ -53,15 +53,15 @@ def _distance(left, right):
 
 @pytest.mark.parametrize("window", [None, 25])
 @pytest.mark.parametrize("largest", [300, 4000, products.TILE_SCORES])
-@pytest.mark.parametrize(("width", "value_width"), [(64, 64), (40, 16)])
-def test_outputs_and_gradients_are_those_of_the_formula(window, largest, width, value_width):
+@pytest.mark.parametrize(("width", "value_width", "common"), [(64, 64, 0.0), (40, 16, 0.0), (64, 64, 10.0)])
+def test_outputs_and_gradients_are_those_of_the_formula(window, largest, width, value_width, common):
     """Within the rounding of bfloat16 (8 bits), with scores so large that rounding them would show."""
     trie = _trie()
     layout = PackedLayout(trie)
     blocks = layout.plan(window).blocks
     masks = layout._build_masks(window, 1, torch.float32, torch.device("cpu"))
     tiled = cut_into_tiles(blocks, masks, ROWS * KEY_HEADS, largest)
-    *inputs, grad = _inputs(len(trie.tokens), width, value_width, loudness=8.0)
+    *inputs, grad = _inputs(len(trie.tokens), width, value_width, loudness=8.0, common=common)
     scaling = width**-0.5
 
     ours = [x.clone().requires_grad_() for x in inputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -31,11 +32,14 @@ print(max(after), min(before))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_a_large_tensor_takes_the_memory_of_the_one_before():
     """A page fault is a page that the system had to make."""
-    result = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True)
+    unsaid = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    result = subprocess.run([sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True, env=unsaid)
     after, before = map(int, result.stdout.split())
-    assert before > 1000, "64 MB in pages of 4 KB, or of 64 KB"
+    assert before > 30, "64 MB in pages of 4 KB, or of up to 2 MB"
     assert after < before / 10
 
 
-def test_on_other_devices_nothing_is_changed():
+def test_on_other_devices_and_where_the_environment_decides_nothing_is_changed(monkeypatch):
     assert not keep_freed_memory(torch.device("meta"))
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    assert not keep_freed_memory(torch.device("cpu"))

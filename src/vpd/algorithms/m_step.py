@@ -85,8 +85,12 @@ def distil(
     steps = []
     entropy_sum = representation_sum = 0.0
     is_behind = borrows(learner, settings)
+    wants_layers = settings.representation_weight > 0
     planned = [
-        (minibatch, learner.micro_batches(minibatch, student_view, teacher_view, behind=is_behind))
+        (
+            minibatch,
+            learner.micro_batches(minibatch, student_view, teacher_view, behind=is_behind, wants_layers=wants_layers),
+        )
         for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts)
     ]
     kept = _frozen_states(learner, [part for _, parts in planned for part in parts], settings)

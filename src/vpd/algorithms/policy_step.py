@@ -75,6 +75,7 @@ def policy_step(
     minibatch_prompts = settings.m_minibatch_prompts
     is_whole = minibatch_prompts is None or minibatch_prompts >= batch_prompts
     reads_teacher = shape is not None or distillation is not None
+    wants_layers = distillation is not None and distillation[2].representation_weight > 0
     is_behind = shape is None and distillation is not None and borrows(learner, distillation[2])
     for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts):
         counts = _counts(learner, minibatch)
@@ -90,7 +91,7 @@ def policy_step(
 
         make_pass = _gradient_pass(learner, settings, counts, advantages, old, reference, shape, distillation, is_whole)
         scored = teacher_view if reads_teacher else None
-        parts = learner.micro_batches(minibatch, student_view, scored, behind=is_behind)
+        parts = learner.micro_batches(minibatch, student_view, scored, behind=is_behind, wants_layers=wants_layers)
         steps.append(learner.optimise(parts, make_pass, keep_numbers))
     if steps:
         clipped, count = learner.total(clipped_tokens, tokens)

@@ -71,7 +71,7 @@ class OptimSettings(Section):
     """Training prompts on which each attempt is scored, as evaluations are sampled."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
     """Computed tokens of one pass with a gradient; a larger minibatch is accumulated over several. Passes without one
-    keep no activations and have four times as many."""
+    keep no activations and have up to four times as many."""
 
 
 class EvalSettings(Section):

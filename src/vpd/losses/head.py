@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpd.processor import multiplies_bfloat16
+
 DEFAULT_CHUNK_SIZE = 256
 """Tokens whose logits exist at a time.
 
@@ -161,8 +163,9 @@ class HeadProducts:
     autocast all other products of a network are. Sums stay in fp32, and so do the logits, which autocast rounds to 8
     bits: to a sixteenth where they are around 20.
 
-    A processor with AMX has such products. Others that multiply bfloat16 round what they return; there a second one,
-    from which the rounded first is taken away within the sum, gives what was lost. On both the smallest products, which
+    A processor with AMX has such products. Others that multiply bfloat16 round what they return. There a second one,
+    from which the rounded first is taken away within the sum, gives what the logits lost; gradients are rounded, a
+    chunk's share of them at a time, as autocast rounds those of all other weights. On both the smallest products, which
     gain nothing, stay exact.
 
     Args:
@@ -173,7 +176,7 @@ class HeadProducts:
     def __init__(self, weight: Tensor, *, rounded: bool) -> None:
         self._weight = weight
         self._switch = _switch_of(weight.device) if rounded else None
-        is_by_hand = rounded and self._switch is None and weight.device.type == "cpu" and has_bfloat16_products()
+        is_by_hand = rounded and self._switch is None and weight.device.type == "cpu" and multiplies_bfloat16()
         self._factors = weight.bfloat16() if is_by_hand else None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -226,11 +229,6 @@ class HeadProducts:
                 yield
             finally:
                 backend.fp32_precision = before
-
-
-def has_bfloat16_products() -> bool:
-    """Whether the processor multiplies bfloat16 numbers."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _switch_of(device: torch.device) -> tuple[Any, str] | None:

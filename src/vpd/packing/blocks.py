@@ -19,7 +19,7 @@ from vpd.packing.trie import Trie
 # pairs that the mask throws away, and spares calls and second copies of their ancestors' keys. Gathering a key and its
 # gradient costs as much as this many queries of it: measured on CPU in float32 and bfloat16, forward and backward.
 KEY_COST = 96
-CALL_COST = 1024
+CALL_COST = 4096
 
 # Bounds the mask of one block, and with it the scores that a kernel without tiling would hold.
 MAX_BLOCK_ELEMENTS = 2**24

@@ -30,13 +30,16 @@ def plan_micro_batches(
         groups: for each rollout the name of its group; rollouts of a group stand next to each other.
         share_prefixes: whether the batches will share prefixes; False counts every token.
         behind: whether the passes of all views but the first take its keys and values, so that only tokens that it
-            lacks count for them.
+            lacks count for them. (That pass also computes anew what predicts a completion's first token.)
 
     Raises:
-        ValueError: the budget is not positive, or rollouts have different numbers of views.
+        ValueError: a budget is not positive, there is not one for each view, or rollouts differ in their number of
+            views.
     """
     view_count = len(views[0]) if views else 0
     budgets = [max_tokens] * max(1, view_count) if isinstance(max_tokens, int) else max_tokens
+    if views and len(budgets) != view_count:
+        raise ValueError(f"There are {len(budgets)} budgets for {view_count} views.")
     if min(budgets) < 1:
         raise ValueError(f"max_tokens is {max_tokens}; a micro-batch needs a budget of at least 1 token.")
     if any(len(rollout) != view_count for rollout in views):

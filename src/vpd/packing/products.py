@@ -1,9 +1,11 @@
 """Attention of a packed batch's blocks by matrix products, for bfloat16 on a processor.
 
 PyTorch's own kernel multiplies in float32 there, at a fraction of the rate of products in bfloat16. Here all products
-have bfloat16 factors and float32 sums, as in kernels for GPUs. What they round is their result, which matters for the
-scores alone: a second product, from which the rounded first is taken away within the float32 sum, gives what rounding
-lost. Scores exist a tile at a time, in memory that all tiles of a batch share, and the backward pass makes them again.
+have bfloat16 factors and float32 sums, as in kernels for GPUs. What they round is their result, which matters twice. Of
+scores a second product, from which the rounded first is taken away within the float32 sum, gives what rounding lost.
+And the gradient of the weights, of which the softmax takes away each row's mean, is made from values without their own
+mean, so that what cancels is not rounded first. Scores exist a tile at a time, in memory that all tiles of a batch
+share, and the backward pass makes them again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vpd.packing.blocks import Block
+from vpd.processor import multiplies_bfloat16
 
 TILE_SCORES = 2**20
 """Scores of a tile, all heads together: 4 MB in float32. Smaller ones have slower products, larger ones leave the
@@ -66,7 +69,7 @@ class Workspace:
 def can_multiply(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     """Whether :func:`attend` computes this: in bfloat16, on a processor that has such products, without dropout."""
     is_bfloat16 = all(tensor.dtype == torch.bfloat16 for tensor in (query, key, value))
-    return is_bfloat16 and query.device.type == "cpu" and not dropout and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return is_bfloat16 and query.device.type == "cpu" and not dropout and multiplies_bfloat16()
 
 
 def cut_into_tiles(
@@ -155,13 +158,14 @@ class _Products(torch.autograd.Function):
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         for block in ctx.blocks:
             block_key, block_value = _gather(key, block), _gather(value, block)
+            centred = block_value - block_value.mean(dim=1, keepdim=True)
             for tile in block.tiles:
                 place, seen = slice(tile.start * rows, tile.stop * rows), slice(tile.key_count)
                 grad = grad_output[:, place]
                 weights = _weights(query[:, place], block_key, tile, ctx.scaling, workspace)
                 products = workspace.take("products", weights.shape, key.dtype).copy_(weights)
                 _add_to(grad_value, torch.bmm(products.transpose(1, 2), grad), block.key_ranges)
-                torch.bmm(grad, block_value[:, seen].transpose(1, 2), out=products)
+                torch.bmm(grad, centred[:, seen].transpose(1, 2), out=products)
                 grad_weights = workspace.take("scores", weights.shape, torch.float32).copy_(products)
                 grad_scores = workspace.take("gradient", weights.shape, torch.float32)
                 torch.ops.aten._softmax_backward_data.out(

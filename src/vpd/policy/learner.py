@@ -20,13 +20,15 @@ from torch.optim import Optimizer
 from vpd.config import OptimSettings
 from vpd.packing import PackedBatch, pack, plan_micro_batches
 from vpd.policy.copies import WeightCopy
+from vpd.policy.head import causal_lm_of
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 
 T = TypeVar("T")
 
 SCORED_BUDGETS = 4
-"""Budgets of tokens that a pass without gradient may have: of activations it holds those of one layer at a time."""
+"""Budgets of tokens that a pass without gradient may have where one with a gradient keeps all activations: it holds
+those of one layer at a time."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,13 @@ class Learner:
         return gathered[gathered.isfinite()]
 
     def micro_batches(
-        self, items: Sequence[T], trained: View[T] | None, scored: View[T] | None = None, *, behind: bool = False
+        self,
+        items: Sequence[T],
+        trained: View[T] | None,
+        scored: View[T] | None = None,
+        *,
+        behind: bool = False,
+        wants_layers: bool = False,
     ) -> list[list[T]]:
         """Split items so that each part stays within the token budget.
 
@@ -124,11 +132,15 @@ class Learner:
         Args:
             items: to be divided.
             trained: the view of the passes with a gradient.
-            scored: that of passes without one, which keep no activations and have :data:`SCORED_BUDGETS` budgets.
+            scored: that of passes without one, which have :data:`SCORED_BUDGETS` budgets; one with gradient
+                checkpointing, where training passes keep little too.
             behind: whether the scored view is for :meth:`score_behind`.
+            wants_layers: whether scoring keeps the states of layers before the last, and has one budget for that.
         """
         budget = self.settings.micro_batch_tokens
-        views = [(trained, budget), (scored, SCORED_BUDGETS * budget)]
+        keeps_little = getattr(causal_lm_of(self.module.model), "is_activation_checkpointing", False)
+        budgets = 1 if wants_layers or keeps_little else SCORED_BUDGETS
+        views = [(trained, budget), (scored, budgets * budget)]
         given = [(view, limit) for view, limit in views if view is not None]
         parts = plan_micro_batches(
             [[view(item)[0] for view, _ in given] for item in items],

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
+from vpd.processor import multiplies_bfloat16
 from vpd.rollout.attention import ROLLOUT_ATTENTION
 from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
 from vpd.rollout.packed import pack, unpack
@@ -311,10 +312,7 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices natively, so that they are faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return False
+    return device.type == "cpu" and multiplies_bfloat16()
 
 
 def make_twin(model: nn.Module, *, bfloat16: bool) -> nn.Module:
