@@ -11,6 +11,7 @@ from dense import dense_divergence
 from toy import toy_trainer
 
 from vpd.policy.module import PolicyModule
+from vpd.processor import multiplies_bfloat16
 from vpd.rollout import local
 
 STEPS = 4
@@ -125,3 +126,23 @@ def test_small_micro_batches(tmp_path, expected):
     found = curve(tmp_path / "run", optim={"micro_batch_tokens": 300})
     assert tokens(found) > tokens(expected), "prompts are computed once for each part"
     assert_the_same(found, expected)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products in bfloat16")
+@pytest.mark.parametrize("what", ["attention", "head"])
+def test_products_in_bfloat16(tmp_path, monkeypatch, what):
+    """Under autocast, whose rounding is all that tells the two curves apart."""
+    settings = {"model": {"autocast": "bfloat16"}}
+    expected = curve(tmp_path / "expected", **settings)
+    if what == "attention":
+        monkeypatch.setattr("vpd.packing.products.can_multiply", lambda *args: False)
+    else:
+        monkeypatch.setattr("vpd.losses.head.multiplies_bfloat16", lambda: False)
+        monkeypatch.setattr("vpd.losses.head._switch_of", lambda device: None)
+    found = curve(tmp_path / "found", **settings)
+    assert [line["grad_norm"] for line in found] != [line["grad_norm"] for line in expected]
+    for left, right in zip(found, expected, strict=True):
+        assert left["reward"] == right["reward"]
+        for name in CURVES:
+            if right.get(name) is not None:
+                assert left[name] == pytest.approx(right[name], rel=0.03, abs=1e-3, nan_ok=True), name
