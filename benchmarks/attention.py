@@ -10,14 +10,12 @@ length.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from benchmarks.passes import seconds_of
 from benchmarks.step.specs import WORKLOADS, Workload
 from vpd.packing import attention, pack, products
 from vpd.packing.layout import PackedLayout
@@ -40,17 +38,6 @@ def layout_of(workload: Workload, feedback: int) -> PackedLayout:
         for prompt, _ in product(prompts, range(workload.num_generations))
     ]
     return pack(sequences, [workload.prompt_tokens + feedback] * len(sequences)).layout
-
-
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median, after one that does not count."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def main() -> None:
@@ -83,9 +70,9 @@ def main() -> None:
         for way, attend in (("kernel", kernel), ("products", by_products)):
             inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
             with torch.no_grad():
-                forward = seconds(lambda f=attend, x=inputs: f(*x), options.repeats)
+                forward = seconds_of(lambda f=attend, x=inputs: f(*x), options.repeats)
             output = attend(*inputs)
-            backward = seconds(
+            backward = seconds_of(
                 lambda o=output, x=inputs, g=grad: torch.autograd.grad(o, x, g, retain_graph=True), options.repeats
             )
             found = torch.autograd.grad(output, inputs[:1], grad)[0].double()

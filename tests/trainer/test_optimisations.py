@@ -145,4 +145,4 @@ def test_products_in_bfloat16(tmp_path, monkeypatch, what):
         assert left["reward"] == right["reward"]
         for name in CURVES:
             if right.get(name) is not None:
-                assert left[name] == pytest.approx(right[name], rel=0.03, abs=1e-3, nan_ok=True), name
+                assert left[name] == pytest.approx(right[name], rel=0.01, abs=3e-4, nan_ok=True), name
