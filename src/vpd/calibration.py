@@ -25,6 +25,7 @@ from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
 from vpd.policy.prepare import autocasts, may_share_prefixes
+from vpd.policy.rotary import fuse_rotary
 from vpd.rollout.local import LocalEngine, computes_bfloat16
 
 _LARGEST = 200e6
@@ -74,8 +75,9 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
     if settings.model.gradient_checkpointing:
         network.activation_checkpointing_enable({"use_reentrant": False})
-    if settings.model.fused_norms:
+    if settings.model.fused_layers:
         fuse_norms(network)
+        fuse_rotary(network)
     half = autocasts(settings.model, device)
 
     decode_share = _decode_share(network, shape, settings, lengths, plain)

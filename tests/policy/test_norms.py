@@ -44,7 +44,7 @@ def _pair(width: int) -> tuple[LlamaRMSNorm, torch.Tensor]:
 @pytest.mark.parametrize("width", [8, 96])
 @pytest.mark.parametrize("tile", [1, 2**20])
 def test_values_and_gradients_are_transformers_own(monkeypatch, width, tile):
-    monkeypatch.setattr(norms, "_TILE_NUMBERS", tile * width)
+    monkeypatch.setattr(norms, "TILE_NUMBERS", tile * width)
     norm, x = _pair(width)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     found = []
@@ -139,7 +139,7 @@ def test_a_copy_that_samples_goes_over_its_rows_in_tiles_with_the_same_numbers(m
     expected = norm.bfloat16()(x.bfloat16())
     seen, compute = [], LlamaRMSNorm.forward
     monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: (seen.append(x.shape[0]), compute(self, x))[1])
-    monkeypatch.setattr(norms, "_TILE_NUMBERS", 10 * 96 // torch.get_num_threads())
+    monkeypatch.setattr(norms, "TILE_NUMBERS", 10 * 96 // torch.get_num_threads())
     with torch.no_grad():
         found = norms.forward(norm, x.bfloat16())
     assert torch.equal(found, expected)
@@ -169,7 +169,7 @@ def test_a_run_takes_the_same_course_with_and_without(tmp_path):
     for fused in (True, False):
         trainer = toy_trainer(
             tmp_path / str(fused),
-            model={"fused_norms": fused},
+            model={"fused_layers": fused},
             eval={"preflight_tasks": 0, "final_tasks": 0, "eval_on_start": False},
             run={"max_steps": 4},
         )

@@ -27,9 +27,9 @@ class ModelSettings(Section):
     packed_attention: Literal["blocks", "flex"] = "blocks"
     """How attention over shared prefixes is computed: block by block, or by flex_attention's one compiled kernel, which
     needs CUDA."""
-    fused_norms: bool = True
-    """Without a GPU, compute the RMS norms in one go over memory (see :mod:`vpd.policy.norms`): the same numbers but
-    for rounding, in less time and memory."""
+    fused_layers: bool = True
+    """Without a GPU, compute RMS norms and rotary positions in one go over memory (see :mod:`vpd.policy.norms` and
+    :mod:`vpd.policy.rotary`): the same numbers but for rounding, in less time and memory."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
     lora: LoraSettings | None = None

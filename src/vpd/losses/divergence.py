@@ -262,7 +262,8 @@ class _FusedDivergence(torch.autograd.Function):
                     gradient.add_chunk(rows, hidden, logits, grad_logits, token_weights[rows])
             total = torch.dot(token_weights, per_token)
 
-        ctx.save_for_backward(gradient.hidden, gradient.weight, gradient.bias)
+        # Not saved as tensors are: the backward pass gives them away, the largest of them as large as the head.
+        ctx.gradients = (gradient.hidden, gradient.weight, gradient.bias)
         ctx.dtypes = (student_hidden.dtype, student_weight.dtype, None if student_bias is None else student_bias.dtype)
         ctx.mark_non_differentiable(per_token, entropy, *target_log_probs)
         return total, per_token, entropy, *target_log_probs
@@ -270,10 +271,14 @@ class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_total).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("The divergence's gradient has been given away: there is no second backward pass.")
+        gradients, ctx.gradients = ctx.gradients, None
+        is_whole = grad_total.device.type == "cpu" and float(grad_total) == 1.0
+        gradients = [
+            None if gradient is None else (gradient if is_whole else gradient.mul_(grad_total)).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return *gradients, None, None, None, None, None, None, None
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpd.processor import multiplies_bfloat16
+from vpd.processor import multiplies_bfloat16, rounding_factors
 
 DEFAULT_CHUNK_SIZE = 256
 """Tokens whose logits exist at a time.
@@ -25,7 +24,7 @@ TILE_NUMBERS = 2**17
 them several times finds them in the core's cache. ``benchmarks/losses.py`` shows what that saves."""
 
 WORDS_AT_A_TIME = 4096
-"""Words of the vocabulary whose products with a chunk are rounded and corrected at a time, to stay in the cache."""
+"""Words of the vocabulary whose share of the weight's gradient is rounded at a time, to stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +109,9 @@ class HeadGradient:
         self._products = products
         self._temperature = temperature
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
-        self.weight = torch.zeros_like(head.weight) if needs[1] else None
+        # The first chunk's part is written there, not added.
+        make = torch.empty_like if len(hidden) else torch.zeros_like
+        self.weight = make(head.weight) if needs[1] else None
         self.bias = torch.zeros_like(head.bias) if needs[2] and head.bias is not None else None
 
     def add_chunk(
@@ -119,7 +120,7 @@ class HeadGradient:
         """Add one chunk's part; ``grad_logits`` is overwritten.
 
         Args:
-            rows: the chunk's place among the T tokens.
+            rows: the chunk's place among the T tokens; the one from 0 on comes first.
             hidden: [chunk, H] in fp32.
             logits: [chunk, V] as :meth:`Head.logits` gave them; read only where the head has a softcap.
             grad_logits: [chunk, V], the gradient with respect to ``logits`` before ``row_weights``.
@@ -133,7 +134,8 @@ class HeadGradient:
         if self.hidden is not None:
             torch.mul(self._products.grad_hidden(grad_logits), row_weights[:, None], out=self.hidden[rows])
         if self.weight is not None:
-            self._products.add_grad_weight(self.weight, grad_logits, hidden * row_weights[:, None])
+            weighted = hidden * row_weights[:, None]
+            self._products.add_grad_weight(self.weight, grad_logits, weighted, is_first=rows.start == 0)
         if self.bias is not None:
             self.bias.addmv_(grad_logits.t(), row_weights)
 
@@ -159,14 +161,13 @@ def may_round_products(device: torch.device) -> bool:
 class HeadProducts:
     """The three products of a head's weight and its chunks: logits, and the gradients of hidden states and weight.
 
-    Exact in fp32, or, where ``rounded``, with factors rounded to bfloat16 on a processor and to TF32 on CUDA, as under
-    autocast all other products of a network are. Sums stay in fp32, and so do the logits, which autocast rounds to 8
-    bits: to a sixteenth where they are around 20.
+    Exact in fp32, or, where ``rounded``, with factors that may be rounded to bfloat16 on a processor and to TF32 on
+    CUDA, as under autocast all other products of a network are. Sums stay in fp32, and so do the logits, which autocast
+    rounds to 8 bits: to a sixteenth where they are around 20.
 
-    A processor with AMX has such products. Others that multiply bfloat16 round what they return. There a second one,
-    from which the rounded first is taken away within the sum, gives what the logits lost; gradients are rounded, a
-    chunk's share of them at a time, as autocast rounds those of all other weights. On both the smallest products, which
-    gain nothing, stay exact.
+    CUDA and processors with AMX have such products of fp32 tensors. On other processors that multiply bfloat16 the
+    logits are exact, and gradients are rounded, a chunk's share of them at a time, as autocast rounds those of all
+    other weights.
 
     Args:
         weight: [V, H] fp32.
@@ -175,69 +176,52 @@ class HeadProducts:
 
     def __init__(self, weight: Tensor, *, rounded: bool) -> None:
         self._weight = weight
-        self._switch = _switch_of(weight.device) if rounded else None
-        is_by_hand = rounded and self._switch is None and weight.device.type == "cpu" and multiplies_bfloat16()
-        self._factors = weight.bfloat16() if is_by_hand else None
+        self._rounded = rounded
+        by_hand = rounded and weight.device.type == "cpu" and multiplies_bfloat16() and not _has_amx()
+        self._factors = weight.bfloat16() if by_hand else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] fp32 -> [T, V] fp32; differentiable where the products are exact."""
-        if self._factors is None or self._is_small(hidden):
-            with self._precision():
-                return torch.mm(hidden, self._weight.t())
-        logits = hidden.new_empty(hidden.shape[0], self._weight.shape[0])
-        hidden = hidden.bfloat16()
-        for words in chunks(self._weight.shape[0], WORDS_AT_A_TIME):
-            factors_HV = self._factors[words].t()
-            rounded = torch.mm(hidden, factors_HV)
-            part = logits[:, words].copy_(rounded)
-            part.add_(rounded.addmm_(hidden, factors_HV, beta=-1).float())
-        return logits
+        with self._precision():
+            return torch.mm(hidden, self._weight.t())
 
     def grad_hidden(self, grad_logits: Tensor) -> Tensor:
         """[T, V] fp32 -> [T, H]."""
-        if self._factors is None or self._is_small(grad_logits):
-            with self._precision():
-                return torch.mm(grad_logits, self._weight)
-        return torch.mm(grad_logits.bfloat16(), self._factors)
+        if self._factors is not None and not self._is_small(grad_logits):
+            return torch.mm(grad_logits.bfloat16(), self._factors)
+        with self._precision():
+            return torch.mm(grad_logits, self._weight)
 
-    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-        """Add the gradient to ``total`` [V, H] fp32; ``grad_logits`` [T, V] and ``hidden`` [T, H] are fp32."""
+    def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool = False) -> None:
+        """Add the gradient to ``total`` [V, H] fp32, or, where it is the first, write it there; ``grad_logits`` [T, V]
+        and ``hidden`` [T, H] are fp32."""
         if self._factors is None or self._is_small(hidden):
             with self._precision():
-                total.addmm_(grad_logits.t(), hidden)
+                torch.addmm(total, grad_logits.t(), hidden, beta=not is_first, out=total)
             return
         hidden = hidden.bfloat16()
         for words in chunks(self._weight.shape[0], WORDS_AT_A_TIME):
-            total[words].add_(torch.mm(grad_logits[:, words].bfloat16().t(), hidden).float())
+            part = torch.mm(grad_logits[:, words].bfloat16().t(), hidden)
+            if is_first:
+                total[words] = part
+            else:
+                total[words] += part.float()
 
     def _is_small(self, rows: Tensor) -> bool:
-        """By oneDNN's own measure."""
+        """By oneDNN's own measure; the smallest products gain nothing and stay exact."""
         return rows.shape[0] * self._weight.numel() <= 16**3
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """Around single products, since PyTorch has one switch for the whole process: what other threads multiply
-        meanwhile is rounded too. Autocast, which would round results, does not reach inside."""
-        with torch.autocast(self._weight.device.type, enabled=False):
-            if self._switch is None:
-                yield
-                return
-            backend, precision = self._switch
-            before = backend.fp32_precision
-            backend.fp32_precision = precision
-            try:
-                yield
-            finally:
-                backend.fp32_precision = before
+        """Autocast, which would round results, does not reach inside."""
+        device = self._weight.device
+        rounding = rounding_factors(device) if self._rounded else nullcontext()
+        with torch.autocast(device.type, enabled=False), rounding:
+            yield
 
 
-def _switch_of(device: torch.device) -> tuple[Any, str] | None:
-    """What lets products of fp32 tensors round their factors, and to what; None where nothing does."""
-    if device.type == "cuda":
-        return torch.backends.cuda.matmul, "tf32"
-    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
-        return torch.backends.mkldnn.matmul, "bf16"  # pyright: ignore[reportAttributeAccessIssue]
-    return None
+def _has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def check_hidden(name: str, hidden: Tensor, head: Head) -> None:

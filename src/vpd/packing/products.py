@@ -1,11 +1,9 @@
 """Attention of a packed batch's blocks by matrix products, for bfloat16 on a processor.
 
-PyTorch's own kernel multiplies in float32 there, at a fraction of the rate of products in bfloat16. Here all products
-have bfloat16 factors and float32 sums, as in kernels for GPUs. What they round is their result, which matters twice. Of
-scores a second product, from which the rounded first is taken away within the float32 sum, gives what rounding lost.
-And the gradient of the weights, of which the softmax takes away each row's mean, is made from values without their own
-mean, so that what cancels is not rounded first. Scores exist a tile at a time, in memory that all tiles of a batch
-share, and the backward pass makes them again.
+PyTorch's own kernel multiplies in float32 there, at a fraction of the rate of oneDNN's products. Here all products have
+bfloat16 factors and float32 sums, as in kernels for GPUs. Scores and the gradient of the weights, of which the softmax
+takes away what a row has in common, come out in float32, all others in bfloat16, at twice the rate. Scores exist a tile
+at a time, in memory that all tiles of a batch share, and the backward pass makes them again.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vpd.packing.blocks import Block
-from vpd.processor import multiplies_bfloat16
+from vpd.processor import multiplies_bfloat16, rounding_factors
 
 TILE_SCORES = 2**20
 """Scores of a tile, all heads together: 4 MB in float32. Smaller ones have slower products, larger ones leave the
@@ -139,7 +137,7 @@ class _Products(torch.autograd.Function):
         rows = query.shape[1] // _token_count(blocks)
         output = query.new_empty(*query.shape[:2], value.shape[2])
         for block in blocks:
-            block_key, block_value = _gather(key, block), _gather(value, block)
+            block_key, block_value = _gather(key, block).float(), _gather(value, block)
             for tile in block.tiles:
                 place = slice(tile.start * rows, tile.stop * rows)
                 weights = _weights(query[:, place], block_key, tile, scaling, workspace)
@@ -157,21 +155,20 @@ class _Products(torch.autograd.Function):
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         grad_value = torch.zeros_like(value, dtype=torch.float32)
         for block in ctx.blocks:
-            block_key, block_value = _gather(key, block), _gather(value, block)
-            centred = block_value - block_value.mean(dim=1, keepdim=True)
+            block_key, block_value = _gather(key, block), _gather(value, block).float()
+            wide_key = block_key.float()
             for tile in block.tiles:
                 place, seen = slice(tile.start * rows, tile.stop * rows), slice(tile.key_count)
                 grad = grad_output[:, place]
-                weights = _weights(query[:, place], block_key, tile, ctx.scaling, workspace)
+                weights = _weights(query[:, place], wide_key, tile, ctx.scaling, workspace)
                 products = workspace.take("products", weights.shape, key.dtype).copy_(weights)
                 _add_to(grad_value, torch.bmm(products.transpose(1, 2), grad), block.key_ranges)
-                torch.bmm(grad, centred[:, seen].transpose(1, 2), out=products)
-                grad_weights = workspace.take("scores", weights.shape, torch.float32).copy_(products)
-                grad_scores = workspace.take("gradient", weights.shape, torch.float32)
+                grad_weights = workspace.take("gradient", weights.shape, torch.float32)
+                _multiply(grad, block_value[:, seen], grad_weights)
                 torch.ops.aten._softmax_backward_data.out(
-                    grad_weights, weights, -1, torch.float32, grad_input=grad_scores
+                    grad_weights, weights, -1, torch.float32, grad_input=grad_weights
                 )
-                products.copy_(grad_scores)
+                products.copy_(grad_weights)
                 grad_query[:, place] = torch.bmm(products, block_key[:, seen])
                 _add_to(grad_key, torch.bmm(products.transpose(1, 2), query[:, place]), block.key_ranges)
         grad_query.mul_(ctx.scaling)
@@ -189,19 +186,22 @@ def _gather(tensor: Tensor, block: TiledBlock) -> Tensor:
 
 
 def _weights(query: Tensor, block_key: Tensor, tile: Tile, scaling: float, workspace: Workspace) -> Tensor:
-    """[key heads, rows, keys] float32, in the workspace's "weights"."""
-    key = block_key[:, : tile.key_count].transpose(1, 2)
-    shape = (*query.shape[:2], tile.key_count)
-    rounded = torch.bmm(query, key, out=workspace.take("products", shape, query.dtype))
-    scores = workspace.take("scores", shape, torch.float32).copy_(rounded)
+    """[key heads, rows, keys] float32, in the workspace's "weights"; ``block_key`` is float32."""
+    scores = workspace.take("weights", (*query.shape[:2], tile.key_count), torch.float32)
+    _multiply(query, block_key[:, : tile.key_count], scores)
     # A mask's row stands for all rows of its token.
-    by_token = scores.view(shape[0], tile.stop - tile.start, -1, shape[2])
+    by_token = scores.view(scores.shape[0], tile.stop - tile.start, -1, tile.key_count)
     unmasked = tile.key_count - tile.mask.shape[1]
     torch.add(tile.mask[:, None], by_token[..., unmasked:], alpha=scaling, out=by_token[..., unmasked:])
     if unmasked:
         by_token[..., :unmasked].mul_(scaling)
-    lost = workspace.take("weights", shape, torch.float32).copy_(rounded.baddbmm_(query, key, beta=-1))
-    return torch.ops.aten._softmax.out(scores.add_(lost, alpha=scaling), -1, False, out=lost)
+    return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
+
+
+def _multiply(left: Tensor, right: Tensor, output: Tensor) -> None:
+    """left right^T into ``output``, in float32; what is rounded of the factors, numbers of bfloat16, is nothing."""
+    with rounding_factors(left.device):
+        torch.bmm(left.float(), right.transpose(1, 2), out=output)
 
 
 def _add_to(total: Tensor, part: Tensor, ranges: Sequence[tuple[int, int]]) -> None:

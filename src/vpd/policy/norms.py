@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_TILE_NUMBERS = 2**17
+TILE_NUMBERS = 2**17
 """Per core: half a megabyte in float32."""
 
 _READ_BY_PROJECTIONS = ("input_layernorm", "post_attention_layernorm")
@@ -106,7 +106,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _tiles(rows: Tensor) -> list[slice]:
-    size = torch.get_num_threads() * max(1, _TILE_NUMBERS // rows.shape[1])
+    size = torch.get_num_threads() * max(1, TILE_NUMBERS // rows.shape[1])
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
 
 

@@ -20,6 +20,7 @@ from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
+from vpd.policy.rotary import fuse_rotary
 from vpd.rollout.local import computes_bfloat16
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,9 @@ def prepare_policy(
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
     verify_head(network)
-    if settings.fused_norms:
+    if settings.fused_layers:
         fuse_norms(network)
+        fuse_rotary(network)
     policy = PolicyModule(
         network, share_prefixes=may_share_prefixes(network, settings.packed_attention), kernel=settings.packed_attention
     )
