@@ -140,13 +140,15 @@ def pack(
     known = None if behind is None else _known(trie, predictors, behind.layout)
     computed = np.ones(len(trie.tokens), dtype=bool) if known is None else ~known.mask
     places = np.cumsum(computed) - 1
+    predictor = _concatenate([places[path] for path in predictors])
+    read = predictor.unique()
     return PackedBatch(
         input_ids=torch.from_numpy(trie.tokens[computed]),
         position_ids=torch.from_numpy(trie.depth[computed]),
         targets=_concatenate([arrays[i][completion_starts[i] :] for i in scored]),
-        predictor=_concatenate([places[predictor] for predictor in predictors]),
+        predictor=predictor,
         sequence=torch.from_numpy(np.repeat(np.asarray(scored, dtype=np.int64), counts)),
-        layout=PackedLayout(trie, known, lends),
+        layout=PackedLayout(trie, known, lends, scored=read if len(read) < computed.sum() else None),
         sequence_count=len(sequences),
         padded_token_count=len(sequences) * max((len(sequence) for sequence in sequences), default=0),
         row_lengths=None if share_prefixes else tuple(len(path) for path in trie.paths),
@@ -179,7 +181,8 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch, layers: Sequence[int]
     """Last hidden states [T, H] of a backbone (a model without its head), in the batch's packed order.
 
     A batch that shares prefixes needs :func:`enable_packed_attention`; one that does not is run row by row.
-    ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``.
+    ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``; a trimmed last
+    layer (:mod:`vpd.policy.last_layer`) leaves those of other tokens without meaning.
 
     Args:
         backbone: the model without its head.

@@ -65,10 +65,14 @@ class PackedLayout:
         trie: the tokens, known ones included.
         known: what another pass has computed of them; None for nothing.
         lends: whether other layouts will ask for this pass's keys and values.
+        scored: [n] of the T tokens, those whose last hidden states are read, ascending; None for all.
     """
 
-    def __init__(self, trie: Trie, known: Known | None = None, lends: bool = False) -> None:
+    def __init__(
+        self, trie: Trie, known: Known | None = None, lends: bool = False, scored: Tensor | None = None
+    ) -> None:
         self.trie = trie
+        self.scored = scored
         self._known = known
         self._kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] | None = {} if lends else None
         self._taken: Counter[nn.Module] = Counter()

@@ -42,7 +42,7 @@ def fuse_norms(model: nn.Module) -> int:
     for layer in model.modules():
         if any(hasattr(layer, name) for name in _NORMS_ITS_OUTPUTS) or not hasattr(layer, _READ_BY_PROJECTIONS[0]):
             continue
-        if not _only_projects(layer):
+        if not only_projects(layer):
             continue
         for name in _READ_BY_PROJECTIONS:
             norm = getattr(layer, name, None)
@@ -132,7 +132,7 @@ def _eps(norm: nn.Module) -> float | None:
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
-def _only_projects(layer: nn.Module) -> bool:
+def only_projects(layer: nn.Module) -> bool:
     """Whether all matrices of a layer are those of linear modules: experts and their routers often hold bare ones."""
     return all(
         isinstance(module, nn.Linear)

@@ -17,6 +17,7 @@ from vpd.config import AlgorithmSettings, ConfigError, LoraSettings, ModelSettin
 from vpd.packing import PackedKernel, check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
+from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
@@ -79,6 +80,7 @@ def prepare_policy(
     if settings.fused_layers:
         fuse_norms(network)
         fuse_rotary(network)
+        trim_last_layer(network)
     policy = PolicyModule(
         network, share_prefixes=may_share_prefixes(network, settings.packed_attention), kernel=settings.packed_attention
     )
