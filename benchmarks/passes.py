@@ -4,8 +4,7 @@
 
 Every product that a pass makes is noted with its shapes and dtypes, and made again by itself on random numbers. The
 efficiency is the time of these divided by the time of the pass: what is left is elementwise work, casts and overhead.
-Attention's products count where matrix products make them; those inside a kernel are overhead. Second products that
-make up for the rounding of first ones are overhead too.
+Attention's products count where matrix products make them; those inside a kernel are overhead.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +29,16 @@ from vpd.algorithms.example import Example, make_examples, student_view, teacher
 from vpd.algorithms.m_step import distilling_objective
 from vpd.algorithms.teacher import borrows, read_teacher
 from vpd.policy.objectives import PredictorStates
+from vpd.processor import rounding_factors
 from vpd.trainer import VPDTrainer
 
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default,
-             torch.ops.aten.bmm.default, torch.ops.aten.bmm.out, torch.ops.aten.mm.out}  # fmt: skip
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out,
+             torch.ops.aten.bmm.default, torch.ops.aten.bmm.out}  # fmt: skip
 
-Product = tuple[Any, tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]]
+Product = tuple[Any, bool, tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]]
+"""The function, whether its factors may be rounded, and the shape, layout and dtype of each."""
+
+_ROUNDING = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Noted(TorchDispatchMode):
@@ -45,10 +49,10 @@ class Noted(TorchDispatchMode):
         self.products: Counter[Product] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        takes_back = (kwargs or {}).get("beta") == -1
-        if func in _PRODUCTS and not takes_back:
+        if func in _PRODUCTS:
             tensors = [value for value in args if isinstance(value, torch.Tensor)][-2:]
-            self.products[func, tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)] += 1
+            factors = tuple((tuple(t.shape), t.stride(), t.dtype) for t in tensors)
+            self.products[func, _ROUNDING.fp32_precision == "bf16", factors] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -66,12 +70,13 @@ def seconds_of(work: Callable[[], Any], repeats: int) -> float:
 def seconds_alone(products: Counter[Product], repeats: int) -> float:
     """The same products by themselves, on operands of the same shapes, layouts and dtypes."""
     total = 0.0
-    for (_, operands), count in products.items():
+    for (_, is_rounded, operands), count in products.items():
         left, right = (torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in operands)
         multiply = torch.bmm if left.dim() == 3 else torch.mm
         # Many at once: one may be shorter than the clock's grain.
         burst = max(1, min(count, 10))
-        once = seconds_of(lambda m=multiply, a=left, b=right, n=burst: [m(a, b) for _ in range(n)], repeats) / burst
+        with rounding_factors(left.device) if is_rounded else nullcontext():
+            once = seconds_of(lambda m=multiply, a=left, b=right, n=burst: [m(a, b) for _ in range(n)], repeats) / burst
         total += once * count
     return total
 
