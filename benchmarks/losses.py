@@ -3,7 +3,7 @@
     python -m benchmarks.losses
 
 Three ways take turns: logits worked on a whole chunk at a time; a few rows at a time, which stay in the cores' caches,
-as the package does; and the same under autocast, where the head's products round their factors to bfloat16.
+as the package does; and the same under autocast, where the head's products may round their factors to bfloat16.
 """
 
 from __future__ import annotations

@@ -20,10 +20,12 @@ from torch import Tensor
 
 from vpd.config import VPD
 from vpd.packing import PackedBatch, pack
+from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.load import load_policy
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Distil, PredictorStates
+from vpd.policy.rotary import fuse_rotary
 
 _KINDS = ("js", "reverse_kl")
 
@@ -70,6 +72,8 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_policy(str(options.run / "model"))
     fuse_norms(loaded.model)
+    fuse_rotary(loaded.model)
+    trim_last_layer(loaded.model)
     policy = PolicyModule(loaded.model).eval()
     views = batches(options.run, loaded.tokenizer, options.rollouts)
     print(f"{len(views[0].targets)} completion tokens; distance from the gradient in float32, as a part of its length")

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
 from vpd.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
-from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.memory import keep_freed_memory
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
@@ -78,8 +77,8 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         network.activation_checkpointing_enable({"use_reentrant": False})
     if settings.model.fused_layers:
         fuse_norms(network)
+        # The last layer stays whole: it may be the only one here.
         fuse_rotary(network)
-        trim_last_layer(network)
     half = autocasts(settings.model, device)
 
     decode_share = _decode_share(network, shape, settings, lengths, plain)

@@ -21,11 +21,12 @@ def rounding_factors(device: torch.device) -> Iterator[None]:
     """Within, products of float32 tensors may round their factors, and are faster; their sums and results stay float32.
 
     On CUDA factors are rounded to TF32. On a processor oneDNN multiplies: where there is AMX it rounds them to
-    bfloat16, elsewhere it rounds nothing, and is still faster than the library that PyTorch takes by default, on an AMD
-    two to three times. The smallest products, which gain nothing, stay exact, and those on other devices.
+    bfloat16, on others with AVX-512 it rounds nothing, and is still faster than the library that PyTorch takes by
+    default, on an AMD two to three times. The smallest products, which gain nothing, stay exact, and those on other
+    devices.
 
-    For single products: PyTorch has one switch for the whole process, and what other threads multiply meanwhile is
-    rounded too.
+    For single products, by one thread: PyTorch has one switch for the whole process, what other threads multiply
+    meanwhile is rounded too, and of two that turn it at the same time one may leave it on.
     """
     if device.type not in ("cuda", "cpu"):
         yield

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vpd.losses import Head, divergence, token_log_probs
+from vpd.losses import head as head_module
 from vpd.losses.head import HeadProducts, tiles
 from vpd.processor import multiplies_bfloat16, rounding_factors
 
@@ -157,6 +158,24 @@ def test_products_are_exact_again_after_a_loss_and_after_an_error():
         HeadProducts(weight, rounded=True).logits(hidden[:, 1:])
 
     assert torch.equal(hidden @ weight.T, exact)
+
+
+@pytest.mark.parametrize("chunk_size", [7, 48])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_gradient_is_added_to_what_stood_in_memory(monkeypatch, chunk_size, autocast):
+    def poisoned(like, **kwargs):
+        return torch.full(like.shape, float("nan"), dtype=kwargs.get("dtype", like.dtype))
+
+    def gradients():
+        hidden, weight, _ = _inputs()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            total = divergence(hidden, hidden.detach().roll(1, dims=0), Head(weight), chunk_size=chunk_size).total
+        return torch.autograd.grad(total, (hidden, weight))
+
+    expected = gradients()
+    monkeypatch.setattr(head_module.torch, "empty_like", poisoned)
+    for found, clean in zip(gradients(), expected, strict=True):
+        assert torch.equal(found, clean)
 
 
 def test_the_switch_for_rounded_products_is_put_back_after_a_loss_and_after_an_error():

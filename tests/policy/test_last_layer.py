@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import SIZES, attention_configs, build, grouped_sequences
 from torch import nn
 from transformers import GPT2Config, MixtralConfig
@@ -99,6 +101,59 @@ def test_a_pass_that_fails_leaves_nothing_behind():
         hidden_states(model.model, batch)
     hook.remove()
     assert torch.equal(model.model(tokens).last_hidden_state, expected)
+
+
+def test_copies_and_pickled_models_are_trimmed_or_whole_but_the_same_where_it_counts():
+    model = _packed("llama")
+    trim_last_layer(model)
+    batch = pack(*grouped_sequences())
+    expected = _states(model, batch)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(_states(other, batch), expected)
+        assert not hidden_states(other.model, batch).isnan().any()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_adapters_of_the_last_layer_learn_as_before(dropout):
+    """Dropout draws its numbers in another order where fewer tokens pass; without it all is equal."""
+    targets = ["q_proj", "k_proj", "o_proj", "down_proj"]
+    batch = pack(*grouped_sequences())
+    found = []
+    for trims in (False, True):
+        torch.manual_seed(0)
+        base = _packed("llama")
+        adapted = get_peft_model(base, LoraConfig(r=4, target_modules=targets, lora_dropout=dropout))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+        assert not trims or trim_last_layer(adapted)
+        adapted.train()
+        _states(base, batch).square().sum().backward()
+        found.append([p.grad for p in adapted.parameters() if p.requires_grad])
+    for theirs, ours in zip(*found, strict=True):
+        assert ours.abs().sum() > 0
+        if not dropout:
+            torch.testing.assert_close(ours, theirs)
+
+
+class _Pair(nn.Module):
+    """An MLP that gives more than a tensor, or looks at the tokens before."""
+
+    def __init__(self, mlp, gives_two):
+        super().__init__()
+        self.mlp, self.gives_two = mlp, gives_two
+
+    def forward(self, x):
+        return (self.mlp(x), x) if self.gives_two else self.mlp(x.cumsum(1))
+
+
+@pytest.mark.parametrize("gives_two", [False, True])
+def test_a_layer_whose_mlp_is_of_another_kind_stays(gives_two):
+    model = build(CONFIGS["llama"])
+    model.model.layers[-1].mlp = _Pair(model.model.layers[-1].mlp, gives_two)
+    model.train()
+    assert not trim_last_layer(model)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name", _OTHERS)

@@ -101,6 +101,34 @@ def test_the_fused_function_is_used_and_other_models_keep_theirs(monkeypatch):
     assert len(calls) == 4 * 3
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "olmo3"])
+def test_a_model_in_bfloat16_computes_as_before(architecture):
+    """OLMo's cosines are in float32 also then, and its function gives what it was given."""
+    model = build(attention_configs()[architecture])
+    tokens = torch.arange(3, 20)[None]
+    expected = copy.deepcopy(model).bfloat16()(tokens).logits
+    fuse_rotary(model)
+    assert torch.equal(copy.deepcopy(model).bfloat16()(tokens).logits, expected)
+
+
+def test_the_result_may_be_changed_in_place():
+    x, cos, sin = _inputs()
+    rotate(x, cos, sin).mul_(2.0).sum().backward()
+    doubled, x.grad = x.grad, None
+    (2.0 * rotate(x, cos, sin)).sum().backward()
+    torch.testing.assert_close(doubled, x.grad)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it():
+    model = build(attention_configs()["llama"])
+    layer = model.model.layers[1].self_attn
+    own = layer.forward
+    layer.forward = lambda *inputs, **kwargs: own(*inputs, **kwargs)
+    kept = layer.forward
+    assert fuse_rotary(model) == 2
+    assert layer.forward is kept
+
+
 def test_a_function_of_another_kind_is_not_replaced(monkeypatch):
     def scaled(q, k, cos, sin):
         return tuple(1.01 * x for x in theirs(q, k, cos, sin))

@@ -104,6 +104,8 @@ def divergence(
             KL only).
         chunk_size: tokens whose logits exist at a time.
 
+    The total is differentiable once, in one backward pass, which gives away what was computed for it.
+
     Raises:
         ValueError: shapes that do not fit, heads with different vocabularies, or a setting out of range.
     """
@@ -272,7 +274,10 @@ class _FusedDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("The divergence's gradient has been given away: there is no second backward pass.")
+            raise RuntimeError(
+                "The divergence's gradient has been given away: there is no second backward pass. Compute the "
+                "divergence again, or take all gradients in one call."
+            )
         gradients, ctx.gradients = ctx.gradients, None
         is_whole = grad_total.device.type == "cpu" and float(grad_total) == 1.0
         gradients = [

@@ -108,6 +108,7 @@ class HeadGradient:
         self._head = head
         self._products = products
         self._temperature = temperature
+        self._is_empty = True
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
         # The first chunk's part is written there, not added.
         make = torch.empty_like if len(hidden) else torch.zeros_like
@@ -120,7 +121,7 @@ class HeadGradient:
         """Add one chunk's part; ``grad_logits`` is overwritten.
 
         Args:
-            rows: the chunk's place among the T tokens; the one from 0 on comes first.
+            rows: the chunk's place among the T tokens.
             hidden: [chunk, H] in fp32.
             logits: [chunk, V] as :meth:`Head.logits` gave them; read only where the head has a softcap.
             grad_logits: [chunk, V], the gradient with respect to ``logits`` before ``row_weights``.
@@ -135,9 +136,10 @@ class HeadGradient:
             torch.mul(self._products.grad_hidden(grad_logits), row_weights[:, None], out=self.hidden[rows])
         if self.weight is not None:
             weighted = hidden * row_weights[:, None]
-            self._products.add_grad_weight(self.weight, grad_logits, weighted, is_first=rows.start == 0)
+            self._products.add_grad_weight(self.weight, grad_logits, weighted, is_first=self._is_empty)
         if self.bias is not None:
             self.bias.addmv_(grad_logits.t(), row_weights)
+        self._is_empty = False
 
 
 def chunks(length: int, chunk_size: int) -> Iterator[slice]:
@@ -197,7 +199,7 @@ class HeadProducts:
         and ``hidden`` [T, H] are fp32."""
         if self._factors is None or self._is_small(hidden):
             with self._precision():
-                torch.addmm(total, grad_logits.t(), hidden, beta=not is_first, out=total)
+                torch.addmm(total, grad_logits.t(), hidden, beta=0.0 if is_first else 1.0, out=total)
             return
         hidden = hidden.bfloat16()
         for words in chunks(self._weight.shape[0], WORDS_AT_A_TIME):

@@ -165,6 +165,7 @@ class _Products(torch.autograd.Function):
                 _add_to(grad_value, torch.bmm(products.transpose(1, 2), grad), block.key_ranges)
                 grad_weights = workspace.take("gradient", weights.shape, torch.float32)
                 _multiply(grad, block_value[:, seen], grad_weights)
+                # Into its own input, as the softmax: both read a row whole before they write it, or number by number.
                 torch.ops.aten._softmax_backward_data.out(
                     grad_weights, weights, -1, torch.float32, grad_input=grad_weights
                 )

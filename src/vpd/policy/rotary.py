@@ -7,7 +7,6 @@ to the last cast. The backward pass needs nothing but cosines and sines.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
@@ -29,7 +28,8 @@ def fuse_rotary(model: nn.Module) -> int:
     """Let the attention layers rotate as this module describes, for good; return how many do.
 
     Where there is a GPU, none. Layers whose function computes something else (pairs of neighbours instead of halves)
-    stay as they are, and so do those that call it otherwise.
+    stay as they are, and so do those that call it otherwise, or have a forward of their own or a decorated one. What
+    others change in a layer's module from now on, these layers do not see.
 
     Args:
         model: a language model on the CPU.
@@ -38,11 +38,12 @@ def fuse_rotary(model: nn.Module) -> int:
         return 0
     count = 0
     for layer in model.modules():
-        function = inspect.unwrap(type(layer).forward)
-        theirs = getattr(function, "__globals__", {}).get(_NAME)
-        if not isinstance(function, FunctionType) or _NAME not in function.__code__.co_names or theirs is None:
+        function = type(layer).forward
+        is_own = "forward" not in vars(layer) and isinstance(function, FunctionType)
+        if not is_own or hasattr(function, "__wrapped__") or _NAME not in function.__code__.co_names:
             continue
-        if not _is_plain(theirs):
+        theirs = function.__globals__.get(_NAME)
+        if theirs is None or not _is_plain(theirs):
             continue
         # The layer's own forward, with another function under this name; on the instance, so that its class and its
         # module stay as they are for other models.
@@ -88,7 +89,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     half = width // 2
     tokens = x.transpose(1, 2).reshape(-1, heads, width)
     cos, sin = (part.expand(batch, length, width).reshape(-1, 1, width) for part in (cos, sin))
-    output = torch.empty(tokens.shape, dtype=dtype)
+    # Laid out as attention's outputs are, and not a view, which could not be changed in place.
+    strides = (length * heads * width, width, heads * width, 1)
+    output = torch.empty_strided((batch, heads, length, width), strides, dtype=dtype)
+    output_tokens = output.transpose(1, 2).view(tokens.shape)
     size = torch.get_num_threads() * max(1, TILE_NUMBERS // (heads * width))
     for start in range(0, len(tokens), size):
         tile = slice(start, start + size)
@@ -96,8 +100,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
         rotated = torch.mul(given, cos[tile])
         rotated[..., :half].addcmul_(given[..., half:], sin[tile, :, :half], value=-1)
         rotated[..., half:].addcmul_(given[..., :half], sin[tile, :, half:])
-        output[tile] = rotated
-    return output.view(batch, length, heads, width).transpose(1, 2)
+        output_tokens[tile] = rotated
+    return output
 
 
 def _faster(theirs: Rotation) -> Rotation:
@@ -107,8 +111,10 @@ def _faster(theirs: Rotation) -> Rotation:
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **others: Any
     ) -> tuple[Tensor, Tensor]:
         is_float32 = cos.dtype == sin.dtype == torch.float32 and q.device.type == "cpu"
+        # Some functions give what they were given: where nothing else tells the dtype, only float32 stays the same.
+        is_float32 &= torch.is_autocast_enabled("cpu") or q.dtype == k.dtype == torch.float32
         is_whole = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1]
-        if rest or others or not is_float32 or not is_whole or cos.requires_grad:
+        if rest or others or not is_float32 or not is_whole or cos.requires_grad or sin.requires_grad:
             return theirs(q, k, cos, sin, *rest, **others)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
@@ -121,9 +127,9 @@ def _is_plain(function: Rotation) -> bool:
     query, key = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(1, 2, 3, 8, generator=generator)
     cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = rotate(query, cos, sin), rotate(key, cos, sin)
         try:
             found = function(query, key, cos, sin)
-        except (TypeError, ValueError, RuntimeError, IndexError):
+            return all(torch.allclose(*pair, atol=1e-6) for pair in zip(found, expected, strict=True))
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError):
             return False
-        expected = rotate(query, cos, sin), rotate(key, cos, sin)
-    return len(found) == 2 and all(torch.allclose(*pair, atol=1e-6) for pair in zip(found, expected, strict=True))
