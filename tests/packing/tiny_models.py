@@ -82,3 +82,13 @@ def grouped_sequences() -> tuple[list[list[int]], list[int]]:
         sequences += [prompt + completion for completion in completions]
         starts += [len(prompt)] * len(completions)
     return sequences, starts
+
+
+def logits_and_gradients(model: PreTrainedModel, autocast: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """On two sequences: the logits [2, 30, V], and the gradient of some of them with respect to all weights, flat."""
+    tokens = torch.randint(3, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(tokens).logits.float()
+    logits.log_softmax(-1)[..., 5].sum().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import SIZES, attention_configs, build
+from tiny_models import SIZES, attention_configs, build, logits_and_gradients
 from toy import toy_trainer
 from transformers import GemmaConfig, MiniMaxConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -102,18 +102,9 @@ def test_models_compute_the_same_and_norms_of_another_kind_stay(architecture, co
     others = {"gemma": GemmaConfig, "mixtral": MixtralConfig, "minimax": MiniMaxConfig}
     config = others[architecture](**SIZES) if architecture in others else attention_configs()[architecture]
     model = build(config)
-    tokens = torch.randint(3, 61, (2, 30), generator=torch.Generator().manual_seed(0))
-
-    def logits_and_gradients():
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits = model(tokens).logits.float()
-        logits.log_softmax(-1)[..., 5].sum().backward()
-        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-    before = logits_and_gradients()
+    before = logits_and_gradients(model, autocast)
     assert fuse_norms(model) == count
-    for theirs, ours in zip(before, logits_and_gradients(), strict=True):
+    for theirs, ours in zip(before, logits_and_gradients(model, autocast), strict=True):
         tolerance = 2e-2 if autocast else 1e-5
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
