@@ -8,6 +8,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from vpd.rollout.groups import PromptGroups
+
 MIN_GROWTH = 64
 """Tokens; below it the copy on growth would come too often to be worth the memory saved."""
 
@@ -18,8 +20,17 @@ class PreallocatedLayer(CacheLayerMixin):
     Sliding-window layers use it too: all positions are kept and the attention mask, which transformers builds from
     the positions, hides those outside the window.
 
+    Rows may also :meth:`share` prompts: then the storage holds what came after the prompts, and attention, which finds
+    the layer by :func:`layer_of`, reads the prompts' keys and values from ``prompts``.
+
     Args:
         max_length: tokens that a sequence will ever have; storage never grows beyond it.
+
+    Attributes:
+        length: tokens that a row has, those of a shared prompt included.
+        groups: which row has which prompt; None where rows store theirs themselves.
+        prompts: keys and values of the shared prompts, [prompts, heads, P, width] each; None likewise.
+        knows_groups: whether the prompts' own pass was read from here by an attention that can read shared ones.
     """
 
     is_sliding = False
@@ -29,6 +40,9 @@ class PreallocatedLayer(CacheLayerMixin):
         self.max_length = max_length
         self.rows = 0
         self.length = 0
+        self.groups: PromptGroups | None = None
+        self.prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.knows_groups = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take over the prefill's own tensors: room to grow is allocated when the rows are expanded or extended."""
@@ -39,21 +53,31 @@ class PreallocatedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[rows, heads, new, width]``; returns views of all that is filled, new tokens included."""
+        """Append ``[rows, heads, new, width]``; returns views of all that is stored, new tokens included."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
+            return self._signed(key_states.view_as(key_states)), self._signed(value_states.view_as(value_states))
         assert self.keys is not None
         assert self.values is not None
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self.keys.shape[-2]:
+        start = self._stored
+        self.length += key_states.shape[-2]
+        if self._stored > self.keys.shape[-2]:
             self.keys = self._enlarged(self.keys, start)
             self.values = self._enlarged(self.values, start)
-        keys = self.keys[: self.rows, :, : self.length]
-        values = self.values[: self.rows, :, : self.length]
+        keys = self.keys[: self.rows, :, : self._stored]
+        values = self.values[: self.rows, :, : self._stored]
         keys[:, :, start:] = key_states
         values[:, :, start:] = value_states
-        return keys, values
+        return self._signed(keys), self._signed(values)
+
+    @property
+    def _stored(self) -> int:
+        """Tokens that are in the storage."""
+        return self.length - (0 if self.prompts is None else self.prompts[0].shape[-2])
+
+    def _signed(self, states: torch.Tensor) -> torch.Tensor:
+        states.cache_layer = self  # pyright: ignore[reportAttributeAccessIssue]
+        return states
 
     def _enlarged(self, storage: torch.Tensor, filled: int) -> torch.Tensor:
         larger = self._allocate(storage, self.rows)
@@ -61,7 +85,9 @@ class PreallocatedLayer(CacheLayerMixin):
         return larger
 
     def _allocate(self, like: torch.Tensor, rows: int) -> torch.Tensor:
-        capacity = max(self.length, min(self.max_length, self.length + max(MIN_GROWTH, self.length // 2)))
+        shared = self.length - self._stored
+        capacity = min(self.max_length - shared, self._stored + max(MIN_GROWTH, self._stored // 2))
+        capacity = max(self._stored, capacity)
         return like.new_empty(rows, like.shape[1], capacity, like.shape[3])
 
     def get_seq_length(self) -> int:
@@ -84,15 +110,47 @@ class PreallocatedLayer(CacheLayerMixin):
             setattr(self, name, expanded)
         self.rows = len(rows)
 
+    def share(self, groups: PromptGroups) -> None:
+        """Let rows have what is stored as their prompts, as ``groups`` says, and store what comes after them."""
+        assert self.keys is not None
+        assert self.values is not None
+        keys, values = (states[:, :, : self.length].contiguous() for states in (self.keys, self.values))
+        self.prompts, self.groups, self.rows = (keys, values), groups, len(groups.prompts)
+        self.keys, self.values = self._allocate(keys, self.rows), self._allocate(values, self.rows)
+
+    def unshare(self) -> None:
+        """Let each row store its prompt itself."""
+        assert self.groups is not None
+        assert self.prompts is not None
+        assert self.keys is not None
+        assert self.values is not None
+        shared, stored = self.length - self._stored, self._stored
+        rows = torch.tensor(self.groups.prompts, device=self.keys.device)
+        pairs = zip(self.prompts, (self.keys, self.values), strict=True)
+        self.groups = self.prompts = None
+        self.keys, self.values = (self._joined(prompts, rows, own[:, :, :stored], shared) for prompts, own in pairs)
+
+    def _joined(self, prompts: torch.Tensor, rows: torch.Tensor, own: torch.Tensor, shared: int) -> torch.Tensor:
+        storage = self._allocate(prompts, self.rows)
+        torch.index_select(prompts, 0, rows, out=storage[:, :, :shared])
+        storage[:, :, shared : self.length] = own[: self.rows]
+        return storage
+
     def drop(self, count: int, holes: torch.Tensor, fillers: torch.Tensor) -> None:
         """Keep ``count`` rows: copy rows ``fillers`` into ``holes``, and leave those from ``count`` on unused."""
         if self.keys is None or self.values is None:
             return
         if len(holes):
             for storage in (self.keys, self.values):
-                filled = storage[:, :, : self.length]
+                filled = storage[:, :, : self._stored]
                 filled[holes] = filled[fillers]
         self.rows = count
+
+
+def layer_of(keys: torch.Tensor, values: torch.Tensor) -> PreallocatedLayer | None:
+    """The layer whose :meth:`PreallocatedLayer.update` has returned both; None where either is something else."""
+    layer = getattr(keys, "cache_layer", None)
+    return layer if layer is getattr(values, "cache_layer", None) else None
 
 
 class PreallocatedCache(Cache):
@@ -107,12 +165,42 @@ class PreallocatedCache(Cache):
     def __init__(self, layers: Sequence[PreallocatedLayer | DummyLayer], *, places_matter: bool):
         super().__init__(layers=list(layers))
         self.places_matter = places_matter
+        self._attention_layers = [layer for layer in layers if isinstance(layer, PreallocatedLayer)]
+        self._groups: PromptGroups | None = None
+        self._prompt_numbers = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rows share their prompts; attention then takes no mask."""
+        return self._groups is not None
+
+    def share(self, prompts: Sequence[int], mask: torch.Tensor | None) -> bool:
+        """Let rows share what is stored, their prompts, where that is worth while and attention can.
+
+        Args:
+            prompts: of each row to come, which of the stored ones is its own.
+            mask: see :class:`PromptGroups`.
+
+        Returns:
+            Whether they do. If not, nothing has changed.
+        """
+        if self.places_matter or not all(layer.knows_groups for layer in self._attention_layers):
+            return False
+        keys = self._attention_layers[0].keys
+        assert keys is not None
+        groups = PromptGroups(prompts, mask, keys.dtype, keys.device)
+        self._prompt_numbers = keys.shape[1] * self._attention_layers[0].length * keys.shape[3]
+        if not groups.saves(self._prompt_numbers):
+            return False
+        for layer in self._attention_layers:
+            layer.share(groups)
+        self._groups = groups
+        return True
 
     def expand(self, rows: torch.Tensor) -> None:
         """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""
-        for layer in self.layers:
-            if isinstance(layer, PreallocatedLayer):
-                layer.expand(rows)
+        for layer in self._attention_layers:
+            layer.expand(rows)
 
     def drop(self, kept: list[int], device: torch.device) -> list[int]:
         """Keep the given rows (ascending) and return their new order: entry i is the row that is now row i.
@@ -122,9 +210,14 @@ class PreallocatedCache(Cache):
         order, holes, fillers = compaction(kept)
         hole_rows = torch.tensor(holes, dtype=torch.long, device=device)
         filler_rows = torch.tensor(fillers, dtype=torch.long, device=device)
-        for layer in self.layers:
-            if isinstance(layer, PreallocatedLayer):
-                layer.drop(len(kept), hole_rows, filler_rows)
+        for layer in self._attention_layers:
+            layer.drop(len(kept), hole_rows, filler_rows)
+        if self._groups is not None:
+            self._groups.keep(order)
+            if not self._groups.saves(self._prompt_numbers):
+                self._groups = None
+                for layer in self._attention_layers:
+                    layer.unshare()
         return order
 
 

@@ -50,9 +50,10 @@ class LocalEngine:
     brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
     hooks are never touched.
 
-    Each distinct prompt is computed once and its cache expanded to its generations; what all prompts of a batch begin
-    with, such as a system message, is computed once for all of them, where positions are rotary and no layer has a
-    sliding window or a state. Sequences that end leave the batch at once.
+    Each distinct prompt is computed once, and its cache expanded to its generations. Where positions are rotary and no
+    layer has a sliding window or a state, generations may share it instead (on a processor, where that saves enough),
+    and what all prompts of a batch begin with, such as a system message, is computed once for all of them. Sequences
+    that end leave the batch at once.
 
     Args:
         model: a causal language model of transformers or PEFT, on its device, without wrappers such as DDP.
@@ -236,8 +237,10 @@ class LocalEngine:
         input_ids, mask, position_ids = self._pad(list(distinct), shared, longest)
         logits = self._forward(input_ids, mask, position_ids, cache)
 
-        rows = torch.tensor([distinct[prompt] for prompt in prompts], device=self._device)
-        cache.expand(rows)
+        places = [distinct[prompt] for prompt in prompts]
+        rows = torch.tensor(places, device=self._device)
+        if not (isinstance(cache, PreallocatedCache) and cache.share(places, mask)):
+            cache.expand(rows)
         logits, position_ids = logits[rows], position_ids[rows, -1:]
         if mask is not None:
             mask = nn.functional.pad(mask[rows], (0, steps), value=1)
@@ -261,7 +264,8 @@ class LocalEngine:
                 tokens, position_ids = tokens[order], position_ids[order]
                 mask = mask if mask is None else mask[order]
             position_ids = position_ids + 1
-            seen = None if mask is None else mask[:, : longest + step + 1]
+            is_shared = isinstance(cache, PreallocatedCache) and cache.is_shared
+            seen = None if mask is None or is_shared else mask[:, : longest + step + 1]
             logits = self._forward(tokens[:, None], seen, position_ids, cache)
 
     def _pad(
