@@ -54,8 +54,8 @@ def test_a_step_of_decoding_without_padding_is_computed_in_rows(make_model, toke
         shapes.append((tuple(query.shape[1:3]), kwargs.get("enable_gqa", False)))
         return attend(query, key, *args, **kwargs)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     engine = LocalEngine(make_model("llama"), tokenizer, dtype="float32")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     engine.generate([[5, 6, 7], [8, 9, 10]], max_new_tokens=3, eos_token_ids=())
-    # Two layers: the prompts, then two steps with 2 key heads of 2 query heads each.
-    assert shapes == [((4, 3), True)] * 2 + [((2, 2), False)] * 4
+    # Two layers: the prompts, packed in one block, then two steps with 2 key heads of 2 query heads each.
+    assert shapes == [((2, 12), False)] * 2 + [((2, 2), False)] * 4

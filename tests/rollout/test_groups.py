@@ -41,7 +41,7 @@ def samples_of(model, tokenizer, monkeypatch, least, prompts=PROMPTS, dtype="flo
     shared = []
     engine = LocalEngine(model, tokenizer, dtype=dtype)
     engine._twin.register_forward_pre_hook(
-        lambda module, args, kwargs: shared.append(getattr(kwargs["past_key_values"], "is_shared", False)),
+        lambda module, args, kwargs: shared.append("packed" not in kwargs and kwargs["past_key_values"].is_shared),
         with_kwargs=True,
     )
     settings = {"num_generations": 4, "max_new_tokens": 12, "eos_token_ids": range(2, 12), "seed": 2, **settings}
@@ -92,26 +92,15 @@ def test_few_generations_or_short_prompts_are_not_worth_it(make_model, tokenizer
         assert shared == [False, expected]
 
 
-def test_an_attention_that_does_not_know_shared_prompts_gets_none(make_model, tokenizer, monkeypatch):
-    model = make_model("llama")
-    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
-    assert not any(samples_of(model, tokenizer, monkeypatch, 1)[1])
-
-
-def prefilled(width=8):
-    """A cache of two prompts of 5 tokens, its layer of attention, and what was put in."""
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_equals_attention_to_whole_rows(monkeypatch, scaling):
+    monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
     cache = make_cache(LlamaConfig(num_hidden_layers=1), max_length=8)
     assert isinstance(cache, PreallocatedCache)
     module = torch.nn.Module()
     module.num_key_value_groups = 2
-    return cache, module, torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, width)
-
-
-@pytest.mark.parametrize("scaling", [None, 0.7])
-def test_equals_attention_to_whole_rows(monkeypatch, scaling):
-    monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
-    cache, module, query, key, value = prefilled()
-    rollout_attention_forward(module, query, *cache.update(key, value, 0), None, scaling=scaling)
+    key, value = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    cache.update(key, value, 0)
     prompts = [0, 1, 0, 0]
     padding = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     assert cache.share(prompts, padding)
@@ -129,14 +118,3 @@ def test_equals_attention_to_whole_rows(monkeypatch, scaling):
     assert layer.keys.shape[2] == 3, "room for what comes after the prompts"
     with pytest.raises(RuntimeError, match="without a mask"):
         rollout_attention_forward(module, query, *cache.update(key, value, 0), mask[:, None, None])
-
-
-def test_states_that_changed_on_their_way_are_not_shared(monkeypatch):
-    monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
-    for key_factor, value_factor, width in ((1.0, None, 8), (None, 1.0, 8), (None, None, 10)):
-        cache, module, query, key, value = prefilled(width)
-        keys, values = cache.update(key, value, 0)
-        keys = keys if key_factor is None else keys * key_factor
-        values = values if value_factor is None else values * value_factor
-        rollout_attention_forward(module, query, keys, values, None)
-        assert not cache.share([0, 0, 1, 1], None)

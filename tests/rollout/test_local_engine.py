@@ -83,7 +83,7 @@ def test_each_distinct_prompt_is_computed_once(make_model, tokenizer):
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     subject.generate([*PROMPTS, PROMPTS[1]], num_generations=3, max_new_tokens=4, eos_token_ids=[])
-    assert shapes == [(len(PROMPTS), max(map(len, PROMPTS)))] + [(15, 1)] * 3
+    assert shapes == [(1, sum(map(len, PROMPTS)))] + [(15, 1)] * 3
 
 
 SYSTEM = list(range(50, 90))
@@ -93,9 +93,7 @@ SYSTEM = list(range(50, 90))
 @pytest.mark.parametrize(
     "tails", [[[5, 6, 7, 8], [20, 21], [22], [30], [31, 32, 33]], [[5, 6], [7, 8], [9, 4], [3, 2], [4, 4]]]
 )
-def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
-    make_model, tokenizer, monkeypatch, name, tails
-):
+def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(make_model, tokenizer, name, tails):
     subject, prompts = engine(make_model(name), tokenizer), [SYSTEM + tail for tail in tails]
     calls = []
     subject._twin.register_forward_pre_hook(
@@ -103,12 +101,10 @@ def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
     )
     settings = {"num_generations": 2, "max_new_tokens": 6, "eos_token_ids": range(2, 12), "seed": 4}
     shared = subject.generate(prompts, **settings)
-    # Those with a window, a state or positions that are not rotary compute every prompt whole.
-    if name in ("llama", "qwen3"):
-        assert calls[:2] == [(1, len(SYSTEM)), (len(tails), max(map(len, tails)))]
-    else:
-        assert (1, len(SYSTEM)) not in calls
-    monkeypatch.setattr("vpd.rollout.local.SHARED_FROM", 10**9)
+    # Those with a state, and those whose attention is not transformers' common one, compute every prompt whole.
+    is_packed = name in ("llama", "qwen3", "gemma3")
+    assert (calls[0] == (1, len(SYSTEM) + sum(map(len, tails)))) == is_packed
+    subject._prefill.packs = False
     calls.clear()
     alone = subject.generate(prompts, **settings)
     assert calls[0][1] == max(len(prompt) for prompt in prompts)
@@ -116,22 +112,6 @@ def test_what_all_prompts_begin_with_is_computed_once_and_changes_nothing(
     for left, right in zip(shared, alone, strict=True):
         for a, b in zip(left, right, strict=True):
             assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
-
-
-def test_a_shared_beginning_leaves_each_prompt_a_token_and_must_save_enough(make_model, tokenizer):
-    subject = engine(make_model("llama"), tokenizer)
-    calls = []
-    subject._twin.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    once = {"max_new_tokens": 1, "eos_token_ids": []}
-    # One prompt is the beginning of the others.
-    subject.generate([SYSTEM, *([*SYSTEM, last] for last in range(5, 9))], **once)
-    assert calls == [(1, len(SYSTEM) - 1), (5, 2)]
-    calls.clear()
-    subject.generate([[*SYSTEM, last] for last in range(5, 9)], **once)
-    subject.generate([SYSTEM] * 9, **once)
-    assert calls == [(4, len(SYSTEM) + 1), (1, len(SYSTEM))]
 
 
 def test_a_model_that_carries_a_state_never_sees_padding(make_model, tokenizer):

@@ -13,7 +13,9 @@ from toy import toy_trainer
 
 from vpd.policy.module import PolicyModule
 from vpd.processor import multiplies_bfloat16
-from vpd.rollout import local
+from vpd.rollout import groups, prefill
+from vpd.rollout.cache import PreallocatedCache
+from vpd.rollout.prefill import Prefill
 
 STEPS = 4
 # Sums of log-probabilities that nearly cancel keep the rounding of what they are made of.
@@ -31,14 +33,18 @@ def curve(folder, **sections) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    """The curve with all of them; toy prompts have few tokens in common."""
-    shared = []
+    """The curve with all of them; toy prompts are too short for generations to share them by default."""
+    packed, shared = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "SHARED_FROM", 4)
-        find = local._worthwhile_prefix
-        patch.setattr(local, "_worthwhile_prefix", lambda prompts: (shared.append(find(prompts)), shared[-1])[1])
+        patch.setattr(groups, "SHARED_NUMBERS", 1)
+        call, share = Prefill.__call__, PreallocatedCache.share
+        patch.setattr(Prefill, "__call__", lambda self, *args: (packed.append(self.packs), call(self, *args))[1])
+        patch.setattr(PreallocatedCache, "share", lambda *args: (shared.append(share(*args)), shared[-1])[1])
         found = curve(tmp_path_factory.mktemp("optimised") / "run")
-    assert all(shared), "the prompts of each batch begin alike"
+    assert packed
+    assert all(packed)
+    assert shared
+    assert all(shared)
     assert sum("e_loss" in line for line in found) == STEPS // 2
     return found
 
@@ -69,7 +75,12 @@ def test_tokens_computed_again(tmp_path, monkeypatch, expected, what):
 
 
 def test_every_prompt_read_from_its_beginning(tmp_path, monkeypatch, expected):
-    monkeypatch.setattr(local, "SHARED_FROM", 10**9)
+    monkeypatch.setattr(prefill, "packable", lambda model: (False, "not here"))
+    assert_the_same(curve(tmp_path / "run"), expected)
+
+
+def test_every_generation_with_its_own_prompt(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr(groups, "SHARED_NUMBERS", 10**9)
     assert_the_same(curve(tmp_path / "run"), expected)
 
 

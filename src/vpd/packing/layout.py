@@ -95,7 +95,7 @@ class PackedLayout:
         """
         if self._known is None:
             return key, value
-        lent = (self._known.lender._kept or {}).get(layer)
+        lent = self._known.lender.kept.get(layer)
         if not lent:
             raise ValueError(
                 "The batch that is to lend its keys and values has none: it was packed without `lends`, has not been "
@@ -110,6 +110,11 @@ class PackedLayout:
         """Keep a layer's keys and values [key heads, T, D], without their gradient, if this batch lends them."""
         if self._kept is not None:
             self._kept.setdefault(layer, []).append((key.detach(), value.detach()))
+
+    @property
+    def kept(self) -> dict[nn.Module, list[tuple[Tensor, Tensor]]]:
+        """Of each layer, the keys and values [key heads, T, D] that this batch lends: those of each time it ran."""
+        return self._kept or {}
 
     def forget(self) -> None:
         """Keep no keys and values from now on, so that gradient checkpointing's second pass keeps none either."""

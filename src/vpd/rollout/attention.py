@@ -4,7 +4,7 @@ transformers' own, but for decoding steps on the processor. There PyTorch's kern
 one by one, which for a single query of bfloat16, on a processor without AMX, takes several times as long as the same
 queries as rows of one matrix (transformers makes rows of them itself where there is a mask). And sequences that share
 their prompt read its keys and values once: their queries are rows of one matrix too, whose result is joined to that of
-what each sequence has written.
+what each sequence has written. A packed batch is computed as in training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vpd.packing.attention import packed_attention_forward
 from vpd.rollout.cache import PreallocatedLayer, layer_of
 
 ROLLOUT_ATTENTION = "vpd_rollout"
@@ -35,11 +36,13 @@ def rollout_attention_forward(
         key: [B, key heads, T, D]; where sequences share prompts, of what they have written.
         value: [B, key heads, T, D of values]; likewise.
         attention_mask: what ``sdpa`` takes.
-        kwargs: what ``sdpa`` takes, ``scaling`` among them.
+        kwargs: what ``sdpa`` takes, ``scaling`` among them; ``packed``, the layout of a packed batch.
 
     Returns:
         [B, Q, heads, D of values], and None in the place of the attention weights.
     """
+    if kwargs.get("packed") is not None:
+        return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     is_plain = query.device.type == "cpu" and all(kwargs.get(name) is None for name in _NOT_PLAIN)
     layer = layer_of(key, value)
     if layer is not None and layer.groups is None:

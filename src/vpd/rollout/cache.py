@@ -160,12 +160,15 @@ class PreallocatedCache(Cache):
         layers: of the model.
         places_matter: whether attention depends on tokens' places in the cache, not on their positions alone: then rows
             may be padded before their first token only.
+
+    Attributes:
+        attention_layers: those of ``layers`` that hold something.
     """
 
     def __init__(self, layers: Sequence[PreallocatedLayer | DummyLayer], *, places_matter: bool):
         super().__init__(layers=list(layers))
         self.places_matter = places_matter
-        self._attention_layers = [layer for layer in layers if isinstance(layer, PreallocatedLayer)]
+        self.attention_layers = [layer for layer in layers if isinstance(layer, PreallocatedLayer)]
         self._groups: PromptGroups | None = None
         self._prompt_numbers = 0
 
@@ -175,7 +178,10 @@ class PreallocatedCache(Cache):
         return self._groups is not None
 
     def share(self, prompts: Sequence[int], mask: torch.Tensor | None) -> bool:
-        """Let rows share what is stored, their prompts, where that is worth while and attention can.
+        """Let rows share what is stored, their prompts, where that is worth while.
+
+        Only for attention that knows of it (:class:`vpd.rollout.prefill.Prefill`), and takes positions from nowhere but
+        the keys.
 
         Args:
             prompts: of each row to come, which of the stored ones is its own.
@@ -184,22 +190,20 @@ class PreallocatedCache(Cache):
         Returns:
             Whether they do. If not, nothing has changed.
         """
-        if self.places_matter or not all(layer.knows_groups for layer in self._attention_layers):
-            return False
-        keys = self._attention_layers[0].keys
+        keys = self.attention_layers[0].keys
         assert keys is not None
         groups = PromptGroups(prompts, mask, keys.dtype, keys.device)
-        self._prompt_numbers = keys.shape[1] * self._attention_layers[0].length * keys.shape[3]
+        self._prompt_numbers = keys.shape[1] * self.attention_layers[0].length * keys.shape[3]
         if not groups.saves(self._prompt_numbers):
             return False
-        for layer in self._attention_layers:
+        for layer in self.attention_layers:
             layer.share(groups)
         self._groups = groups
         return True
 
     def expand(self, rows: torch.Tensor) -> None:
         """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""
-        for layer in self._attention_layers:
+        for layer in self.attention_layers:
             layer.expand(rows)
 
     def drop(self, kept: list[int], device: torch.device) -> list[int]:
@@ -210,19 +214,25 @@ class PreallocatedCache(Cache):
         order, holes, fillers = compaction(kept)
         hole_rows = torch.tensor(holes, dtype=torch.long, device=device)
         filler_rows = torch.tensor(fillers, dtype=torch.long, device=device)
-        for layer in self._attention_layers:
+        for layer in self.attention_layers:
             layer.drop(len(kept), hole_rows, filler_rows)
         if self._groups is not None:
             self._groups.keep(order)
             if not self._groups.saves(self._prompt_numbers):
                 self._groups = None
-                for layer in self._attention_layers:
+                for layer in self.attention_layers:
                     layer.unshare()
         return order
 
 
 class StatefulCache(DynamicCache):
     """transformers' own cache, for models with layers that carry a state from token to token."""
+
+    is_shared = False
+
+    def share(self, prompts: Sequence[int], mask: torch.Tensor | None) -> bool:
+        """False: each row has a state of its own."""
+        return False
 
     def expand(self, rows: torch.Tensor) -> None:
         """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""

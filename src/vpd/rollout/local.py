@@ -17,13 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.processor import multiplies_bfloat16
 from vpd.rollout.attention import ROLLOUT_ATTENTION
-from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
+from vpd.rollout.cache import StatefulCache, make_cache
 from vpd.rollout.packed import pack, unpack
+from vpd.rollout.prefill import Prefill, last_place, mask_of
 from vpd.rollout.sampling import Sampler, sequence_uniforms
 from vpd.rollout.stopping import StopCondition
-
-SHARED_FROM = 128
-"""Tokens that a prefix common to all prompts of a batch must save to be worth a pass of its own."""
 
 
 @dataclass(slots=True)
@@ -50,10 +48,10 @@ class LocalEngine:
     brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
     hooks are never touched.
 
-    Each distinct prompt is computed once, and its cache expanded to its generations. Where positions are rotary and no
-    layer has a sliding window or a state, generations may share it instead (on a processor, where that saves enough),
-    and what all prompts of a batch begin with, such as a system message, is computed once for all of them. Sequences
-    that end leave the batch at once.
+    What prompts of a batch begin with, such as a system message, is computed once for all of them, where the model can
+    be packed, and each distinct prompt in any case. A prompt's cache is expanded to its generations, or shared by them:
+    on a processor, where that saves enough, positions are rotary, and no layer has a sliding window or a state.
+    Sequences that end leave the batch at once.
 
     Args:
         model: a causal language model of transformers or PEFT, on its device, without wrappers such as DDP.
@@ -77,9 +75,7 @@ class LocalEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._device = next(model.parameters()).device
-        # As an index rather than the number 1: a slice is not contiguous, and for such an input the output head copies
-        # its whole weight once per row.
-        self._last = torch.tensor([-1], device=self._device)
+        self._last = last_place(self._device)
         if dtype == "auto":
             dtype = "bfloat16" if computes_bfloat16(self._device) else "float32"
         self._twin = make_twin(model, bfloat16=dtype == "bfloat16")
@@ -87,6 +83,8 @@ class LocalEngine:
         if self._has_teacher_adapter:
             switch_teacher_adapter(self._twin, on=False)
         pack(self._twin)
+        with torch.no_grad():
+            self._prefill = Prefill(self._twin)
         self._is_released = False
 
     @torch.no_grad()
@@ -228,20 +226,15 @@ class LocalEngine:
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         longest = max(map(len, distinct))
         cache = self._make_cache(max_length=longest + steps)
-        shared = 0
-        if isinstance(cache, PreallocatedCache) and not cache.places_matter:
-            shared = _worthwhile_prefix(list(distinct))
-        if shared:
-            self._forward(*self._pad([prompts[0][:shared]], 0, shared), cache)
-            cache.expand(torch.zeros(len(distinct), dtype=torch.long, device=self._device))
-        input_ids, mask, position_ids = self._pad(list(distinct), shared, longest)
-        logits = self._forward(input_ids, mask, position_ids, cache)
+        logits = self._prefill(list(distinct), cache)
+        mask = mask_of(list(distinct), self._device)
 
         places = [distinct[prompt] for prompt in prompts]
         rows = torch.tensor(places, device=self._device)
-        if not (isinstance(cache, PreallocatedCache) and cache.share(places, mask)):
+        if not (self._prefill.shares and cache.share(places, mask)):
             cache.expand(rows)
-        logits, position_ids = logits[rows], position_ids[rows, -1:]
+        logits = logits[rows]
+        position_ids = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=self._device)
         if mask is not None:
             mask = nn.functional.pad(mask[rows], (0, steps), value=1)
         active = list(range(len(prompts)))
@@ -264,26 +257,8 @@ class LocalEngine:
                 tokens, position_ids = tokens[order], position_ids[order]
                 mask = mask if mask is None else mask[order]
             position_ids = position_ids + 1
-            is_shared = isinstance(cache, PreallocatedCache) and cache.is_shared
-            seen = None if mask is None or is_shared else mask[:, : longest + step + 1]
+            seen = None if mask is None or cache.is_shared else mask[:, : longest + step + 1]
             logits = self._forward(tokens[:, None], seen, position_ids, cache)
-
-    def _pad(
-        self, prompts: list[tuple[int, ...]], start: int, longest: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """What comes after the first ``start`` tokens, padded on the left.
-
-        Returns:
-            token ids and positions, [rows, longest - start] each, and between them the mask of all that is seen, [rows,
-            longest], None where nothing is padded.
-        """
-        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=self._device)
-        input_ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt[start:]) for prompt in prompts])
-        position_ids = torch.arange(start, longest, device=self._device) - (longest - lengths)
-        mask = None
-        if int(lengths.min()) < longest:
-            mask = nn.functional.pad((position_ids >= start).long(), (start, 0), value=1)
-        return input_ids.to(self._device), mask, position_ids.clamp(min=start)
 
     def _forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor, cache: object
@@ -298,18 +273,6 @@ class LocalEngine:
             logits_to_keep=self._last,
         )
         return output.logits[:, -1]
-
-
-def _worthwhile_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens, with which all prompts begin, are to be computed once; 0 where that saves too little.
-
-    At least one token of each prompt is left, whose logits are wanted.
-    """
-    # What the first and the last in lexicographic order have in common, all others have too.
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    common = next((place for place in range(limit) if first[place] != last[place]), limit)
-    return common if common * (len(prompts) - 1) >= SHARED_FROM else 0
 
 
 def computes_bfloat16(device: torch.device) -> bool:
