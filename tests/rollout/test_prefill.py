@@ -110,10 +110,19 @@ def test_generations_share_nothing_where_attention_reads_something_else_than_the
     assert not Prefill(subject).shares
 
 
-def test_nor_where_values_are_wider_than_keys_or_attention_is_not_plain(make_model, monkeypatch):
+def test_nor_where_attention_is_not_plain(make_model, monkeypatch):
     subject = network(make_model, "llama")
     monkeypatch.setattr(attention, "_NOT_PLAIN", ("scaling",))
     assert not Prefill(subject).shares
+
+
+@pytest.mark.parametrize("width", [8, 10])
+def test_nor_where_values_are_not_as_wide_as_keys(width):
+    layer, module = PreallocatedLayer(max_length=8), torch.nn.Module()
+    module.num_key_value_groups = 2
+    keys, values = layer.update(torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, width))
+    attention.rollout_attention_forward(module, torch.randn(2, 4, 5, 8), keys, values, None)
+    assert layer.knows_groups == (width == 8)
 
 
 def test_an_attention_that_is_not_ours_neither_packs_nor_shares(make_model):

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from vpd.packing import pack, packable
@@ -37,8 +36,7 @@ class Prefill:
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self.packs = self.shares = False
-        base = network.get_base_model() if isinstance(network, PeftModel) else network
-        caches = [make_cache(base.config, max_length=len(_TRIED[0])) for _ in range(2)]  # pyright: ignore[reportArgumentType]
+        caches = [make_cache(network.config, max_length=len(_TRIED[0])) for _ in range(2)]  # pyright: ignore[reportArgumentType]
         side_by_side, together = caches
         if isinstance(side_by_side, StatefulCache) or isinstance(together, StatefulCache):
             return
@@ -46,7 +44,7 @@ class Prefill:
         self.shares = not side_by_side.places_matter and all(
             layer.knows_groups for layer in side_by_side.attention_layers
         )
-        if not packable(base)[0]:
+        if not packable(network)[0]:
             return
         try:
             pairs = [(packed(network, _TRIED, together), logits)]
@@ -119,7 +117,6 @@ def packed(network: nn.Module, prompts: Sequence[Sequence[int]], cache: Prealloc
             raise ValueError(f"{type(layer).__name__} has no place of its own in the cache.")
         keys, values = (states[:, places].transpose(0, 1) for states in passes[0])
         cache.update(keys, values, index)
-    batch.layout.forget()
     return output.logits[0]
 
 

@@ -50,13 +50,13 @@ class Sampler:
         scores = logits.float()
         if self.temperature not in (0.0, 1.0):
             scores = scores / self.temperature
-        maximum, most_likely = scores.max(dim=-1, keepdim=True)
+        maximum = scores.amax(dim=-1, keepdim=True)
         weights = (scores - maximum).exp_()
         total = weights.sum(dim=-1, keepdim=True)
         if not total.isfinite().all():
             raise FloatingPointError("The model's logits are not finite: its weights have diverged or are damaged.")
         if self.temperature == 0:
-            tokens = most_likely[:, 0]
+            tokens = scores.argmax(dim=-1)
         else:
             if self.warpers:
                 weights = (self._cut(scores) - maximum).exp_()
