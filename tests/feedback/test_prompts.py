@@ -97,3 +97,20 @@ def test_elision_never_exceeds_its_limit():
     for limit in range(12):
         assert len(elide_middle(list(range(20)), limit, [-1, -1, -1])) == limit
     assert elide_middle([1, 2, 3], 3, [-1]) == [1, 2, 3]
+
+
+def test_a_text_is_tokenised_once_as_template_and_once_as_data_and_handed_out_as_a_copy(monkeypatch):
+    prompts = builder()
+    calls = []
+    tokenise = type(prompts.tokenizer).__call__
+    monkeypatch.setattr(
+        type(prompts.tokenizer),
+        "__call__",
+        lambda self, text, **kwargs: calls.append(text) or tokenise(self, text, **kwargs),
+    )
+    special = SPECIAL_TOKENS[0]
+    as_template, as_data = prompts._encode(special), prompts.completion(special, end_of_sequence=0)[:-1]
+    assert as_template == prompts.tokenizer.convert_tokens_to_ids([special]) != as_data
+    as_template.append(1)
+    assert prompts._encode(special) == as_template[:-1]
+    assert calls == [special, special]

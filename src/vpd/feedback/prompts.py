@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -12,6 +13,9 @@ from vpd.feedback.texts import FeedbackTexts
 from vpd.types import Messages, TeacherView
 
 _ELISION = "\n[...]\n"
+
+_REMEMBERED = 1024
+"""Texts whose tokens are kept, most of them pieces of prompts."""
 
 
 class PromptBuilder:
@@ -36,6 +40,8 @@ class PromptBuilder:
         self.settings = settings
         self.max_prompt_length = max_prompt_length
         self.chat_template_kwargs = chat_template_kwargs or {}
+        # Rollouts of a prompt have its question and the templates' words in common.
+        self._tokenised = functools.lru_cache(maxsize=_REMEMBERED)(self._tokenise)
 
     def student(self, prompt: Messages) -> list[int]:
         """The task's chat as token ids, ready for the completion to follow.
@@ -123,8 +129,11 @@ class PromptBuilder:
         )
 
     def _encode(self, text: str, *, as_data: bool = False) -> list[int]:
+        return list(self._tokenised(text, as_data))
+
+    def _tokenise(self, text: str, as_data: bool) -> list[int]:
         # The chat template writes the special tokens itself, so the tokenizer must add none.
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"])
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"]
 
 
 def fair_shares(lengths: list[int], room: int) -> list[int]:
