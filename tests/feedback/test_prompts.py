@@ -99,18 +99,24 @@ def test_elision_never_exceeds_its_limit():
     assert elide_middle([1, 2, 3], 3, [-1]) == [1, 2, 3]
 
 
-def test_a_text_is_tokenised_once_as_template_and_once_as_data_and_handed_out_as_a_copy(monkeypatch):
+def test_pieces_of_chats_are_tokenised_once_and_handed_out_as_copies(monkeypatch):
+    monkeypatch.setattr("vpd.feedback.prompts._REMEMBERED", 2)
     prompts = builder()
     calls = []
     tokenise = type(prompts.tokenizer).__call__
-    monkeypatch.setattr(
-        type(prompts.tokenizer),
-        "__call__",
-        lambda self, text, **kwargs: calls.append(text) or tokenise(self, text, **kwargs),
-    )
+
+    def counted(self, text, **kwargs):
+        calls.append(text)
+        return tokenise(self, text, **kwargs)
+
+    monkeypatch.setattr(type(prompts.tokenizer), "__call__", counted)
     special = SPECIAL_TOKENS[0]
-    as_template, as_data = prompts._encode(special), prompts.completion(special, end_of_sequence=0)[:-1]
-    assert as_template == prompts.tokenizer.convert_tokens_to_ids([special]) != as_data
+    as_template = prompts._encode(special)
+    assert as_template == prompts.tokenizer.convert_tokens_to_ids([special])
+    assert prompts._encode(special, as_data=True) != as_template
     as_template.append(1)
     assert prompts._encode(special) == as_template[:-1]
     assert calls == [special, special]
+    for text in ("a", "b", "a", "b", special):
+        prompts._encode(text)
+    assert calls[2:] == ["a", "b", "a", special], "two are kept: with a third one both go"

@@ -4,13 +4,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from vpd.rollout import LocalEngine
+from vpd.rollout import LocalEngine, groups
 from vpd.rollout.local import make_twin
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40]]
 # PEFT reads an attribute that transformers has renamed.
 IGNORE_PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 ALL_MODELS = ["llama", "qwen3", "gemma3", "qwen3_next"]
+
+
+@pytest.fixture(autouse=True, params=[10**9, 1], ids=["copied", "shared"])
+def _prompts_of_generations(request, monkeypatch):
+    """Each generation has a copy of its prompt's cache, or all share it where the model allows it."""
+    monkeypatch.setattr(groups, "SHARED_NUMBERS", request.param)
 
 
 def engine(model, tokenizer, **kwargs):

@@ -1,22 +1,49 @@
 """Prompts are computed packed where a network was seen to allow it, and its cache is filled as by padded ones."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DogeConfig,
+    Gemma3nTextConfig,
+    LlamaConfig,
+    NemotronConfig,
+)
 
 from vpd.packing import PackedLayout
-from vpd.rollout import LocalEngine, attention, prefill
+from vpd.packing.trie import build_trie
+from vpd.rollout import LocalEngine, attention, groups, prefill
 from vpd.rollout.cache import PreallocatedLayer, make_cache
+from vpd.rollout.groups import PromptGroups
 from vpd.rollout.local import make_twin
 from vpd.rollout.prefill import Prefill, mask_of, packed, padded
 
 PROMPTS = [(5, 6, 7, 8, 9, 10), (20, 21, 22), (5, 6, 7, 30), (5, 6), (40,)]
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 PACKED = {"llama", "qwen3", "gemma3"}
 SHARED = {"llama", "qwen3"}
 
 
-def network(make_model, name):
-    return make_twin(make_model(name), bfloat16=False)
+def network(make_model, name, bfloat16=False):
+    return make_twin(make_model(name), bfloat16=bfloat16)
 
 
 def counted_tokens(engine):
@@ -28,9 +55,10 @@ def counted_tokens(engine):
     return shapes
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_neo", "mpt", "qwen3_next"])
-def test_what_a_network_allows_is_found_out(make_model, name):
-    found = Prefill(network(make_model, name))
+def test_what_a_network_allows_is_found_out(make_model, name, bfloat16):
+    found = Prefill(network(make_model, name, bfloat16))
     assert found.packs == (name in PACKED)
     assert found.shares == (name in SHARED)
 
@@ -62,22 +90,49 @@ def test_what_prompts_begin_with_is_computed_once_and_nothing_is_padded(make_mod
     assert shapes == [(1, 6 + 3 + 1 + 0 + 1), (12, 1)]
 
 
-def test_what_differs_is_not_packed(make_model, monkeypatch):
-    def of_other_tokens(network, prompts, cache):
-        return packed(network, [(*prompt[:-1], 2) for prompt in prompts], cache)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_network_whose_tokens_see_what_they_must_not_is_not_packed(make_model, monkeypatch, caplog, bfloat16):
+    def all_see_all(sequences, **kwargs):
+        trie = build_trie(sequences, **kwargs)
+        return dataclasses.replace(trie, subtree_end=np.full_like(trie.subtree_end, len(trie.tokens)))
 
-    monkeypatch.setattr(prefill, "packed", of_other_tokens)
-    assert not Prefill(network(make_model, "llama")).packs
+    subject = network(make_model, "llama", bfloat16)
+    assert Prefill(subject).packs
+    monkeypatch.setattr("vpd.packing.batch.build_trie", all_see_all)
+    with caplog.at_level("INFO"):
+        assert not Prefill(subject).packs
+    assert "Prompts are padded, not packed: a trial was" in caplog.text
 
 
-def test_keys_that_differ_are_not_packed(make_model, monkeypatch):
-    def with_a_key_too_large(network, prompts, cache):
+def test_a_network_whose_window_is_not_heeded_is_not_packed(make_model, monkeypatch):
+    def without_window(*args, **kwargs):
+        return attend(*args, **{**kwargs, "sliding_window": None})
+
+    subject = network(make_model, "gemma3")
+    assert Prefill(subject).packs
+    attend = attention.packed_attention_forward
+    monkeypatch.setattr(attention, "packed_attention_forward", without_window)
+    assert not Prefill(subject).packs
+
+
+@pytest.mark.parametrize("changed", ["logits", "keys", "values"])
+def test_what_differs_is_not_packed(make_model, monkeypatch, changed):
+    def with_something_else(network, prompts, cache):
         logits = packed(network, prompts, cache)
-        cache.layers[1].keys[1, 0, 1:] *= 2.0
+        if changed == "logits":
+            return logits.flip(0)
+        states = getattr(cache.layers[1], changed)
+        states[1, 0, -1] *= 2.0
         return logits
 
-    monkeypatch.setattr(prefill, "packed", with_a_key_too_large)
+    monkeypatch.setattr(prefill, "packed", with_something_else)
     assert not Prefill(network(make_model, "llama")).packs
+
+
+def test_generations_share_nothing_where_a_step_comes_out_otherwise(make_model, monkeypatch):
+    scatter, subject = PromptGroups.scatter, network(make_model, "llama")
+    monkeypatch.setattr(PromptGroups, "scatter", lambda self, slots: scatter(self, slots).flip(0))
+    assert not Prefill(subject).shares
 
 
 def test_layers_without_a_place_of_their_own_in_the_cache_are_not_packed(make_model, monkeypatch):
@@ -92,6 +147,10 @@ def test_layers_without_a_place_of_their_own_in_the_cache_are_not_packed(make_mo
     assert not Prefill(subject).packs
     monkeypatch.undo()
     assert Prefill(subject).packs
+    full = make_cache(subject.config, max_length=8)
+    packed(subject, PROMPTS, full)
+    with pytest.raises(ValueError, match="no place of its own"):
+        packed(subject, PROMPTS, full)
     subject.model.layers[1].self_attn.layer_idx = 7
     with pytest.raises(ValueError, match="no place of its own"):
         packed(subject, PROMPTS, make_cache(subject.config, max_length=8))
@@ -116,13 +175,27 @@ def test_nor_where_attention_is_not_plain(make_model, monkeypatch):
     assert not Prefill(subject).shares
 
 
-@pytest.mark.parametrize("width", [8, 10])
-def test_nor_where_values_are_not_as_wide_as_keys(width):
-    layer, module = PreallocatedLayer(max_length=8), torch.nn.Module()
-    module.num_key_value_groups = 2
-    keys, values = layer.update(torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, width))
-    attention.rollout_attention_forward(module, torch.randn(2, 4, 5, 8), keys, values, None)
-    assert layer.knows_groups == (width == 8)
+def test_nor_behind_a_window_that_the_trial_does_not_reach(make_model):
+    subject = network(make_model, "gemma3")
+    subject.config.sliding_window = 64
+    for layer in subject.model.layers:
+        layer.self_attn.sliding_window = 64 if layer.self_attn.sliding_window else None
+    assert not Prefill(subject).shares
+
+
+def test_a_vocabulary_of_three_words_is_enough():
+    config = LlamaConfig(**{**SMALL, "vocab_size": 3})
+    found = Prefill(make_twin(AutoModelForCausalLM.from_config(config), bfloat16=False))
+    assert found.packs
+    assert found.shares
+
+
+def test_nothing_is_tried_elsewhere_than_on_a_processor(make_model, caplog):
+    with caplog.at_level("INFO"):
+        found = Prefill(network(make_model, "llama").to("meta"))
+    assert not found.packs
+    assert not found.shares
+    assert not caplog.records
 
 
 def test_an_attention_that_is_not_ours_neither_packs_nor_shares(make_model):
@@ -140,3 +213,76 @@ def test_a_model_with_adapters_is_packed_too(make_model, tokenizer):
     shapes = counted_tokens(engine)
     engine.generate(PROMPTS, max_new_tokens=1, eos_token_ids=())
     assert shapes == [(1, 11)]
+
+
+OTHERS = {
+    # Its cache holds less than its attention reads.
+    "latent": DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4, "head_dim": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    ),
+    # Drops keywords on the way to its attention.
+    "without keywords": NemotronConfig(**SMALL),
+    # Its mask is made of the values in the cache.
+    "mask of values": DogeConfig(**SMALL),
+    # Its last layers read the cache of others.
+    "layers that share": Gemma3nTextConfig(
+        **{**SMALL, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=2,
+        sliding_window=6,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "packs", "shares", "reason"),
+    [
+        ("latent", False, False, "numbers in place of"),
+        ("without keywords", False, True, "Not all layers"),
+        ("mask of values", True, False, "without a mask"),
+        ("layers that share", False, False, "no place of its own"),
+    ],
+)
+def test_the_log_says_why_not(caplog, name, packs, shares, reason):
+    model = AutoModelForCausalLM.from_config(OTHERS[name])
+    with caplog.at_level("INFO"):
+        found = Prefill(make_twin(model, bfloat16=False))
+    assert (found.packs, found.shares) == (packs, shares)
+    assert reason in caplog.text
+
+
+def test_the_log_says_what_the_description_tells(make_model, caplog):
+    with caplog.at_level("INFO"):
+        Prefill(network(make_model, "gpt_neo"))
+    assert "does not take its attention from transformers' interface" in caplog.text
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_architectures_of_other_kinds_sample_as_before(tokenizer, monkeypatch, name):
+    """Whatever is found out about them, and with prompts shared wherever that was found to work."""
+    monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OTHERS[name]).eval()
+    engine = LocalEngine(model, tokenizer, dtype="float32")
+    found = engine.generate(PROMPTS, num_generations=2, max_new_tokens=6, temperature=0, eos_token_ids=())
+    for prompt, samples in zip(PROMPTS, found, strict=True):
+        with torch.no_grad():
+            expected = model.generate(
+                torch.tensor([prompt]), max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None
+            )
+        assert [sample.token_ids for sample in samples] == [expected[0, len(prompt) :].tolist()] * 2

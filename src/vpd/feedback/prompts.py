@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -14,8 +13,8 @@ from vpd.types import Messages, TeacherView
 
 _ELISION = "\n[...]\n"
 
-_REMEMBERED = 1024
-"""Texts whose tokens are kept, most of them pieces of prompts."""
+_REMEMBERED = 256
+"""Pieces of rendered chats whose tokens are kept."""
 
 
 class PromptBuilder:
@@ -41,7 +40,7 @@ class PromptBuilder:
         self.max_prompt_length = max_prompt_length
         self.chat_template_kwargs = chat_template_kwargs or {}
         # Rollouts of a prompt have its question and the templates' words in common.
-        self._tokenised = functools.lru_cache(maxsize=_REMEMBERED)(self._tokenise)
+        self._remembered: dict[str, list[int]] = {}
 
     def student(self, prompt: Messages) -> list[int]:
         """The task's chat as token ids, ready for the completion to follow.
@@ -129,11 +128,17 @@ class PromptBuilder:
         )
 
     def _encode(self, text: str, *, as_data: bool = False) -> list[int]:
-        return list(self._tokenised(text, as_data))
+        if as_data:
+            return self._tokenise(text, as_data)
+        if text not in self._remembered:
+            if len(self._remembered) == _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[text] = self._tokenise(text, as_data)
+        return list(self._remembered[text])
 
     def _tokenise(self, text: str, as_data: bool) -> list[int]:
         # The chat template writes the special tokens itself, so the tokenizer must add none.
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"]
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"])
 
 
 def fair_shares(lengths: list[int], room: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Token sequences -> batches that share prefixes and carry no padding. Knows nothing of the rest of the package."""
 
-from vpd.packing.attention import IMPLEMENTATIONS, PackedKernel, enable_packed_attention
+from vpd.packing.attention import IMPLEMENTATIONS, PackedKernel, enable_packed_attention, packed_attention_forward
 from vpd.packing.batch import PackedBatch, PackedRow, hidden_states, pack
 from vpd.packing.layout import PackedLayout
 from vpd.packing.planning import plan_micro_batches
@@ -18,5 +18,6 @@ __all__ = [
     "hidden_states",
     "pack",
     "packable",
+    "packed_attention_forward",
     "plan_micro_batches",
 ]

@@ -5,6 +5,7 @@ for a kernel that takes all of it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -95,7 +96,7 @@ class PackedLayout:
         """
         if self._known is None:
             return key, value
-        lent = self._known.lender.kept.get(layer)
+        lent = (self._known.lender._kept or {}).get(layer)
         if not lent:
             raise ValueError(
                 "The batch that is to lend its keys and values has none: it was packed without `lends`, has not been "
@@ -111,10 +112,10 @@ class PackedLayout:
         if self._kept is not None:
             self._kept.setdefault(layer, []).append((key.detach(), value.detach()))
 
-    @property
-    def kept(self) -> dict[nn.Module, list[tuple[Tensor, Tensor]]]:
-        """Of each layer, the keys and values [key heads, T, D] that this batch lends: those of each time it ran."""
-        return self._kept or {}
+    def give_away(self) -> Iterator[tuple[nn.Module, list[tuple[Tensor, Tensor]]]]:
+        """Each layer with the keys and values [key heads, T, D] that are kept of each time it ran; then nothing is."""
+        while self._kept:
+            yield self._kept.popitem()
 
     def forget(self) -> None:
         """Keep no keys and values from now on, so that gradient checkpointing's second pass keeps none either."""

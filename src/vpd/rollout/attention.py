@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vpd.packing.attention import packed_attention_forward
+from vpd.packing import packed_attention_forward
 from vpd.rollout.cache import PreallocatedLayer, layer_of
 
 ROLLOUT_ATTENTION = "vpd_rollout"
@@ -45,8 +45,6 @@ def rollout_attention_forward(
         return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
     is_plain = query.device.type == "cpu" and all(kwargs.get(name) is None for name in _NOT_PLAIN)
     layer = layer_of(key, value)
-    if layer is not None and layer.groups is None:
-        layer.knows_groups = is_plain and key.shape[3] == value.shape[3]
     is_step = query.shape[2] == 1 and is_plain and attention_mask is None
     if layer is not None and layer.groups is not None:
         if not is_step:

@@ -30,7 +30,6 @@ class PreallocatedLayer(CacheLayerMixin):
         length: tokens that a row has, those of a shared prompt included.
         groups: which row has which prompt; None where rows store theirs themselves.
         prompts: keys and values of the shared prompts, [prompts, heads, P, width] each; None likewise.
-        knows_groups: whether the prompts' own pass was read from here by an attention that can read shared ones.
     """
 
     is_sliding = False
@@ -42,7 +41,6 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length = 0
         self.groups: PromptGroups | None = None
         self.prompts: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.knows_groups = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take over the prefill's own tensors: room to grow is allocated when the rows are expanded or extended."""
@@ -159,7 +157,7 @@ class PreallocatedCache(Cache):
     Args:
         layers: of the model.
         places_matter: whether attention depends on tokens' places in the cache, not on their positions alone: then rows
-            may be padded before their first token only.
+            cannot share prompts, whose tokens have no place among theirs.
 
     Attributes:
         attention_layers: those of ``layers`` that hold something.
@@ -177,7 +175,7 @@ class PreallocatedCache(Cache):
         """Whether rows share their prompts; attention then takes no mask."""
         return self._groups is not None
 
-    def share(self, prompts: Sequence[int], mask: torch.Tensor | None) -> bool:
+    def share(self, prompts: Sequence[int], mask: torch.Tensor | None, least: int | None = None) -> bool:
         """Let rows share what is stored, their prompts, where that is worth while.
 
         Only for attention that knows of it (:class:`vpd.rollout.prefill.Prefill`), and takes positions from nowhere but
@@ -186,13 +184,14 @@ class PreallocatedCache(Cache):
         Args:
             prompts: of each row to come, which of the stored ones is its own.
             mask: see :class:`PromptGroups`.
+            least: likewise.
 
         Returns:
             Whether they do. If not, nothing has changed.
         """
         keys = self.attention_layers[0].keys
         assert keys is not None
-        groups = PromptGroups(prompts, mask, keys.dtype, keys.device)
+        groups = PromptGroups(prompts, mask, keys.dtype, keys.device, least)
         self._prompt_numbers = keys.shape[1] * self.attention_layers[0].length * keys.shape[3]
         if not groups.saves(self._prompt_numbers):
             return False
@@ -229,10 +228,6 @@ class StatefulCache(DynamicCache):
     """transformers' own cache, for models with layers that carry a state from token to token."""
 
     is_shared = False
-
-    def share(self, prompts: Sequence[int], mask: torch.Tensor | None) -> bool:
-        """False: each row has a state of its own."""
-        return False
 
     def expand(self, rows: torch.Tensor) -> None:
         """Make row i of every layer a copy of row ``rows[i]``; the number of rows may change."""

@@ -18,13 +18,22 @@ class PromptGroups:
     prompt. A slot without a row repeats another one, whose result is not read.
 
     Args:
-        prompts: of each row, which prompt is its own; ascending from 0.
+        prompts: of each row, which prompt is its own; numbers from 0 on, all of which occur.
         mask: [prompts, P], what of the prompts' tokens is seen, 1, and what is padding, 0; None without padding.
         dtype: of the queries.
         device: of the queries.
+        least: numbers of keys that they must save; :data:`SHARED_NUMBERS` by default.
     """
 
-    def __init__(self, prompts: Sequence[int], mask: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[int],
+        mask: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        least: int | None = None,
+    ) -> None:
+        self._least = SHARED_NUMBERS if least is None else least
         self.count = max(prompts) + 1
         self.mask: Tensor | None = None
         if mask is not None:
@@ -52,7 +61,7 @@ class PromptGroups:
 
     def saves(self, numbers: int) -> bool:
         """Whether it is worth while, where a prompt has that many numbers of keys."""
-        return (len(self.prompts) - self.count) * numbers >= SHARED_NUMBERS
+        return (len(self.prompts) - self.count) * numbers >= self._least
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows [B, heads, R, ...] by prompt: [prompts, heads, slots * R, ...]."""

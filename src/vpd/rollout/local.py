@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.processor import multiplies_bfloat16
 from vpd.rollout.attention import ROLLOUT_ATTENTION
-from vpd.rollout.cache import StatefulCache, make_cache
+from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
 from vpd.rollout.packed import pack, unpack
 from vpd.rollout.prefill import Prefill, last_place, mask_of
 from vpd.rollout.sampling import Sampler, sequence_uniforms
@@ -48,10 +48,10 @@ class LocalEngine:
     brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
     hooks are never touched.
 
-    What prompts of a batch begin with, such as a system message, is computed once for all of them, where the model can
-    be packed, and each distinct prompt in any case. A prompt's cache is expanded to its generations, or shared by them:
-    on a processor, where that saves enough, positions are rotary, and no layer has a sliding window or a state.
-    Sequences that end leave the batch at once.
+    Each distinct prompt is computed once; on a processor, where the model can be packed, also what prompts of a batch
+    begin with, such as a system message. A prompt's cache is expanded to its generations, or shared by them: on a
+    processor, where that saves enough, positions are rotary, and no layer has a sliding window or a state. Sequences
+    that end leave the batch at once.
 
     Args:
         model: a causal language model of transformers or PEFT, on its device, without wrappers such as DDP.
@@ -83,8 +83,7 @@ class LocalEngine:
         if self._has_teacher_adapter:
             switch_teacher_adapter(self._twin, on=False)
         pack(self._twin)
-        with torch.no_grad():
-            self._prefill = Prefill(self._twin)
+        self._prefill = Prefill(self._twin)
         self._is_released = False
 
     @torch.no_grad()
@@ -231,7 +230,7 @@ class LocalEngine:
 
         places = [distinct[prompt] for prompt in prompts]
         rows = torch.tensor(places, device=self._device)
-        if not (self._prefill.shares and cache.share(places, mask)):
+        if not (self._prefill.shares and isinstance(cache, PreallocatedCache) and cache.share(places, mask)):
             cache.expand(rows)
         logits = logits[rows]
         position_ids = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=self._device)
