@@ -184,6 +184,8 @@ def test_a_folder_is_removed_once_and_its_absence_leaves_nothing(tmp_path):
 
 
 def test_a_worker_that_died_is_replaced(sandbox):
+    # It starts with the first program.
+    assert still_judges_right(sandbox)
     (worker,) = sandbox._all
     worker._process.kill()
     worker._process.wait()

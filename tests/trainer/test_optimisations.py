@@ -39,7 +39,9 @@ def expected(tmp_path_factory):
         patch.setattr(groups, "SHARED_NUMBERS", 1)
         call, share = Prefill.__call__, PreallocatedCache.share
         patch.setattr(Prefill, "__call__", lambda self, *args: (packed.append(self.packs), call(self, *args))[1])
-        patch.setattr(PreallocatedCache, "share", lambda *args: (shared.append(share(*args)), shared[-1])[1])
+        patch.setattr(
+            PreallocatedCache, "share", lambda *args, **how: (shared.append(share(*args, **how)), shared[-1])[1]
+        )
         found = curve(tmp_path_factory.mktemp("optimised") / "run")
     assert packed
     assert all(packed)
