@@ -6,7 +6,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
@@ -14,6 +20,8 @@ from transformers import (
     LlamaForCausalLM,
     MptConfig,
     MptForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -92,6 +100,52 @@ def qwen3_next() -> PreTrainedModel:
     return Qwen3NextForCausalLM(config)
 
 
+def deepseek_v3() -> PreTrainedModel:
+    """Its cache holds less than its attention reads."""
+    config = DeepseekV3Config(
+        **{**SHAPE, "num_key_value_heads": 4, "head_dim": 4},
+        num_hidden_layers=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    )
+    return DeepseekV3ForCausalLM(config)
+
+
+def nemotron() -> PreTrainedModel:
+    """Drops keywords on the way to its attention."""
+    return NemotronForCausalLM(NemotronConfig(num_hidden_layers=2, **SHAPE))
+
+
+def doge() -> PreTrainedModel:
+    """Its mask is made of the values in the cache."""
+    return DogeForCausalLM(DogeConfig(num_hidden_layers=2, **SHAPE))
+
+
+def gemma3n() -> PreTrainedModel:
+    """Its last layers read the cache of others."""
+    config = Gemma3nTextConfig(
+        **{**SHAPE, "intermediate_size": [48] * 4},
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=6,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    return Gemma3nForCausalLM(config)
+
+
 MODELS = {
     "llama": llama,
     "qwen3": qwen3,
@@ -99,6 +153,10 @@ MODELS = {
     "gpt_neo": gpt_neo,
     "mpt": mpt,
     "qwen3_next": qwen3_next,
+    "deepseek_v3": deepseek_v3,
+    "nemotron": nemotron,
+    "doge": doge,
+    "gemma3n": gemma3n,
 }
 
 

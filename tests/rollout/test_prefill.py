@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DogeConfig,
-    Gemma3nTextConfig,
-    LlamaConfig,
-    NemotronConfig,
-)
+from transformers import AutoModelForCausalLM
 
 from vpd.packing import PackedLayout
 from vpd.packing.trie import build_trie
@@ -24,20 +17,6 @@ from vpd.rollout.local import make_twin
 from vpd.rollout.prefill import Prefill, mask_of, packed, padded
 
 PROMPTS = [(5, 6, 7, 8, 9, 10), (20, 21, 22), (5, 6, 7, 30), (5, 6), (40,)]
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 PACKED = {"llama", "qwen3", "gemma3"}
 SHARED = {"llama", "qwen3"}
 
@@ -183,8 +162,9 @@ def test_nor_behind_a_window_that_the_trial_does_not_reach(make_model):
     assert not Prefill(subject).shares
 
 
-def test_a_vocabulary_of_three_words_is_enough():
-    config = LlamaConfig(**{**SMALL, "vocab_size": 3})
+def test_a_vocabulary_of_three_words_is_enough(make_model):
+    config = make_model("llama").config
+    config.vocab_size = 3
     found = Prefill(make_twin(AutoModelForCausalLM.from_config(config), bfloat16=False))
     assert found.packs
     assert found.shares
@@ -215,53 +195,18 @@ def test_a_model_with_adapters_is_packed_too(make_model, tokenizer):
     assert shapes == [(1, 11)]
 
 
-OTHERS = {
-    # Its cache holds less than its attention reads.
-    "latent": DeepseekV3Config(
-        **{**SMALL, "num_key_value_heads": 4, "head_dim": 4},
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-        first_k_dense_replace=2,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-    ),
-    # Drops keywords on the way to its attention.
-    "without keywords": NemotronConfig(**SMALL),
-    # Its mask is made of the values in the cache.
-    "mask of values": DogeConfig(**SMALL),
-    # Its last layers read the cache of others.
-    "layers that share": Gemma3nTextConfig(
-        **{**SMALL, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
-        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-        num_kv_shared_layers=2,
-        sliding_window=6,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=97,
-        laurel_rank=8,
-        activation_sparsity_pattern=[0.0] * 4,
-    ),
-}
-
-
 @pytest.mark.parametrize(
     ("name", "packs", "shares", "reason"),
     [
-        ("latent", False, False, "numbers in place of"),
-        ("without keywords", False, True, "Not all layers"),
-        ("mask of values", True, False, "without a mask"),
-        ("layers that share", False, False, "no place of its own"),
+        ("deepseek_v3", False, False, "numbers in place of"),
+        ("nemotron", False, True, "Not all layers"),
+        ("doge", True, False, "without a mask"),
+        ("gemma3n", False, False, "no place of its own"),
     ],
 )
-def test_the_log_says_why_not(caplog, name, packs, shares, reason):
-    model = AutoModelForCausalLM.from_config(OTHERS[name])
+def test_the_log_says_why_not(make_model, caplog, name, packs, shares, reason):
     with caplog.at_level("INFO"):
-        found = Prefill(make_twin(model, bfloat16=False))
+        found = Prefill(network(make_model, name))
     assert (found.packs, found.shares) == (packs, shares)
     assert reason in caplog.text
 
@@ -272,12 +217,11 @@ def test_the_log_says_what_the_description_tells(make_model, caplog):
     assert "does not take its attention from transformers' interface" in caplog.text
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_architectures_of_other_kinds_sample_as_before(tokenizer, monkeypatch, name):
+@pytest.mark.parametrize("name", ["deepseek_v3", "nemotron", "doge", "gemma3n"])
+def test_architectures_of_other_kinds_sample_as_before(make_model, tokenizer, monkeypatch, name):
     """Whatever is found out about them, and with prompts shared wherever that was found to work."""
     monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(OTHERS[name]).eval()
+    model = make_model(name).eval()
     engine = LocalEngine(model, tokenizer, dtype="float32")
     found = engine.generate(PROMPTS, num_generations=2, max_new_tokens=6, temperature=0, eos_token_ids=())
     for prompt, samples in zip(PROMPTS, found, strict=True):
