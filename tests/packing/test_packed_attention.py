@@ -51,6 +51,27 @@ def test_packed_equals_separate(name, checkpointing, divided, monkeypatch):
         assert_close(packed[2][parameter], gradient)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_that_fill_a_batch_up_change_nothing(name, monkeypatch):
+    sequences, starts = grouped_sequences()
+    model = build(CONFIGS[name])
+    enable_packed_attention(model)
+    longer = [[*tokens[:start], 7, 8, 9, *tokens[start:]] for tokens, start in zip(sequences, starts, strict=True)]
+    found = []
+    for multiple in (1, 6):
+        monkeypatch.setattr("vpd.packing.batch.PAD_TO_MULTIPLE_OF", multiple)
+        lender = pack(sequences, starts, lends=True)
+        loss, states, gradients = loss_and_gradients(model, lender)
+        behind = pack(longer, [start + 3 for start in starts], behind=lender)
+        assert all(batch.padding > 0 for batch in (lender, behind)) is (multiple == 6)
+        with torch.no_grad():
+            found.append((loss, states, hidden_states(model.model, behind)[behind.predictor], gradients))
+    for plain, filled in zip(*(values[:3] for values in found), strict=True):
+        assert_close(filled, plain)
+    for parameter, gradient in found[0][3].items():
+        assert_close(found[1][3][parameter], gradient)
+
+
 @pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeypatch):

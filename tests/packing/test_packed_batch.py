@@ -58,6 +58,36 @@ def test_rows_are_the_sequences_but_the_last_token(sequences_and_starts):
     assert all(row.position_ids[0].tolist() == list(range(row.stop - row.start)) for row in batch.rows())
 
 
+@few
+@given(st.integers(200, 300), st.integers(1, 40), st.booleans())
+def test_a_batch_is_filled_up_to_a_multiple_where_that_is_little(prompt, completion, lends):
+    """By tokens that belong to no sequence, stand behind all others, and are not counted."""
+    tokens = list(range(5, 5 + prompt + 2 * completion))
+    sequences = [tokens[: prompt + completion], tokens[:prompt] + tokens[prompt + completion :]]
+    batch = pack(sequences, [prompt, prompt], lends=lends)
+    needed = prompt + 2 * (completion - 1)
+    assert batch.token_count == needed
+    length = batch.input_ids.numel()
+    assert length == batch.position_ids.numel() == batch.layout.token_count
+    assert (length == needed) if needed < 256 else (length % 16 == 0 and 0 <= length - needed == batch.padding < 16)
+    assert batch.input_ids[:needed].tolist() == [*sequences[0][:-1], *sequences[1][prompt:-1]]
+    assert not batch.input_ids[needed:].any()
+    assert int(batch.predictor.max()) < needed
+    assert pack(sequences, [prompt, prompt], share_prefixes=False).padding == 0
+
+
+def test_what_is_filled_up_behind_another_batch_are_the_tokens_that_it_lacks():
+    prompt, feedback, completion = list(range(300)), list(range(300, 570)), list(range(600, 610))
+    lender = pack([prompt + completion], [300], lends=True)
+    assert (lender.token_count, lender.padding) == (309, 11)
+    behind = pack([prompt + feedback + completion], [570], behind=lender)
+    assert (behind.token_count, behind.padding) == (279, 9)
+    assert behind.layout.token_count == 288
+    # Of what is padding there nothing is taken.
+    assert not behind.layout._known.mask[-9:].any()
+    assert behind.layout._known.mask.sum() == 300
+
+
 def test_no_sequences_make_an_empty_batch():
     batch = pack([], [])
     assert batch.is_empty

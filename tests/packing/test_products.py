@@ -10,7 +10,7 @@ import torch
 from tiny_models import attention_configs, build, grouped_sequences
 
 from vpd.packing import attention, enable_packed_attention, hidden_states, pack, products
-from vpd.packing.blocks import allowed_pairs, partition
+from vpd.packing.blocks import Block, allowed_pairs, partition
 from vpd.packing.layout import PackedLayout
 from vpd.packing.products import Workspace, can_multiply, cut_into_tiles
 from vpd.packing.trie import build_trie
@@ -100,6 +100,39 @@ def test_a_causal_block_makes_about_half_of_its_scores():
     tiled = cut_into_tiles(blocks, [None] * len(blocks), heads=1, largest=4096)
     made = sum((tile.stop - tile.start) * tile.key_count for block in tiled for tile in block.tiles)
     assert 0.5 < made / 256**2 < 0.6
+
+
+@pytest.mark.parametrize("window", [None, 25])
+def test_no_tile_makes_scores_behind_its_last_query(window):
+    """Of a causal block, of one behind other tokens, and of one with branches."""
+    layout = PackedLayout(_trie())
+    masks = layout._build_masks(window, 1, torch.float32, torch.device("cpu"))
+    blocks = layout.plan(window).blocks
+    for block, mask, tiled in zip(blocks, masks, cut_into_tiles(blocks, masks, 6, largest=6000), strict=True):
+        before = block.key_count - block.query_count
+        assert len(tiled.tiles) > 1
+        for tile in tiled.tiles:
+            last = tile.stop - block.start
+            assert tile.key_count == before + last
+            if mask is not None:
+                torch.testing.assert_close(tile.mask, mask[tile.start - block.start : last, : tile.key_count])
+
+
+@pytest.mark.parametrize("heads", [1, 9, 32])
+@pytest.mark.parametrize("queries", [40, 344, 512])
+def test_blocks_are_cut_where_scores_cost_more_than_a_further_tile(queries, heads):
+    block = Block(26, 26 + queries, ((0, 26 + queries),), is_chain=True, is_causal=False)
+
+    def cost(largest_size):
+        bounds = [*range(0, queries, largest_size), queries]
+        pairs = sum((stop - start) * (26 + stop) for start, stop in itertools.pairwise(bounds))
+        return heads * pairs + products.TILE_COST * (len(bounds) - 1)
+
+    (tiled,) = cut_into_tiles([block], [torch.zeros(queries, queries + 26)], heads, largest=2**40)
+    sizes = [tile.stop - tile.start for tile in tiled.tiles]
+    assert max(sizes) - min(sizes) <= 1
+    made = heads * sum((tile.stop - tile.start) * tile.key_count for tile in tiled.tiles)
+    assert made + products.TILE_COST * len(sizes) <= 1.02 * min(map(cost, range(1, queries + 1)))
 
 
 @pytest.fixture

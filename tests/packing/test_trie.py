@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpd.packing.trie import PrefixCounter, build_trie
+from vpd.packing.trie import PrefixCounter, build_trie, padded
 
 # Few examples and no deadline: the suite shares its cores.
 few = settings(max_examples=40, deadline=None)
@@ -71,3 +71,12 @@ def test_the_counter_counts_as_the_trie(sequences, share_prefixes):
         assert counter.count + counter.new_tokens(sequence) == expected
         counter.add(sequence)
         assert counter.count == expected
+
+
+@few
+@given(st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(0, 5))
+def test_a_padded_trie_is_one_with_a_sequence_more(sequences, count):
+    found, expected = padded(build_trie(sequences), count), build_trie([*sequences, [0] * count])
+    for name in ("tokens", "depth", "subtree_end", "segment_starts", "segment_parents"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+    assert [path.tolist() for path in found.paths] == [path.tolist() for path in expected.paths[:-1]]

@@ -161,6 +161,8 @@ def test_a_run_takes_the_same_course_with_and_without(tmp_path):
         trainer = toy_trainer(
             tmp_path / str(fused),
             model={"fused_layers": fused},
+            # The divergence of a random model is else near what rounding makes of it.
+            rollout={"temperature": 0.2},
             eval={"preflight_tasks": 0, "final_tasks": 0, "eval_on_start": False},
             run={"max_steps": 4},
         )
@@ -170,4 +172,4 @@ def test_a_run_takes_the_same_course_with_and_without(tmp_path):
         courses.append([(entry["divergence"], entry["grad_norm"], entry["reward"]) for entry in entries])
     assert len(courses[0]) == 4
     for ours, theirs in zip(*courses, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours == pytest.approx(theirs, rel=1e-4)

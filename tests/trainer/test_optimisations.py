@@ -11,6 +11,8 @@ import torch
 from dense import dense_divergence
 from toy import toy_trainer
 
+from vpd.packing import batch, pack
+from vpd.policy import learner
 from vpd.policy.module import PolicyModule
 from vpd.processor import multiplies_bfloat16
 from vpd.rollout import groups, prefill
@@ -90,6 +92,23 @@ def test_every_prompt_read_from_its_beginning(tmp_path, monkeypatch, expected):
 def test_every_generation_with_its_own_prompt(tmp_path, monkeypatch, expected):
     monkeypatch.setattr(groups, "SHARED_NUMBERS", 10**9)
     assert_the_same(curve(tmp_path / "run"), expected)
+
+
+def test_passes_that_are_not_filled_up(tmp_path, monkeypatch, expected):
+    padding = []
+    for multiple in (16, 1):
+        monkeypatch.setattr(batch, "PAD_TO_MULTIPLE_OF", multiple)
+        monkeypatch.setattr(learner, "pack", lambda *args, **how: _noted(padding, pack(*args, **how)))
+        found = curve(tmp_path / str(multiple))
+        assert any(padding) is (multiple == 16)
+        assert tokens(found) == tokens(expected)
+        assert_the_same(found, expected)
+        padding.clear()
+
+
+def _noted(seen, made):
+    seen.append(made.padding)
+    return made
 
 
 def test_losses_on_all_logits_at_once(tmp_path, monkeypatch, expected):

@@ -1,4 +1,4 @@
-"""Token sequences -> batches that share prefixes and carry no padding. Knows nothing of the rest of the package."""
+"""Token sequences -> batches that share prefixes and pad no sequence. Knows nothing of the rest of the package."""
 
 from vpd.packing.attention import IMPLEMENTATIONS, PackedKernel, enable_packed_attention, packed_attention_forward
 from vpd.packing.batch import PackedBatch, PackedRow, hidden_states, pack

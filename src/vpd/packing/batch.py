@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vpd.packing.layout import Known, PackedLayout
-from vpd.packing.trie import Tokens, Trie, build_trie, common_prefixes
+from vpd.packing.trie import Tokens, Trie, build_trie, common_prefixes, padded
+
+PAD_TO_MULTIPLE_OF = 16
+"""Of the tokens of a batch, from 256 on, if it shares prefixes. oneDNN divides some other numbers of rows so badly that
+products take up to a quarter longer, and GPUs too multiply in blocks."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class PackedBatch:
     """T packed tokens of several sequences, and the S completion tokens that are scored.
 
     The tokens are the distinct prefix tokens of every sequence without its last token: nothing is scored after the last
-    one, so its hidden state is not needed. A sequence without completion tokens adds none.
+    one, so its hidden state is not needed. A sequence without completion tokens adds none. A few tokens of no sequence,
+    which no other sees, may stand at the end: see :data:`PAD_TO_MULTIPLE_OF`.
 
     Attributes:
         input_ids: [T] token ids.
@@ -43,6 +48,7 @@ class PackedBatch:
         padded_token_count: what a padded batch would compute: sequences times the longest one's tokens.
         row_lengths: lengths of the sequences laid end to end if prefixes are not shared, else None.
         as_teacher: whether the teacher's own adapter is on in the pass, where the model has one.
+        padding: how many tokens at the end belong to no sequence.
     """
 
     input_ids: Tensor
@@ -55,11 +61,12 @@ class PackedBatch:
     padded_token_count: int
     row_lengths: tuple[int, ...] | None = None
     as_teacher: bool = False
+    padding: int = 0
 
     @property
     def token_count(self) -> int:
-        """T: the tokens that the model computes."""
-        return self.input_ids.numel()
+        """The tokens of sequences that the model computes, T less the padding."""
+        return self.input_ids.numel() - self.padding
 
     @property
     def is_empty(self) -> bool:
@@ -137,8 +144,11 @@ def pack(
     trie = build_trie([arrays[i][:-1] for i in scored], share_prefixes=share_prefixes)
     counts = [len(arrays[i]) - completion_starts[i] for i in scored]
     predictors = [path[completion_starts[i] - 1 :] for i, path in zip(scored, trie.paths, strict=True)]
-    known = None if behind is None else _known(trie, predictors, behind.layout)
-    computed = np.ones(len(trie.tokens), dtype=bool) if known is None else ~known.mask
+    source = np.full(len(trie.tokens), -1) if behind is None else _sources(trie, predictors, behind.layout)
+    padding = _padding(int((source < 0).sum())) if share_prefixes else 0
+    trie, source = padded(trie, padding), np.append(source, np.full(padding, -1))
+    known = None if behind is None else _known(source, behind.layout)
+    computed = source < 0
     places = np.cumsum(computed) - 1
     predictor = _concatenate([places[path] for path in predictors])
     read = predictor.unique()
@@ -152,11 +162,17 @@ def pack(
         sequence_count=len(sequences),
         padded_token_count=len(sequences) * max((len(sequence) for sequence in sequences), default=0),
         row_lengths=None if share_prefixes else tuple(len(path) for path in trie.paths),
+        padding=padding,
     )
 
 
-def _known(trie: Trie, predictors: list[np.ndarray], lender: PackedLayout) -> Known:
-    """The tokens of a trie that stand in the lender's too, but for those whose own states are wanted."""
+def _padding(count: int) -> int:
+    """How many tokens make ``count`` the next multiple; none where they might add more than a sixteenth."""
+    return -count % PAD_TO_MULTIPLE_OF if count >= PAD_TO_MULTIPLE_OF**2 else 0
+
+
+def _sources(trie: Trie, predictors: list[np.ndarray], lender: PackedLayout) -> np.ndarray:
+    """[T] where each token of a trie stands in the lender's; -1 for nowhere, and where its own state is wanted."""
     source = np.full(len(trie.tokens), -1, dtype=np.int64)
     sequences = [lender.trie.tokens[path] for path in lender.trie.paths]
     for path, (other, length) in zip(
@@ -166,6 +182,11 @@ def _known(trie: Trie, predictors: list[np.ndarray], lender: PackedLayout) -> Kn
     for predictor in predictors:
         # What stands behind a token that is computed is computed too.
         source[predictor[0] : trie.subtree_end[predictor[0]]] = -1
+    return source
+
+
+def _known(source: np.ndarray, lender: PackedLayout) -> Known:
+    """The tokens that have a place among the lender's, and what stands between them."""
     mask = source >= 0
     rows = np.where(mask, source, np.cumsum(~mask) - 1)
     breaks = np.flatnonzero((np.diff(mask.astype(np.int8)) != 0) | (np.diff(rows) != 1)) + 1

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -23,6 +25,9 @@ from vpd.processor import multiplies_bfloat16, rounding_factors
 TILE_SCORES = 2**20
 """Scores of a tile, all heads together: 4 MB in float32. Smaller ones have slower products, larger ones leave the
 cache that cores share."""
+
+TILE_COST = 2**17
+"""What a further tile costs, in scores of all heads together, forward and backward: measured on an EPYC."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,9 @@ def can_multiply(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> b
 def cut_into_tiles(
     blocks: Sequence[Block], masks: Sequence[Tensor | None], heads: int, largest: int = TILE_SCORES
 ) -> list[TiledBlock]:
-    """Cut the blocks' queries, so that a tile has at most ``largest`` scores, or those of one token's queries.
+    """Cut the blocks' queries into tiles of like size, of at most ``largest`` scores, or those of one token's queries.
 
-    A tile of a causal block ends its keys at its last query, so that about half of the scores are never made.
+    A tile's keys end at its last query, whose token sees none behind itself, so that more tiles make fewer scores.
 
     Args:
         blocks: in packed order; they cover every token that is computed.
@@ -85,20 +90,21 @@ def cut_into_tiles(
     """
     tiled, start = [], 0
     for block, mask in zip(blocks, masks, strict=True):
-        tiles, first = [], 0
-        while first < block.query_count:
-            # Scores a head: tokens * all keys, or tokens * (first + tokens) where keys end at the last query.
-            budget = largest / heads
-            tokens = budget / block.key_count if mask is not None else (math.sqrt(first**2 + 4 * budget) - first) / 2
-            last = min(first + max(1, int(tokens)), block.query_count)
+        count, before = block.query_count, block.key_count - block.query_count
+        # n tiles of Q queries make about Q^2 / 2n scores a head that no query may see. With this n their cost and that
+        # of the tiles together are least.
+        least = max(1, round(count / math.sqrt(2 * TILE_COST / heads)))
+        size = max(1, min(math.ceil(count / least), largest // (heads * block.key_count)))
+        bounds = np.linspace(0, count, math.ceil(count / size) + 1).round().astype(int).tolist()
+        tiles = []
+        for first, last in pairwise(bounds):
             if mask is None:
-                triangle = torch.full((last - first, last - first), float("-inf")).triu_(1)
-                tiles.append(Tile(start + first, start + last, last, triangle))
+                seen = torch.full((last - first, last - first), float("-inf")).triu_(1)
             else:
-                tiles.append(Tile(start + first, start + last, block.key_count, mask[first:last]))
-            first = last
+                seen = mask[first:last, : before + last]
+            tiles.append(Tile(start + first, start + last, before + last, seen))
         tiled.append(TiledBlock(block.key_ranges, tiles))
-        start += block.query_count
+        start += count
     return tiled
 
 

@@ -95,6 +95,21 @@ def build_trie(sequences: Sequence[Tokens], *, share_prefixes: bool = True) -> T
     )
 
 
+def padded(trie: Trie, count: int) -> Trie:
+    """The trie with ``count`` tokens 0 behind all others, a segment of their own that belongs to no sequence."""
+    if not count:
+        return trie
+    end = len(trie.tokens) + count
+    return Trie(
+        tokens=np.append(trie.tokens, np.zeros(count, dtype=np.int64)),
+        depth=np.append(trie.depth, np.arange(count)),
+        subtree_end=np.append(trie.subtree_end, np.full(count, end)),
+        segment_starts=np.append(trie.segment_starts, end),
+        segment_parents=np.append(trie.segment_parents, -1),
+        paths=trie.paths,
+    )
+
+
 class PrefixCounter:
     """Counts the distinct prefix tokens of a growing set of sequences without building the trie.
 
