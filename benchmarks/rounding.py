@@ -22,6 +22,7 @@ from vpd.config import VPD
 from vpd.packing import PackedBatch, pack
 from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.load import load_policy
+from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Distil, PredictorStates
@@ -74,6 +75,7 @@ def main() -> None:
     fuse_norms(loaded.model)
     fuse_rotary(loaded.model)
     trim_last_layer(loaded.model)
+    fuse_mlps(loaded.model)
     policy = PolicyModule(loaded.model).eval()
     views = batches(options.run, loaded.tokenizer, options.rollouts)
     print(f"{len(views[0].targets)} completion tokens; distance from the gradient in float32, as a part of its length")

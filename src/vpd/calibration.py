@@ -21,6 +21,7 @@ from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
 from vpd.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
 from vpd.policy.memory import keep_freed_memory
+from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
@@ -79,6 +80,7 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         fuse_norms(network)
         # The last layer stays whole: it may be the only one here.
         fuse_rotary(network)
+        fuse_mlps(network)
     half = autocasts(settings.model, device)
 
     decode_share = _decode_share(network, shape, settings, lengths, plain)

@@ -60,7 +60,7 @@ def test_the_e_step_sends_no_gradient_through_the_prior_and_only_the_teacher_pro
         lambda module, inputs, output: with_gradient.append(inputs[0].numel()) if torch.is_grad_enabled() else None
     )
     refine_teacher(learner, examples, trainer.args.algorithm, 2)
-    teacher_tokens = pack(*zip(*map(teacher_view, examples), strict=True)).token_count
+    teacher_tokens = pack(*zip(*map(teacher_view, examples), strict=True)).input_ids.numel()
     assert with_gradient == [teacher_tokens]
 
 
@@ -128,9 +128,9 @@ def test_dropout_keeps_the_shift_out_of_the_training_pass(tmp_path):
     trainer = toy_trainer(tmp_path)
     examples = examples_of(trainer, 1)
     plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
-    trainer.model.config.attention_dropout = 0.5
+    trainer.model.config.attention_dropout = 0.9
     for layer in trainer.model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
+        layer.self_attn.attention_dropout = 0.9
     dropped = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
     assert dropped["reward_shift"] == pytest.approx(plain["reward_shift"], rel=1e-4)
     assert dropped["e_loss"] != pytest.approx(plain["e_loss"], rel=1e-4)

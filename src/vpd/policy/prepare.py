@@ -19,6 +19,7 @@ from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
+from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
 from vpd.policy.rotary import fuse_rotary
@@ -81,6 +82,7 @@ def prepare_policy(
         fuse_norms(network)
         fuse_rotary(network)
         trim_last_layer(network)
+        fuse_mlps(network)
     policy = PolicyModule(
         network, share_prefixes=may_share_prefixes(network, settings.packed_attention), kernel=settings.packed_attention
     )
