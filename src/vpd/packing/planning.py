@@ -19,10 +19,10 @@ def plan_micro_batches(
     """Indices of rollouts for each micro-batch, in the given order.
 
     A micro-batch holds, of each view, at most ``max_tokens`` packed tokens: the distinct prefix tokens of the view's
-    sequences without their last ones (as :func:`pack` computes them). It is filled until the next rollout no longer
-    fits; with ``groups``, a group that fits in a micro-batch of its own is not divided, so that its prefix is computed
-    once. A group above the budget is divided, each part with its own prefix. A rollout that alone is above the budget
-    gets a micro-batch of its own.
+    sequences without their last ones (as :func:`pack` computes them, but for those that fill a batch up). It is filled
+    until the next rollout no longer fits; with ``groups``, a group that fits in a micro-batch of its own is not
+    divided, so that its prefix is computed once. A group above the budget is divided, each part with its own prefix. A
+    rollout that alone is above the budget gets a micro-batch of its own.
 
     Args:
         views: for each rollout its sequences, for example the student's and the teacher's; None where it lacks one.
