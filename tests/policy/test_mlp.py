@@ -75,9 +75,33 @@ class _Scaled(nn.Module):
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
 
     def forward(self, x):
-        return 1.01 * self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return 1.01 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Clamped(_Scaled):
+    """One that does so where numbers are large."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=100.0) * self.up_proj(x))
+
+
+class _Dropping(_Scaled):
+    """One that does so in training."""
+
+    def forward(self, x):
+        return nn.functional.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), 0.1)
+
+
+@pytest.mark.parametrize("kind", [_Scaled, _Clamped, _Dropping])
+def test_what_computes_something_else_for_some_numbers_or_in_training_stays(kind):
+    model = build(attention_configs()["llama"])
+    layers = model.model.layers
+    for layer in layers[1:]:
+        layer.mlp = kind(layer.mlp)
+    assert fuse_mlps(model) == 1
 
 
 def test_what_computes_something_else_stays(monkeypatch):

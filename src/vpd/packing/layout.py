@@ -85,7 +85,7 @@ class PackedLayout:
 
     @property
     def token_count(self) -> int:
-        """T: the packed tokens that are computed."""
+        """T: the packed tokens that are computed, those that fill the batch up included."""
         return len(self.trie.tokens) - (0 if self._known is None else int(self._known.mask.sum()))
 
     def with_known(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -94,15 +92,18 @@ def cut_into_tiles(
         # n tiles of Q queries make about Q^2 / 2n scores a head that no query may see. With this n their cost and that
         # of the tiles together are least.
         least = max(1, round(count / math.sqrt(2 * TILE_COST / heads)))
-        size = max(1, min(math.ceil(count / least), largest // (heads * block.key_count)))
-        bounds = np.linspace(0, count, math.ceil(count / size) + 1).round().astype(int).tolist()
-        tiles = []
-        for first, last in pairwise(bounds):
+        tiles, first = [], 0
+        while first < count:
+            # Scores a head: tokens * (the keys before them + tokens).
+            keys = before + first
+            most = int((math.sqrt(keys**2 + 4 * largest / heads) - keys) / 2)
+            last = first + max(1, min(math.ceil((count - first) / max(1, least - len(tiles))), most))
             if mask is None:
                 seen = torch.full((last - first, last - first), float("-inf")).triu_(1)
             else:
                 seen = mask[first:last, : before + last]
             tiles.append(Tile(start + first, start + last, before + last, seen))
+            first = last
         tiled.append(TiledBlock(block.key_ranges, tiles))
         start += count
     return tiled

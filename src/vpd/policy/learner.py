@@ -49,7 +49,7 @@ class View(Generic[T]):
 
 @dataclass
 class TokenCounts:
-    """Tokens of training passes: how many were computed, and how many padded batches would have held."""
+    """Tokens of sequences in training passes: how many were computed, and how many padded batches would have held."""
 
     computed: int = 0
     padded: int = 0

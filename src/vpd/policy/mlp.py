@@ -1,4 +1,4 @@
-"""Gated MLPs that keep one tensor less for the backward pass, and make two less in the forward pass.
+"""Gated MLPs that keep one tensor less for the backward pass, and make one less in the forward pass.
 
 Where autograd multiplies silu(gate) with the up projection it keeps gate, silu(gate) and up, each as wide as the MLP's
 inside: of what a layer keeps for its backward pass, silu(gate) is an eighth. Here it is made again from gate.
@@ -6,15 +6,18 @@ inside: of what a layer keeps for its backward pass, silu(gate) is an eighth. He
 
 from __future__ import annotations
 
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.activations import ACT2FN
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
+_NAMES = {*_PARTS, "act_fn"}
+"""All that a plain gated MLP's forward names: neither dropout nor a limit."""
 
 
 def fuse_mlps(model: nn.Module) -> int:
@@ -66,17 +69,22 @@ def forward(mlp: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _is_gated(module: nn.Module) -> bool:
-    """Whether the module computes of a tensor alone what :func:`forward` does."""
-    weight = getattr(getattr(module, _PARTS[0], None), "weight", None)
-    if not all(isinstance(getattr(module, name, None), nn.Module) for name in _PARTS) or not isinstance(weight, Tensor):
+    """Whether the module computes of a tensor alone what :func:`forward` does, whatever its numbers."""
+    function = type(module).forward
+    is_plain = isinstance(function, FunctionType) and not hasattr(function, "__wrapped__")
+    if not is_plain or set(function.__code__.co_names) != _NAMES or function.__code__.co_argcount != 2:
         return False
-    x = torch.linspace(-2.0, 3.0, 2 * weight.shape[-1], dtype=weight.dtype).view(1, 2, -1)
+    if not isinstance(getattr(module, "act_fn", None), (nn.SiLU, type(ACT2FN["silu"]))):
+        return False
     was_training = module.training
     module.eval()
     try:
+        weight = module.get_submodule(_PARTS[0]).weight
+        assert isinstance(weight, Tensor)
+        x = torch.linspace(-2.0, 3.0, 2 * weight.shape[-1], dtype=weight.dtype).view(1, 2, -1)
         with torch.autocast("cpu", enabled=False):
             return torch.equal(module(x), forward(module, x))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError):
         return False
     finally:
         module.train(was_training)
