@@ -128,6 +128,7 @@ def test_dropout_keeps_the_shift_out_of_the_training_pass(tmp_path):
     trainer = toy_trainer(tmp_path)
     examples = examples_of(trainer, 1)
     plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
+    # So much that the loss of a random model shows it, whatever is drawn.
     trainer.model.config.attention_dropout = 0.9
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.9
