@@ -53,17 +53,19 @@ def main() -> None:
         generator = torch.Generator().manual_seed(0)
         tokens = layout.token_count
         query, key, value, grad = (
-            torch.randn(_KEY_HEADS, tokens * rows, _WIDTH, generator=generator).bfloat16()
+            torch.randn(tokens, _KEY_HEADS * rows, _WIDTH, generator=generator).bfloat16()
             for rows in (_ROWS, 1, 1, _ROWS)
         )
         query = query * 4
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout = layout) -> Tensor:
-            return attention._attend(q, k, v, layout, _ROWS, None, 0.0, None)
+            folded = q.unflatten(1, (_KEY_HEADS, _ROWS)).transpose(0, 1).flatten(1, 2)
+            output = attention._attend(folded, k.transpose(0, 1), v.transpose(0, 1), layout, _ROWS, None, 0.0, None)
+            return output.unflatten(1, (-1, _ROWS)).transpose(0, 1).flatten(1, 2)
 
         def by_products(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout = layout) -> Tensor:
-            tiled = layout.tiled_blocks(None, _KEY_HEADS * _ROWS)
-            return products.attend(q, k, v, tiled, _WIDTH**-0.5, layout.workspace)
+            tiling = layout.tiling(None, _KEY_HEADS * _ROWS, _KEY_HEADS)
+            return products.attend(q, k, v, tiling, _WIDTH**-0.5, layout.workspace)
 
         exact = [tensor.float().requires_grad_() for tensor in (query, key, value)]
         expected = torch.autograd.grad(kernel(*exact), exact[:1], grad.float())[0].double()

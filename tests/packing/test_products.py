@@ -7,17 +7,20 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pairs import few, sequence_lists, true_pairs, windows
 from tiny_models import attention_configs, build, grouped_sequences
 
 from vpd.packing import attention, enable_packed_attention, hidden_states, pack, products
 from vpd.packing.blocks import Block, allowed_pairs, partition
 from vpd.packing.layout import PackedLayout
-from vpd.packing.products import Workspace, can_multiply, cut_into_tiles
+from vpd.packing.products import Workspace, batch_tiles, can_multiply, cut_into_tiles
 from vpd.packing.trie import build_trie
 from vpd.processor import multiplies_bfloat16
 
 CONFIGS = attention_configs()
-ROWS, KEY_HEADS = 2, 3
+HEADS, KEY_HEADS = 6, 3
 
 pytestmark = pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products in bfloat16")
 
@@ -34,16 +37,23 @@ def _inputs(tokens, width, value_width, loudness, common=0.0):
     """Queries, keys, values and the output's gradient; scores are around ``loudness``, and the values and the output's
     gradient have ``common`` and 1 in common, which cancels in the gradient of the scores."""
     generator = torch.Generator().manual_seed(1)
-    shapes = ((tokens * ROWS, width), (tokens, width), (tokens, value_width), (tokens * ROWS, value_width))
-    query, key, value, grad = (torch.randn(KEY_HEADS, *shape, generator=generator) for shape in shapes)
+    shapes = ((HEADS, width), (KEY_HEADS, width), (KEY_HEADS, value_width), (HEADS, value_width))
+    query, key, value, grad = (torch.randn(tokens, *shape, generator=generator) for shape in shapes)
     return [x.bfloat16() for x in (query * loudness, key, value + common, grad + (common > 0))]
 
 
 def _formula(query, key, value, trie, window, scaling):
     tokens = np.arange(len(trie.tokens))
-    allowed = torch.from_numpy(allowed_pairs(trie, tokens, tokens, window)).repeat_interleave(ROWS, dim=0)
-    scores = (query @ key.transpose(1, 2) * scaling).masked_fill(~allowed, float("-inf"))
-    return scores.softmax(-1) @ value
+    allowed = torch.from_numpy(allowed_pairs(trie, tokens, tokens, window))
+    key, value = (x.repeat_interleave(HEADS // KEY_HEADS, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, float("-inf")).softmax(-1), value)
+
+
+def _tiling(trie, window):
+    blocks = partition(trie, window, costs=(products.KEY_COST, products.TILE_COST))
+    tiles = cut_into_tiles(blocks, trie, window, HEADS)
+    return tiles, batch_tiles(tiles, len(trie.tokens), HEADS, KEY_HEADS)
 
 
 def _distance(left, right):
@@ -51,21 +61,38 @@ def _distance(left, right):
     return float((left.detach().double() - right).norm() / right.norm())
 
 
+@pytest.fixture
+def fine(monkeypatch):
+    """Tiles of a few queries, so that these small batches have many of them, in batches of several."""
+    for name, value in (("KEY_COST", 1), ("TILE_COST", 1), ("BATCH_COST", 200), ("LEAST_QUERIES", 1)):
+        monkeypatch.setattr(products, name, value)
+
+
+class _Spoilt(Workspace):
+    """Hands out memory in which nothing can be read before it is written."""
+
+    def take(self, name, shape, dtype):
+        return super().take(name, shape, dtype).fill_(float("nan"))
+
+
+@pytest.mark.usefixtures("fine")
 @pytest.mark.parametrize("window", [None, 25])
-@pytest.mark.parametrize("largest", [300, 4000, products.TILE_SCORES])
+@pytest.mark.parametrize("largest", [300, 4000, products.BATCH_SCORES])
 @pytest.mark.parametrize(("width", "value_width", "common"), [(64, 64, 0.0), (40, 16, 0.0), (64, 64, 10.0)])
-def test_outputs_and_gradients_are_those_of_the_formula(window, largest, width, value_width, common):
+def test_outputs_and_gradients_are_those_of_the_formula(window, largest, width, value_width, common, monkeypatch):
     """Within the rounding of bfloat16 (8 bits), with scores so large that rounding them would show."""
+    monkeypatch.setattr(products, "BATCH_SCORES", largest)
     trie = _trie()
-    layout = PackedLayout(trie)
-    blocks = layout.plan(window).blocks
-    masks = layout._build_masks(window, 1, torch.float32, torch.device("cpu"))
-    tiled = cut_into_tiles(blocks, masks, ROWS * KEY_HEADS, largest)
+    tiles, tiling = _tiling(trie, window)
+    # 300 scores are those of one tile.
+    assert (len(tiles) > len(tiling.batches)) == (largest > 300)
+    assert any(batch.query_padding is not None for batch in tiling.batches) == (largest > 300)
+    assert any(batch.key_padding is not None for batch in tiling.batches)
     *inputs, grad = _inputs(len(trie.tokens), width, value_width, loudness=8.0, common=common)
     scaling = width**-0.5
 
     ours = [x.clone().requires_grad_() for x in inputs]
-    output = products.attend(*ours, tiled, scaling, Workspace())
+    output = products.attend(*ours, tiling, scaling, _Spoilt())
     gradients = torch.autograd.grad(output, ours, grad)
 
     exact = [x.double().requires_grad_() for x in inputs]
@@ -77,62 +104,147 @@ def test_outputs_and_gradients_are_those_of_the_formula(window, largest, width, 
         assert _distance(gradient, exact_gradient) < 2**-7
 
 
-def test_tiles_hold_every_query_once_and_at_most_so_many_scores():
-    for window, largest in itertools.product((None, 25), (1, 300, 4000, 2**20)):
-        trie = _trie()
-        blocks = partition(trie, window)
-        layout = PackedLayout(trie)
-        masks = layout._build_masks(window, 1, torch.float32, torch.device("cpu"))
-        tiled = cut_into_tiles(blocks, masks, heads=6, largest=largest)
-        tiles = [tile for block in tiled for tile in block.tiles]
-        assert tiles[0].start == 0
-        assert tiles[-1].stop == len(trie.tokens)
-        assert all(left.stop == right.start for left, right in itertools.pairwise(tiles))
-        for tile in tiles:
-            tokens = tile.stop - tile.start
-            assert tile.mask.shape[0] == tokens
-            assert tokens == 1 or 6 * tokens * tile.key_count <= largest
+def test_gradients_of_a_key_that_many_queries_see_are_summed_in_float32():
+    """1,000 sequences share their first token, each a tile of its own; in bfloat16 their sum would end at 256."""
+    count = 1000
+    trie = build_trie([[0, 1 + i] for i in range(count)])
+    blocks = [Block(0, 1, ((0, 1),), True, True)]
+    blocks += [Block(i, i + 1, ((0, 1), (i, i + 1)), True, False) for i in range(1, count + 1)]
+    tiling = batch_tiles(cut_into_tiles(blocks, trie, None, 1), count + 1, 1, 1)
+    query, key = torch.zeros(2, count + 1, 1, 16, dtype=torch.bfloat16)
+    value = torch.zeros_like(key).requires_grad_()
+    # Its own value is the token's half, that of the first the other half.
+    output = products.attend(query, key, value, tiling, 1.0, Workspace())
+    (gradient,) = torch.autograd.grad(output, value, torch.full_like(output, 2.0))
+    torch.testing.assert_close(gradient[0], torch.full_like(gradient[0], count + 2))
+    torch.testing.assert_close(gradient[1:], torch.ones_like(gradient[1:]))
 
 
-def test_a_causal_block_makes_about_half_of_its_scores():
-    trie = build_trie([list(range(256))])
-    blocks = partition(trie)
-    tiled = cut_into_tiles(blocks, [None] * len(blocks), heads=1, largest=4096)
-    made = sum((tile.stop - tile.start) * tile.key_count for block in tiled for tile in block.tiles)
-    assert 0.5 < made / 256**2 < 0.6
+@few
+@given(sequence_lists, sequence_lists, windows, st.sampled_from([(1, 1), (8, 512)]), st.integers(1, 2000))
+def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(lent, sequences, window, costs, cap):
+    lender = pack([[*tokens, 9] for tokens in lent], [len(tokens) + 1 for tokens in lent], lends=True)
+    sequences = [[*tokens, 9, 9] for tokens in sequences]
+    packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], behind=lender).layout
+    heads, key_heads = 4, 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "KEY_COST", costs[0])
+        patch.setattr(products, "TILE_COST", costs[1])
+        patch.setattr(products, "BATCH_COST", 50)
+        patch.setattr(products, "LEAST_QUERIES", 2)
+        patch.setattr(products, "BATCH_SCORES", cap)
+        tiling = packed.tiling(window, heads, key_heads)
+
+    seen = np.zeros((packed.token_count, len(packed.trie.tokens)), dtype=int)
+    for batch in tiling.batches:
+        count, queries, keys = batch.shape
+        hidden = torch.zeros(count, queries, keys)
+        hidden[..., keys - batch.mask.shape[-1] :] += batch.mask[:, 0]
+        if batch.key_padding is not None:
+            hidden[..., : batch.key_padding.shape[-1]] += batch.key_padding[:, 0]
+        is_query = torch.ones(count * heads * queries, dtype=torch.bool)
+        if batch.query_padding is not None:
+            is_query[batch.query_padding] = False
+        query_rows, key_rows = batch.query_rows.view(count, heads, queries), batch.key_rows.view(count, key_heads, keys)
+        is_query = is_query.view(count, heads, queries)
+        for i, head in itertools.product(range(count), range(heads)):
+            kept = is_query[i, head]
+            assert (query_rows[i, head][kept] % heads == head).all()
+            assert (is_query[i] == kept).all()
+            pairs = (hidden[i] == 0).numpy()[kept.numpy()]
+            key_head = head // (heads // key_heads)
+            assert (key_rows[i, key_head] % key_heads == key_head)[pairs.any(0)].all()
+            if head == 0:
+                tokens = (query_rows[i, head][kept] // heads).numpy()
+                np.add.at(seen, (tokens[:, None], (key_rows[i, 0] // key_heads).numpy()[None]), pairs)
+    known = np.zeros(len(packed.trie.tokens), dtype=bool) if packed._known is None else packed._known.mask
+    np.testing.assert_array_equal(seen, true_pairs(packed.trie, window)[~known])
 
 
 @pytest.mark.parametrize("window", [None, 25])
-def test_no_tile_makes_scores_behind_its_last_query(window):
-    """Of a causal block, of one behind other tokens, and of one with branches."""
-    layout = PackedLayout(_trie())
-    masks = layout._build_masks(window, 1, torch.float32, torch.device("cpu"))
-    blocks = layout.plan(window).blocks
-    for block, mask, tiled in zip(blocks, masks, cut_into_tiles(blocks, masks, 6, largest=6000), strict=True):
-        before = block.key_count - block.query_count
-        assert len(tiled.tiles) > 1
-        for tile in tiled.tiles:
-            last = tile.stop - block.start
-            assert tile.key_count == before + last
-            if mask is not None:
-                torch.testing.assert_close(tile.mask, mask[tile.start - block.start : last, : tile.key_count])
+@pytest.mark.parametrize("largest", [1, 300, 4000, 2**20])
+@pytest.mark.usefixtures("fine")
+def test_tiles_hold_every_query_once_and_their_batches_at_most_so_many_scores(window, largest, monkeypatch):
+    """One token's queries are not divided. No tile has keys behind its last query."""
+    monkeypatch.setattr(products, "BATCH_SCORES", largest)
+    trie = _trie()
+    tiles, tiling = _tiling(trie, window)
+    assert tiles[0].start == 0
+    assert tiles[-1].stop == len(trie.tokens)
+    assert all(left.stop == right.start for left, right in itertools.pairwise(tiles))
+    for tile in tiles:
+        assert tile.query_count == 1 or 6 * tile.query_count * len(tile.keys) <= largest
+        np.testing.assert_array_equal(tile.keys[-tile.query_count :], np.arange(tile.start, tile.stop))
+    for count, queries, keys in (batch.shape for batch in tiling.batches):
+        assert count == 1 or 6 * count * queries * keys <= largest
 
 
-@pytest.mark.parametrize("heads", [1, 9, 32])
+def test_a_tile_of_many_keys_keeps_its_queries(monkeypatch):
+    """Rather than gather them for a few queries at a time."""
+    monkeypatch.setattr(products, "BATCH_SCORES", 2**16)
+    tiles, _ = _tiling(build_trie([list(range(6000))]), None)
+    assert {tile.query_count for tile in tiles[:-1]} == {products.LEAST_QUERIES}
+
+
+def test_a_long_chain_has_no_mask_of_its_length_squared():
+    trie = build_trie([[0] * 500 + [1 + i] * 3000 for i in range(4)])
+    tiles, tiling = _tiling(trie, None)
+    longest = max(tile.query_count for tile in tiles)
+    assert sum(batch.mask.numel() for batch in tiling.batches) <= len(tiling.batches) * longest**2 < 12500 * 3500 / 10
+
+
+@pytest.mark.parametrize("before", [0, 26, 250])
 @pytest.mark.parametrize("queries", [40, 344, 512])
-def test_blocks_are_cut_where_scores_cost_more_than_a_further_tile(queries, heads):
-    block = Block(26, 26 + queries, ((0, 26 + queries),), is_chain=True, is_causal=False)
+def test_blocks_are_cut_where_scores_cost_more_than_gathered_keys(queries, before):
+    trie = build_trie([list(range(before + queries)), list(range(before))])
+    block = Block(before, before + queries, ((0, before + queries),), is_chain=True, is_causal=False)
 
-    def cost(largest_size):
-        bounds = [*range(0, queries, largest_size), queries]
-        pairs = sum((stop - start) * (26 + stop) for start, stop in itertools.pairwise(bounds))
-        return heads * pairs + products.TILE_COST * (len(bounds) - 1)
+    def cost(sizes):
+        stops = itertools.accumulate(sizes, initial=before)
+        next(stops)
+        return sum((size + products.KEY_COST) * stop for size, stop in zip(sizes, stops, strict=True))
 
-    (tiled,) = cut_into_tiles([block], [torch.zeros(queries, queries + 26)], heads, largest=2**40)
-    sizes = [tile.stop - tile.start for tile in tiled.tiles]
+    tiles = cut_into_tiles([block], trie, None, 9)
+    sizes = [tile.query_count for tile in tiles]
     assert max(sizes) - min(sizes) <= 1
-    made = heads * sum((tile.stop - tile.start) * tile.key_count for tile in tiled.tiles)
-    assert made + products.TILE_COST * len(sizes) <= 1.02 * min(map(cost, range(1, queries + 1)))
+    best = min(cost([len(part) for part in np.array_split(range(queries), n)]) for n in range(1, queries + 1))
+    assert cost(sizes) <= 1.02 * best
+
+
+@few
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 60)), min_size=1, max_size=7), st.sampled_from([1, 100, 2000])
+)
+def test_no_cheaper_batches_of_tiles_in_order_of_their_size(sizes, batch_cost):
+    tiles = []
+    for queries, before in sizes:
+        start = tiles[-1].stop if tiles else 0
+        keys, hidden = np.arange(before + queries), np.zeros((queries, queries), dtype=bool)
+        tiles.append(products.Tile(start, start + queries, keys, hidden, True))
+
+    def cost(shape):
+        count, queries, keys = shape
+        return count * keys * (queries + products.KEY_COST) + batch_cost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "BATCH_COST", batch_cost)
+        made = batch_tiles(tiles, 200, heads=1, key_heads=1)
+    ordered = sorted(tiles, key=lambda tile: (len(tile.keys), tile.query_count))
+    for cuts in itertools.product((False, True), repeat=len(tiles) - 1):
+        bounds = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(tiles)]
+        parts = [ordered[start:stop] for start, stop in itertools.pairwise(bounds)]
+        shapes = [
+            (len(part), max(x.query_count for x in part), 16 * -(-max(len(x.keys) for x in part) // 16))
+            for part in parts
+        ]
+        assert sum(cost(batch.shape) for batch in made.batches) <= sum(map(cost, shapes))
+
+
+def test_layers_with_the_same_view_share_tiles():
+    packed = PackedLayout(_trie())
+    assert packed.tiling(None, 6, 3) is packed.tiling(10**6, 6, 3)
+    assert packed.tiling(None, 6, 3) is not packed.tiling(25, 6, 3)
+    assert packed.tiling(None, 6, 3) is not packed.tiling(None, 6, 2)
 
 
 @pytest.fixture

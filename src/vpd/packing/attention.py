@@ -104,16 +104,16 @@ def packed_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     heads, key_heads = query.shape[1], key.shape[1]
     rows = heads // key_heads
-    # The query heads of a key head become rows of one matrix, so that keys and values are not repeated for each.
-    folded = query[0].unflatten(0, (key_heads, rows)).transpose(1, 2).flatten(1, 2)
     all_keys, all_values = packed.with_known(module, key[0], value[0])
     packed.keep(module, all_keys, all_values)
-    if products.can_multiply(folded, all_keys, all_values, dropout):
+    if products.can_multiply(query, all_keys, all_values, dropout):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        tiled = packed.tiled_blocks(window, heads)
-        outputs = products.attend(folded, all_keys, all_values, tiled, scale, packed.workspace)
-    else:
-        outputs = _attend(folded, all_keys, all_values, packed, rows, window, dropout, scaling)
+        by_token = (tensor.transpose(0, 1) for tensor in (query[0], all_keys, all_values))
+        tiling = packed.tiling(window, heads, key_heads)
+        return products.attend(*by_token, tiling, scale, packed.workspace).unsqueeze(0), None
+    # The query heads of a key head become rows of one matrix, so that keys and values are not repeated for each.
+    folded = query[0].unflatten(0, (key_heads, rows)).transpose(1, 2).flatten(1, 2)
+    outputs = _attend(folded, all_keys, all_values, packed, rows, window, dropout, scaling)
     output = outputs.unflatten(1, (packed.token_count, rows))
     return output.permute(1, 0, 2, 3).flatten(1, 2).unsqueeze(0), None
 

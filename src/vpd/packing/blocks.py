@@ -53,7 +53,11 @@ class Block:
 
 
 def partition(
-    trie: Trie, window: int | None = None, max_elements: int = MAX_BLOCK_ELEMENTS, known: np.ndarray | None = None
+    trie: Trie,
+    window: int | None = None,
+    max_elements: int = MAX_BLOCK_ELEMENTS,
+    known: np.ndarray | None = None,
+    costs: tuple[int, int] | None = None,
 ) -> list[Block]:
     """The cheapest cut of the packed tokens into blocks, by dynamic programming over the places where a cut may be.
 
@@ -63,6 +67,7 @@ def partition(
         max_elements: the most query-key pairs of a block that needs a mask. A single query is never divided, so a
             block may exceed it only where one token's keys alone do.
         known: [T] bool, the tokens that no block asks for, with all their ancestors; None for none.
+        costs: of a key and of a block, in the place of ``KEY_COST`` and ``CALL_COST``.
     """
     token_count = len(trie.tokens)
     if token_count == 0:
@@ -70,6 +75,7 @@ def partition(
     known = np.zeros(token_count, dtype=bool) if known is None else known
     cuts = _cut_places(trie, window, max_elements, known)
     known_before = np.concatenate([[0], np.cumsum(known)])[cuts]
+    key_cost, call_cost = (KEY_COST, CALL_COST) if costs is None else costs
     starts = cuts[:-1]
     depth = trie.depth[starts]
     best_cost = np.full(len(cuts), np.inf)
@@ -87,7 +93,7 @@ def partition(
         too_large = (elements > max_elements) & ~causal
         # The last candidate is one step of the cut places, which are as fine as they can be.
         too_large[-1] = False
-        cost = np.where(causal, elements / 2, elements) + KEY_COST * keys + CALL_COST
+        cost = np.where(causal, elements / 2, elements) + key_cost * keys + call_cost
         cost[too_large] = np.inf
         known_queries = known_before[i] - known_before[:i]
         cost[known_queries > 0] = np.inf

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vpd.packing import flex
 from vpd.packing.blocks import Block, allowed_pairs, partition
-from vpd.packing.products import TiledBlock, Workspace, cut_into_tiles
+from vpd.packing.products import Tiling, Workspace, make_tiling
 from vpd.packing.trie import Trie
 
 
@@ -53,7 +53,9 @@ class Known:
     def put_together(self, lent: Tensor, computed: Tensor) -> Tensor:
         """All tokens' keys or values [key heads, T, D], from the lender's and those computed here."""
         lent = lent.to(computed.dtype)
-        return torch.cat([(lent if known else computed)[:, start:stop] for known, start, stop in self.runs], dim=1)
+        # Laid out token by token, as attention's inputs are.
+        by_token = {True: lent.transpose(0, 1), False: computed.transpose(0, 1)}
+        return torch.cat([by_token[known][start:stop] for known, start, stop in self.runs]).transpose(0, 1)
 
 
 class PackedLayout:
@@ -79,7 +81,7 @@ class PackedLayout:
         self._taken: Counter[nn.Module] = Counter()
         self._plans: dict[int | None, BlockPlan] = {}
         self._masks: dict[tuple, list[Tensor | None]] = {}
-        self._tiled: dict[tuple, list[TiledBlock]] = {}
+        self._tilings: dict[tuple, Tiling] = {}
         self._block_masks: dict[tuple, BlockMask] = {}
         self.workspace = Workspace()
 
@@ -129,13 +131,13 @@ class PackedLayout:
             self._plans[window] = _plan(partition(self.trie, window, known=known), len(self.trie.tokens))
         return self._plans[window]
 
-    def tiled_blocks(self, window: int | None, heads: int) -> list[TiledBlock]:
-        """The plan's blocks for :func:`vpd.packing.products.attend`, of layers with ``heads`` query heads in all."""
-        key = (window, heads)
-        if key not in self._tiled:
-            masks = self._build_masks(window, 1, torch.float32, torch.device("cpu"))
-            self._tiled[key] = cut_into_tiles(self.plan(window).blocks, masks, heads)
-        return self._tiled[key]
+    def tiling(self, window: int | None, heads: int, key_heads: int) -> Tiling:
+        """The tiles for :func:`vpd.packing.products.attend`, of layers with so many heads."""
+        key = (self._effective(window), heads, key_heads)
+        if key not in self._tilings:
+            known = None if self._known is None else self._known.mask
+            self._tilings[key] = make_tiling(self.trie, *key, known)
+        return self._tilings[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
         """The mask for flex_attention; see :func:`vpd.packing.flex.make_block_mask`."""

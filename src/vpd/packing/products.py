@@ -1,9 +1,13 @@
-"""Attention of a packed batch's blocks by matrix products, for bfloat16 on a processor.
+"""Attention of a packed batch by matrix products, for bfloat16 on a processor.
 
 PyTorch's own kernel multiplies in float32 there, at a fraction of the rate of oneDNN's products. Here all products have
 bfloat16 factors and float32 sums, as in kernels for GPUs. Scores and the gradient of the weights, of which the softmax
-takes away what a row has in common, come out in float32, all others in bfloat16, at twice the rate. Scores exist a tile
-at a time, in memory that all tiles of a batch share, and the backward pass makes them again.
+takes away what a row has in common, come out in float32, all others in bfloat16, at twice the rate.
+
+Queries are cut into tiles, each with the keys that its last query may see, and tiles of like size are multiplied
+together, their queries, keys and values gathered row by row. So a branch asks for its own ancestors alone, and what a
+call costs is shared by many. Scores exist a batch of tiles at a time, in memory that all batches share, and the
+backward pass makes them again.
 """
 
 from __future__ import annotations
@@ -13,47 +17,104 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpd.packing.blocks import Block
+from vpd.packing.blocks import Block, allowed_pairs, partition
+from vpd.packing.trie import Trie
 from vpd.processor import multiplies_bfloat16, rounding_factors
 
-TILE_SCORES = 2**20
-"""Scores of a tile, all heads together: 4 MB in float32. Smaller ones have slower products, larger ones leave the
-cache that cores share."""
+BATCH_SCORES = 2**20
+"""Scores of a batch of tiles, all heads together: 4 MB in float32. Smaller ones have slower products, larger ones
+leave the cache that cores share."""
 
-TILE_COST = 2**17
-"""What a further tile costs, in scores of all heads together, forward and backward: measured on an EPYC."""
+LEAST_QUERIES = 128
+"""A tile is not cut smaller than this to keep to :data:`BATCH_SCORES`: its keys are gathered for it alone."""
+
+KEYS_MULTIPLE_OF = 16
+"""Rows of such a length have the fastest softmax: on an EPYC it takes 0.22 ns a score in place of 0.35."""
+
+# The cost of a batch of n tiles of Q queries and K keys in units of a query-key pair: n K (Q + KEY_COST) + BATCH_COST,
+# and what a branch's being a block of its own costs in padding. Measured on an EPYC, forward and backward; from half of
+# these to twice as much makes no difference beyond noise.
+KEY_COST = 8
+BATCH_COST = 8192
+TILE_COST = 512
+
+_HIDDEN = -1e30
+"""Added to a score that is not to count. Finite, for rows that stand for no query may have no others."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries of a block, one token's after another's.
+    """Queries of a block, and the keys that the last of them may see.
 
     Attributes:
         start, stop: their place among the tokens that are computed.
-        key_count: how many of the block's keys they may see, from its first on.
-        mask: [stop - start, the last so many of these keys], float32, added to the scores.
+        keys: [K] indices of packed tokens, ascending; the last ones are the queries themselves.
+        hidden: [stop - start, at most K] bool, which of the last keys a query does not see; it sees all before them.
+        is_chain: whether ``hidden`` is that of every tile of its size whose queries have no branch among them.
     """
 
     start: int
     stop: int
-    key_count: int
-    mask: Tensor
+    keys: np.ndarray
+    hidden: np.ndarray
+    is_chain: bool
+
+    @property
+    def query_count(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
-class TiledBlock:
-    """A block's keys as ranges of tokens, and its queries as tiles."""
+class TileBatch:
+    """n tiles as if each had Q queries and K keys: where it has fewer, padding stands before them.
 
-    key_ranges: tuple[tuple[int, int], ...]
-    tiles: list[Tile]
+    Attributes:
+        query_rows: [n * heads * Q] rows of the queries [tokens * heads, D].
+        key_rows: [n * key heads * K] rows of the keys [all tokens * key heads, D].
+        mask: [n or 1, 1, Q, at most K] float32, added to the scores of the last keys.
+        key_padding: [n, 1, 1, at most K] float32, added to the scores of the first keys; None without padding.
+        query_padding: which of ``query_rows`` are padding; None without.
+        shape: n, Q and K.
+    """
+
+    query_rows: Tensor
+    key_rows: Tensor
+    mask: Tensor
+    key_padding: Tensor | None
+    query_padding: Tensor | None
+    shape: tuple[int, int, int]
+
+    @property
+    def matrices(self) -> int:
+        """n * key heads."""
+        return len(self.key_rows) // self.shape[2]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """All tiles of a packed batch.
+
+    Attributes:
+        batches: see :class:`TileBatch`.
+        query_places: [T * heads] where each row of the queries stands among all batches' ``query_rows``.
+        key_places: where each row of the keys stands among all batches' ``key_rows``, one row's after another's.
+        key_offsets: [all tokens * key heads] where those of each row begin.
+    """
+
+    batches: list[TileBatch]
+    query_places: Tensor
+    key_places: Tensor
+    key_offsets: Tensor
 
 
 class Workspace:
-    """Memory for one tile's scores, weights and gradients, given out again for the next tile."""
+    """Memory for one batch of tiles, its scores, weights and gradients, given out again for the next one."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -73,149 +134,274 @@ def can_multiply(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> b
     return is_bfloat16 and query.device.type == "cpu" and not dropout and multiplies_bfloat16()
 
 
-def cut_into_tiles(
-    blocks: Sequence[Block], masks: Sequence[Tensor | None], heads: int, largest: int = TILE_SCORES
-) -> list[TiledBlock]:
-    """Cut the blocks' queries into tiles of like size, of at most ``largest`` scores, or those of one token's queries.
+def make_tiling(trie: Trie, window: int | None, heads: int, key_heads: int, known: np.ndarray | None = None) -> Tiling:
+    """The tiles of a packed batch for layers with so many heads.
+
+    Args:
+        trie: the packed tokens.
+        window: how many positions back a token sees, itself included; None for all.
+        heads, key_heads: of a layer.
+        known: [tokens] bool, which no tile asks for; see :func:`vpd.packing.blocks.partition`.
+    """
+    blocks = partition(trie, window, known=known, costs=(KEY_COST, TILE_COST))
+    return batch_tiles(cut_into_tiles(blocks, trie, window, heads), len(trie.tokens), heads, key_heads)
+
+
+def cut_into_tiles(blocks: Sequence[Block], trie: Trie, window: int | None, heads: int) -> list[Tile]:
+    """Cut the blocks' queries into tiles of like size, of at most ``BATCH_SCORES`` or of ``LEAST_QUERIES``.
 
     A tile's keys end at its last query, whose token sees none behind itself, so that more tiles make fewer scores.
 
     Args:
         blocks: in packed order; they cover every token that is computed.
-        masks: for each block [Q, K] float32, or None where it is causal.
+        trie: the tokens that the blocks are of.
+        window: how many positions back a token sees, itself included; None for all.
         heads: query heads, whose scores a tile holds together.
-        largest: see :data:`TILE_SCORES`.
     """
-    tiled, start = [], 0
-    for block, mask in zip(blocks, masks, strict=True):
+    tiles, start = [], 0
+    for block in blocks:
+        keys = np.concatenate([np.arange(*key_range) for key_range in block.key_ranges])
         count, before = block.query_count, block.key_count - block.query_count
-        # n tiles of Q queries make about Q^2 / 2n scores a head that no query may see. With this n their cost and that
-        # of the tiles together are least.
-        least = max(1, round(count / math.sqrt(2 * TILE_COST / heads)))
-        tiles, first = [], 0
+        # n tiles make about Q^2 / 2n pairs that no query may see, and gather about n (before + Q / 2) keys. With this
+        # n both cost least together.
+        least = round(count / math.sqrt(2 * KEY_COST * (before + count / 2)))
+        first = 0
         while first < count:
-            # Scores a head: tokens * (the keys before them + tokens).
-            keys = before + first
-            most = int((math.sqrt(keys**2 + 4 * largest / heads) - keys) / 2)
-            last = first + max(1, min(math.ceil((count - first) / max(1, least - len(tiles))), most))
-            if mask is None:
-                seen = torch.full((last - first, last - first), float("-inf")).triu_(1)
-            else:
-                seen = mask[first:last, : before + last]
-            tiles.append(Tile(start + first, start + last, before + last, seen))
-            first = last
-        tiled.append(TiledBlock(block.key_ranges, tiles))
+            # Scores a head: queries * (the keys before them + queries).
+            seen = before + first
+            most = max(LEAST_QUERIES, int((math.sqrt(seen**2 + 4 * BATCH_SCORES / heads) - seen) / 2))
+            last = first + min(math.ceil((count - first) / max(1, least)), most)
+            tile_keys = keys[: before + last]
+            hidden = _hidden(block, trie, window, np.arange(block.start + first, block.start + last), tile_keys)
+            tiles.append(Tile(start + first, start + last, tile_keys, hidden, block.is_chain))
+            first, least = last, least - 1
         start += count
-    return tiled
+    return tiles
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[TiledBlock], scaling: float, workspace: Workspace
-) -> Tensor:
-    """Attention of all blocks; differentiable once.
+def _hidden(block: Block, trie: Trie, window: int | None, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """See :class:`Tile`."""
+    if block.is_chain:
+        # In a chain a pair's distance alone says it. Keys of a window end there for the first query.
+        width = len(queries) if window is None or len(keys) <= window else len(keys)
+        distance = np.arange(width - len(queries), width)[:, None] - np.arange(width)
+        return (distance < 0) | (distance >= (width if window is None else window))
+    hidden = ~allowed_pairs(trie, queries, keys, window)
+    partly = np.flatnonzero(hidden.any(0))
+    return hidden[:, partly[0] if len(partly) else len(keys) :]
+
+
+def batch_tiles(tiles: Sequence[Tile], token_count: int, heads: int, key_heads: int) -> Tiling:
+    """The tiles in batches of like size, so that padding and calls cost least, of at most ``BATCH_SCORES`` or of one
+    tile.
 
     Args:
-        query: [key heads, T * R, D] bfloat16, the R query heads of a key head as rows, one token's after another's.
-        key: [key heads, tokens, D] bfloat16.
-        value: [key heads, tokens, D of values] bfloat16.
-        blocks: see :func:`cut_into_tiles`; together their tiles are the T tokens in order.
+        tiles: they cover every token that is computed.
+        token_count: of all tokens, whose keys they ask for.
+        heads, key_heads: of the layer.
+    """
+    tiles = sorted(tiles, key=lambda tile: (len(tile.keys), tile.query_count))
+    best_cost, best_start = [0.0], [0]
+    for stop in range(1, len(tiles) + 1):
+        keys, queries, costs = _rounded_up(len(tiles[stop - 1].keys)), 0, []
+        for start in range(stop - 1, -1, -1):
+            queries, count = max(queries, tiles[start].query_count), stop - start
+            if count > 1 and count * queries * keys * heads > BATCH_SCORES:
+                break
+            costs.append((best_cost[start] + count * keys * (queries + KEY_COST) + BATCH_COST, start))
+        cost, start = min(costs)
+        best_cost.append(cost)
+        best_start.append(start)
+    batches, stop = [], len(tiles)
+    while stop:
+        batches.append(_batch(tiles[best_start[stop] : stop], heads, key_heads))
+        stop = best_start[stop]
+    query_places, _ = _places([batch[1] for batch in batches], heads * sum(tile.query_count for tile in tiles))
+    key_places, key_offsets = _places([batch[2] for batch in batches], key_heads * token_count)
+    return Tiling([batch[0] for batch in batches], query_places, key_places, key_offsets)
+
+
+def _places(rows: Sequence[np.ndarray], count: int) -> tuple[Tensor, Tensor]:
+    """Where each of ``count`` rows stands in ``rows``, padding of which is -1, and where each row's places begin."""
+    chained = np.concatenate([part.ravel() for part in rows])
+    places = np.argsort(chained, kind="stable")
+    ordered = chained[places]
+    first = int(np.searchsorted(ordered, 0))
+    offsets = np.searchsorted(ordered[first:], np.arange(count))
+    return torch.from_numpy(places[first:].astype(np.int32)), torch.from_numpy(offsets.astype(np.int32))
+
+
+def _batch(tiles: Sequence[Tile], heads: int, key_heads: int) -> tuple[TileBatch, np.ndarray, np.ndarray]:
+    """The batch, and its rows of queries and of keys, -1 for padding."""
+    n, queries = len(tiles), max(tile.query_count for tile in tiles)
+    keys = _rounded_up(max(len(tile.keys) for tile in tiles))
+    query_tokens, key_tokens = np.full((n, queries), -1), np.full((n, keys), -1)
+    common = all(tile.is_chain for tile in tiles)
+    width = max(tile.hidden.shape[1] for tile in tiles)
+    mask = np.zeros((1 if common else n, queries, width), dtype=bool)
+    for i, tile in enumerate(tiles):
+        query_tokens[i, queries - tile.query_count :] = np.arange(tile.start, tile.stop)
+        key_tokens[i, keys - len(tile.keys) :] = tile.keys
+        # Chains' masks are aligned at their lower right, as they stand here, and say the same where both say something.
+        mask[0 if common else i, queries - tile.query_count :, width - tile.hidden.shape[1] :] |= tile.hidden
+    query_rows, key_rows = _rows(query_tokens, heads), _rows(key_tokens, key_heads)
+    is_padding = key_tokens < 0
+    query_padding = np.flatnonzero(query_rows < 0)
+    batch = TileBatch(
+        query_rows=_index(query_rows),
+        key_rows=_index(key_rows),
+        mask=_additive(mask)[:, None],
+        key_padding=_additive(is_padding[:, is_padding.any(0)])[:, None, None] if is_padding.any() else None,
+        query_padding=torch.from_numpy(query_padding) if len(query_padding) else None,
+        shape=(n, queries, keys),
+    )
+    return batch, query_rows, key_rows
+
+
+def _rounded_up(keys: int) -> int:
+    return math.ceil(keys / KEYS_MULTIPLE_OF) * KEYS_MULTIPLE_OF
+
+
+def _rows(tokens: np.ndarray, heads: int) -> np.ndarray:
+    """[n, count] tokens, -1 for none, as [n * heads * count] rows of [tokens * heads]."""
+    rows = tokens[:, None] * heads + np.arange(heads)[:, None]
+    return np.where(tokens[:, None] < 0, -1, rows).ravel()
+
+
+def _index(rows: np.ndarray) -> Tensor:
+    """Any row in the place of padding."""
+    return torch.from_numpy(rows.clip(min=0).astype(np.int32))
+
+
+def _additive(hidden: np.ndarray) -> Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(torch.from_numpy(hidden), _HIDDEN)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, tiling: Tiling, scaling: float, workspace: Workspace) -> Tensor:
+    """Attention of all tiles; differentiable once.
+
+    Args:
+        query: [T, heads, D] bfloat16.
+        key: [tokens, key heads, D] bfloat16.
+        value: [tokens, key heads, D of values] bfloat16.
+        tiling: see :func:`make_tiling`; its tiles are the T tokens.
         scaling: factor on the scores.
         workspace: for the tiles of this call.
 
     Returns:
-        [key heads, T * R, D of values] bfloat16.
+        [T, heads, D of values] bfloat16.
     """
-    return _Products.apply(query, key, value, blocks, scaling, workspace)  # pyright: ignore[reportReturnType]
+    return _Products.apply(query, key, value, tiling, scaling, workspace)  # pyright: ignore[reportReturnType]
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        blocks: Sequence[TiledBlock],
-        scaling: float,
-        workspace: Workspace,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiling: Tiling, scaling: float, workspace: Workspace
     ) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.blocks, ctx.scaling, ctx.workspace = blocks, scaling, workspace
-        rows = query.shape[1] // _token_count(blocks)
-        output = query.new_empty(*query.shape[:2], value.shape[2])
-        for block in blocks:
-            block_key, block_value = _gather(key, block).float(), _gather(value, block)
-            for tile in block.tiles:
-                place = slice(tile.start * rows, tile.stop * rows)
-                weights = _weights(query[:, place], block_key, tile, scaling, workspace)
-                rounded = workspace.take("products", weights.shape, key.dtype).copy_(weights)
-                output[:, place] = torch.bmm(rounded, block_value[:, : tile.key_count])
-        return output
+        ctx.tiling, ctx.scaling, ctx.workspace = tiling, scaling, workspace
+        wide_key = key.float()
+        outputs = _Results("query", tiling, value, workspace)
+        for batch in tiling.batches:
+            gather = _Gatherer(batch, workspace)
+            weights = _weights(gather.queries(query), gather.keys(wide_key), batch, scaling, workspace)
+            rounded = workspace.take("products", weights.shape, value.dtype).copy_(weights)
+            torch.bmm(rounded, gather.keys(value), out=outputs.next(batch))
+        return outputs.by_query(tiling).view(*query.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        workspace: Workspace = ctx.workspace
-        rows = query.shape[1] // _token_count(ctx.blocks)
-        grad_query = torch.empty_like(query)
-        grad_key = torch.zeros_like(key, dtype=torch.float32)
-        grad_value = torch.zeros_like(value, dtype=torch.float32)
-        for block in ctx.blocks:
-            block_key, block_value = _gather(key, block), _gather(value, block).float()
-            wide_key = block_key.float()
-            for tile in block.tiles:
-                place, seen = slice(tile.start * rows, tile.stop * rows), slice(tile.key_count)
-                grad = grad_output[:, place]
-                weights = _weights(query[:, place], wide_key, tile, ctx.scaling, workspace)
-                products = workspace.take("products", weights.shape, key.dtype).copy_(weights)
-                _add_to(grad_value, torch.bmm(products.transpose(1, 2), grad), block.key_ranges)
-                grad_weights = workspace.take("gradient", weights.shape, torch.float32)
-                _multiply(grad, block_value[:, seen], grad_weights)
-                # Into its own input, as the softmax: both read a row whole before they write it, or number by number.
-                torch.ops.aten._softmax_backward_data.out(
-                    grad_weights, weights, -1, torch.float32, grad_input=grad_weights
-                )
-                products.copy_(grad_weights)
-                grad_query[:, place] = torch.bmm(products, block_key[:, seen])
-                _add_to(grad_key, torch.bmm(products.transpose(1, 2), query[:, place]), block.key_ranges)
-        grad_query.mul_(ctx.scaling)
-        grad_key.mul_(ctx.scaling)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        tiling, workspace = ctx.tiling, ctx.workspace
+        wide_key, wide_value = key.float(), value.float()
+        grad_query = _Results("query", tiling, query, workspace)
+        grad_key, grad_value = _Results("key", tiling, key, workspace), _Results("value", tiling, value, workspace)
+        for batch in tiling.batches:
+            gather = _Gatherer(batch, workspace)
+            queries, grad = gather.queries(query), gather.queries(grad_output, "gradient")
+            if batch.query_padding is not None:
+                grad.view(-1, grad.shape[-1]).index_fill_(0, batch.query_padding, 0.0)
+            weights = _weights(queries, gather.keys(wide_key), batch, ctx.scaling, workspace)
+            products = workspace.take("products", weights.shape, key.dtype).copy_(weights)
+            torch.bmm(products.transpose(1, 2), grad, out=grad_value.next(batch))
+            grad_weights = workspace.take("gradient", weights.shape, torch.float32)
+            _multiply(grad, gather.keys(wide_value), grad_weights, workspace)
+            # Into its own input, as the softmax: both read a row whole before they write it, or number by number.
+            torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, torch.float32, grad_input=grad_weights)
+            products.copy_(grad_weights)
+            torch.bmm(products, gather.keys(key), out=grad_query.next(batch))
+            torch.bmm(products.transpose(1, 2), queries, out=grad_key.next(batch))
+        return (
+            grad_query.by_query(tiling).mul_(ctx.scaling).view_as(query),
+            grad_key.by_key(tiling).mul_(ctx.scaling).view_as(key),
+            grad_value.by_key(tiling).view_as(value),
+            None,
+            None,
+            None,
+        )
 
 
-def _token_count(blocks: Sequence[TiledBlock]) -> int:
-    return blocks[-1].tiles[-1].stop
+class _Gatherer:
+    """Gathers a batch's rows, for the matrices of its tiles and key heads, in the workspace."""
+
+    def __init__(self, batch: TileBatch, workspace: Workspace) -> None:
+        self._batch, self._workspace = batch, workspace
+
+    def queries(self, tensor: Tensor, name: str = "queries") -> Tensor:
+        """[n * key heads, query heads of one * Q, width] of [T, heads, width]."""
+        return self._take(tensor, self._batch.query_rows, name)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """[n * key heads, K, width] of [tokens, key heads, width]; overwrites what was gathered in this dtype."""
+        return self._take(tensor, self._batch.key_rows, "keys")
+
+    def _take(self, tensor: Tensor, rows: Tensor, name: str) -> Tensor:
+        width = tensor.shape[-1]
+        gathered = self._workspace.take(name, (len(rows), width), tensor.dtype)
+        torch.index_select(tensor.reshape(-1, width), 0, rows, out=gathered)
+        return gathered.view(self._batch.matrices, -1, width)
 
 
-def _gather(tensor: Tensor, block: TiledBlock) -> Tensor:
-    pieces = [tensor[:, start:stop] for start, stop in block.key_ranges]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+class _Results:
+    """What the batches of a tiling make for the rows of their queries or keys, one batch behind another."""
+
+    def __init__(self, name: str, tiling: Tiling, like: Tensor, workspace: Workspace) -> None:
+        self._rows_of = (lambda batch: batch.query_rows) if name == "query" else (lambda batch: batch.key_rows)
+        count = sum(len(self._rows_of(batch)) for batch in tiling.batches)
+        self._rows = workspace.take(f"results of {name}", (count, like.shape[-1]), like.dtype)
+        self._filled = 0
+
+    def next(self, batch: TileBatch) -> Tensor:
+        """Uninitialised [n * key heads, rows, width], for the next batch's result."""
+        start, self._filled = self._filled, self._filled + len(self._rows_of(batch))
+        return self._rows[start : self._filled].view(batch.matrices, -1, self._rows.shape[1])
+
+    def by_query(self, tiling: Tiling) -> Tensor:
+        """[T * heads, width]."""
+        return self._rows.index_select(0, tiling.query_places)
+
+    def by_key(self, tiling: Tiling) -> Tensor:
+        """[tokens * key heads, width], for each row the sum over all places where it was gathered, in float32."""
+        return F.embedding_bag(tiling.key_places, self._rows, tiling.key_offsets, mode="sum")
 
 
-def _weights(query: Tensor, block_key: Tensor, tile: Tile, scaling: float, workspace: Workspace) -> Tensor:
-    """[key heads, rows, keys] float32, in the workspace's "weights"; ``block_key`` is float32."""
-    scores = workspace.take("weights", (*query.shape[:2], tile.key_count), torch.float32)
-    _multiply(query, block_key[:, : tile.key_count], scores)
-    # A mask's row stands for all rows of its token.
-    by_token = scores.view(scores.shape[0], tile.stop - tile.start, -1, tile.key_count)
-    unmasked = tile.key_count - tile.mask.shape[1]
-    torch.add(tile.mask[:, None], by_token[..., unmasked:], alpha=scaling, out=by_token[..., unmasked:])
-    if unmasked:
-        by_token[..., :unmasked].mul_(scaling)
+def _weights(query: Tensor, wide_key: Tensor, batch: TileBatch, scaling: float, workspace: Workspace) -> Tensor:
+    """[n * key heads, query heads of one * Q, K] float32, in the workspace's "weights"; ``wide_key`` is float32."""
+    count, queries, keys = batch.shape
+    scores = workspace.take("weights", (*query.shape[:2], keys), torch.float32)
+    _multiply(query, wide_key, scores, workspace, scaling)
+    by_head = scores.view(count, -1, queries, keys)
+    by_head[..., keys - batch.mask.shape[-1] :].add_(batch.mask)
+    if batch.key_padding is not None:
+        by_head[..., : batch.key_padding.shape[-1]].add_(batch.key_padding)
     return torch.ops.aten._softmax.out(scores, -1, False, out=scores)
 
 
-def _multiply(left: Tensor, right: Tensor, output: Tensor) -> None:
-    """left right^T into ``output``, in float32; what is rounded of the factors, numbers of bfloat16, is nothing."""
+def _multiply(left: Tensor, right: Tensor, output: Tensor, workspace: Workspace, factor: float = 1.0) -> None:
+    """``factor`` left right^T into ``output``, in float32; what is rounded of the factors, numbers of bfloat16, is
+    nothing."""
+    wide = workspace.take("factor", left.shape, torch.float32).copy_(left)
     with rounding_factors(left.device):
-        torch.bmm(left.float(), right.transpose(1, 2), out=output)
-
-
-def _add_to(total: Tensor, part: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
-    """Add [heads, n, D] to the first n tokens of the ranges."""
-    place = 0
-    for start, stop in ranges:
-        count = min(stop - start, part.shape[1] - place)
-        total[:, start : start + count] += part[:, place : place + count]
-        place += count
+        torch.baddbmm(output, wide, right.transpose(1, 2), beta=0, alpha=factor, out=output)
