@@ -108,9 +108,9 @@ def packed_attention_forward(
     packed.keep(module, all_keys, all_values)
     if products.can_multiply(query, all_keys, all_values, dropout):
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        by_token = (tensor.transpose(0, 1) for tensor in (query[0], all_keys, all_values))
+        queries, keys, values = (tensor.transpose(0, 1) for tensor in (query[0], all_keys, all_values))
         tiling = packed.tiling(window, heads, key_heads)
-        return products.attend(*by_token, tiling, scale, packed.workspace).unsqueeze(0), None
+        return products.attend(queries, keys, values, tiling, scale, packed.workspace).unsqueeze(0), None
     # The query heads of a key head become rows of one matrix, so that keys and values are not repeated for each.
     folded = query[0].unflatten(0, (key_heads, rows)).transpose(1, 2).flatten(1, 2)
     outputs = _attend(folded, all_keys, all_values, packed, rows, window, dropout, scaling)
