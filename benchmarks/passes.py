@@ -33,7 +33,7 @@ from vpd.processor import rounding_factors
 from vpd.trainer import VPDTrainer
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out,
-             torch.ops.aten.bmm.default, torch.ops.aten.bmm.out}  # fmt: skip
+             torch.ops.aten.bmm.default, torch.ops.aten.bmm.out, torch.ops.aten.baddbmm.out}  # fmt: skip
 
 Product = tuple[Any, bool, tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]]
 """The function, whether its factors may be rounded, and the shape, layout and dtype of each."""

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pairs import few, sequence_lists, true_pairs, windows
 from tiny_models import attention_configs, build, grouped_sequences
 
-from vpd.packing import attention, enable_packed_attention, hidden_states, pack, products
+from vpd.packing import attention, blocks, enable_packed_attention, hidden_states, pack, products
 from vpd.packing.blocks import Block, allowed_pairs, partition
 from vpd.packing.layout import PackedLayout
-from vpd.packing.products import Workspace, batch_tiles, can_multiply, cut_into_tiles
+from vpd.packing.products import Workspace, batch_tiles, can_multiply, cut_into_tiles, make_tiling
 from vpd.packing.trie import build_trie
 from vpd.processor import multiplies_bfloat16
 
@@ -51,9 +51,8 @@ def _formula(query, key, value, trie, window, scaling):
 
 
 def _tiling(trie, window):
-    blocks = partition(trie, window, costs=(products.KEY_COST, products.TILE_COST))
-    tiles = cut_into_tiles(blocks, trie, window, HEADS)
-    return tiles, batch_tiles(tiles, len(trie.tokens), HEADS, KEY_HEADS)
+    cut = partition(trie, window, costs=(products.KEY_COST, products.TILE_COST))
+    return cut_into_tiles(cut, trie, window, HEADS), make_tiling(trie, window, HEADS, KEY_HEADS)
 
 
 def _distance(left, right):
@@ -64,7 +63,7 @@ def _distance(left, right):
 @pytest.fixture
 def fine(monkeypatch):
     """Tiles of a few queries, so that these small batches have many of them, in batches of several."""
-    for name, value in (("KEY_COST", 1), ("TILE_COST", 1), ("BATCH_COST", 200), ("LEAST_QUERIES", 1)):
+    for name, value in (("KEY_COST", 1), ("TILE_COST", 1), ("BATCH_COST", 200)):
         monkeypatch.setattr(products, name, value)
 
 
@@ -77,17 +76,20 @@ class _Spoilt(Workspace):
 
 @pytest.mark.usefixtures("fine")
 @pytest.mark.parametrize("window", [None, 25])
-@pytest.mark.parametrize("largest", [300, 4000, products.BATCH_SCORES])
+@pytest.mark.parametrize(("largest", "rows"), [(300, 2**18), (4000, 2**18), (4000, 1000), (2**20, 2**18)])
 @pytest.mark.parametrize(("width", "value_width", "common"), [(64, 64, 0.0), (40, 16, 0.0), (64, 64, 10.0)])
-def test_outputs_and_gradients_are_those_of_the_formula(window, largest, width, value_width, common, monkeypatch):
+def test_outputs_and_gradients_are_those_of_the_formula(window, largest, rows, width, value_width, common, monkeypatch):
     """Within the rounding of bfloat16 (8 bits), with scores so large that rounding them would show."""
     monkeypatch.setattr(products, "BATCH_SCORES", largest)
+    monkeypatch.setattr(products, "TILE_SCORES", largest)
+    monkeypatch.setattr(products, "SUM_ROWS", rows)
     trie = _trie()
     tiles, tiling = _tiling(trie, window)
     # 300 scores are those of one tile.
     assert (len(tiles) > len(tiling.batches)) == (largest > 300)
     assert any(batch.query_padding is not None for batch in tiling.batches) == (largest > 300)
     assert any(batch.key_padding is not None for batch in tiling.batches)
+    assert (len(tiling.sums) > 2) == (rows == 1000)
     *inputs, grad = _inputs(len(trie.tokens), width, value_width, loudness=8.0, common=common)
     scaling = width**-0.5
 
@@ -108,9 +110,9 @@ def test_gradients_of_a_key_that_many_queries_see_are_summed_in_float32():
     """1,000 sequences share their first token, each a tile of its own; in bfloat16 their sum would end at 256."""
     count = 1000
     trie = build_trie([[0, 1 + i] for i in range(count)])
-    blocks = [Block(0, 1, ((0, 1),), True, True)]
-    blocks += [Block(i, i + 1, ((0, 1), (i, i + 1)), True, False) for i in range(1, count + 1)]
-    tiling = batch_tiles(cut_into_tiles(blocks, trie, None, 1), count + 1, 1, 1)
+    each = [Block(0, 1, ((0, 1),), True, True)]
+    each += [Block(i, i + 1, ((0, 1), (i, i + 1)), True, False) for i in range(1, count + 1)]
+    tiling = batch_tiles(cut_into_tiles(each, trie, None, 1), count + 1, None, 1, 1)
     query, key = torch.zeros(2, count + 1, 1, 16, dtype=torch.bfloat16)
     value = torch.zeros_like(key).requires_grad_()
     # Its own value is the token's half, that of the first the other half.
@@ -131,11 +133,13 @@ def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(
         patch.setattr(products, "KEY_COST", costs[0])
         patch.setattr(products, "TILE_COST", costs[1])
         patch.setattr(products, "BATCH_COST", 50)
-        patch.setattr(products, "LEAST_QUERIES", 2)
         patch.setattr(products, "BATCH_SCORES", cap)
+        patch.setattr(products, "TILE_SCORES", cap)
+        # One segment in several blocks.
+        patch.setattr(blocks, "CHAIN_ROWS", 4)
         tiling = packed.tiling(window, heads, key_heads)
 
-    seen = np.zeros((packed.token_count, len(packed.trie.tokens)), dtype=int)
+    seen = np.zeros((heads, packed.token_count, len(packed.trie.tokens)), dtype=int)
     for batch in tiling.batches:
         count, queries, keys = batch.shape
         hidden = torch.zeros(count, queries, keys)
@@ -154,11 +158,12 @@ def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(
             pairs = (hidden[i] == 0).numpy()[kept.numpy()]
             key_head = head // (heads // key_heads)
             assert (key_rows[i, key_head] % key_heads == key_head)[pairs.any(0)].all()
-            if head == 0:
-                tokens = (query_rows[i, head][kept] // heads).numpy()
-                np.add.at(seen, (tokens[:, None], (key_rows[i, 0] // key_heads).numpy()[None]), pairs)
-    known = np.zeros(len(packed.trie.tokens), dtype=bool) if packed._known is None else packed._known.mask
-    np.testing.assert_array_equal(seen, true_pairs(packed.trie, window)[~known])
+            tokens = (query_rows[i, head][kept] // heads).numpy()
+            np.add.at(seen[head], (tokens[:, None], (key_rows[i, key_head] // key_heads).numpy()[None]), pairs)
+    expected = true_pairs(packed.trie, window)
+    if packed._known is not None:
+        expected = expected[~packed._known.mask]
+    np.testing.assert_array_equal(seen, np.broadcast_to(expected, seen.shape))
 
 
 @pytest.mark.parametrize("window", [None, 25])
@@ -167,6 +172,7 @@ def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(
 def test_tiles_hold_every_query_once_and_their_batches_at_most_so_many_scores(window, largest, monkeypatch):
     """One token's queries are not divided. No tile has keys behind its last query."""
     monkeypatch.setattr(products, "BATCH_SCORES", largest)
+    monkeypatch.setattr(products, "TILE_SCORES", largest)
     trie = _trie()
     tiles, tiling = _tiling(trie, window)
     assert tiles[0].start == 0
@@ -177,20 +183,29 @@ def test_tiles_hold_every_query_once_and_their_batches_at_most_so_many_scores(wi
         np.testing.assert_array_equal(tile.keys[-tile.query_count :], np.arange(tile.start, tile.stop))
     for count, queries, keys in (batch.shape for batch in tiling.batches):
         assert count == 1 or 6 * count * queries * keys <= largest
+        assert keys % 16 == 0
 
 
-def test_a_tile_of_many_keys_keeps_its_queries(monkeypatch):
-    """Rather than gather them for a few queries at a time."""
-    monkeypatch.setattr(products, "BATCH_SCORES", 2**16)
-    tiles, _ = _tiling(build_trie([list(range(6000))]), None)
-    assert {tile.query_count for tile in tiles[:-1]} == {products.LEAST_QUERIES}
+def test_a_long_chain_neither_has_a_mask_nor_gathers_keys_of_its_length_squared():
+    """With a window, masks are shared, and keys before it are not gathered."""
+    length = 3000
+    trie = build_trie([[0] * 500 + [1 + i] * length for i in range(4)])
+    for window in (None, 1000):
+        tiles, tiling = _tiling(trie, window)
+        masks = {batch.mask.data_ptr(): batch.mask.numel() for batch in tiling.batches}
+        assert sum(masks.values()) < len(trie.tokens) * length / 10
+        for part in tiling.sums:
+            rows = sum(len(batch.key_rows) for batch in part.batches)
+            assert len(part.batches) == 1 or rows <= products.SUM_ROWS
+        assert window is None or max(len(tile.keys) - tile.query_count for tile in tiles) <= window - 1
 
 
-def test_a_long_chain_has_no_mask_of_its_length_squared():
-    trie = build_trie([[0] * 500 + [1 + i] * 3000 for i in range(4)])
-    tiles, tiling = _tiling(trie, None)
-    longest = max(tile.query_count for tile in tiles)
-    assert sum(batch.mask.numel() for batch in tiling.batches) <= len(tiling.batches) * longest**2 < 12500 * 3500 / 10
+def test_a_branch_asks_for_its_own_ancestors_alone():
+    """Where branches are long enough; few scores are made that nobody may see."""
+    trie = _trie(prompt=250, branches=8, branch=70)
+    _, tiling = _tiling(trie, None)
+    made = sum(count * queries * keys for count, queries, keys in (batch.shape for batch in tiling.batches))
+    assert 1 < made / (trie.depth + 1).sum() < 1.2
 
 
 @pytest.mark.parametrize("before", [0, 26, 250])
@@ -219,8 +234,7 @@ def test_no_cheaper_batches_of_tiles_in_order_of_their_size(sizes, batch_cost):
     tiles = []
     for queries, before in sizes:
         start = tiles[-1].stop if tiles else 0
-        keys, hidden = np.arange(before + queries), np.zeros((queries, queries), dtype=bool)
-        tiles.append(products.Tile(start, start + queries, keys, hidden, True))
+        tiles.append(products.Tile(start, start + queries, np.arange(before + queries), None))
 
     def cost(shape):
         count, queries, keys = shape
@@ -228,7 +242,8 @@ def test_no_cheaper_batches_of_tiles_in_order_of_their_size(sizes, batch_cost):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "BATCH_COST", batch_cost)
-        made = batch_tiles(tiles, 200, heads=1, key_heads=1)
+        made = batch_tiles(tiles, 200, None, heads=1, key_heads=1)
+    assert sum(batch.shape[0] for batch in made.batches) == len(tiles)
     ordered = sorted(tiles, key=lambda tile: (len(tile.keys), tile.query_count))
     for cuts in itertools.product((False, True), repeat=len(tiles) - 1):
         bounds = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(tiles)]

@@ -4,8 +4,8 @@ PyTorch's own kernel multiplies in float32 there, at a fraction of the rate of o
 bfloat16 factors and float32 sums, as in kernels for GPUs. Scores and the gradient of the weights, of which the softmax
 takes away what a row has in common, come out in float32, all others in bfloat16, at twice the rate.
 
-Queries are cut into tiles, each with the keys that its last query may see, and tiles of like size are multiplied
-together, their queries, keys and values gathered row by row. So a branch asks for its own ancestors alone, and what a
+Queries are cut into tiles, whose keys end at the last one of them, and tiles of like size are multiplied together,
+their queries, keys and values gathered row by row. So a branch asks for its own ancestors alone, and what a
 call costs is shared by many. Scores exist a batch of tiles at a time, in memory that all batches share, and the
 backward pass makes them again.
 """
@@ -28,11 +28,14 @@ from vpd.packing.trie import Trie
 from vpd.processor import multiplies_bfloat16, rounding_factors
 
 BATCH_SCORES = 2**20
-"""Scores of a batch of tiles, all heads together: 4 MB in float32. Smaller ones have slower products, larger ones
-leave the cache that cores share."""
+"""Scores of a batch of several tiles, all heads together: 4 MB in float32. Smaller ones have slower products, larger
+ones leave the cache that cores share."""
 
-LEAST_QUERIES = 128
-"""A tile is not cut smaller than this to keep to :data:`BATCH_SCORES`: its keys are gathered for it alone."""
+TILE_SCORES = 2**22
+"""Scores of one tile: smaller ones of many keys would gather these for few queries at a time."""
+
+SUM_ROWS = 2**18
+"""Rows of keys that batches gather before their gradients are summed, which exist in bfloat16 until then."""
 
 KEYS_MULTIPLE_OF = 16
 """Rows of such a length have the fastest softmax: on an EPYC it takes 0.22 ns a score in place of 0.35."""
@@ -50,20 +53,19 @@ _HIDDEN = -1e30
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries of a block, and the keys that the last of them may see.
+    """Queries of a block, and the block's keys up to the last of them.
 
     Attributes:
         start, stop: their place among the tokens that are computed.
         keys: [K] indices of packed tokens, ascending; the last ones are the queries themselves.
         hidden: [stop - start, at most K] bool, which of the last keys a query does not see; it sees all before them.
-        is_chain: whether ``hidden`` is that of every tile of its size whose queries have no branch among them.
+            None for queries without a branch among them, where a pair's distance says it.
     """
 
     start: int
     stop: int
     keys: np.ndarray
-    hidden: np.ndarray
-    is_chain: bool
+    hidden: np.ndarray | None
 
     @property
     def query_count(self) -> int:
@@ -97,24 +99,39 @@ class TileBatch:
 
 
 @dataclass(frozen=True)
+class KeySum:
+    """How to sum what some batches have made for the rows that they gathered.
+
+    Attributes:
+        batches: the batches.
+        places: where each row of the keys stands among their ``key_rows``, one row's places after another's.
+        offsets: [all tokens * key heads] where those of each row begin.
+    """
+
+    batches: list[TileBatch]
+    places: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True)
 class Tiling:
     """All tiles of a packed batch.
 
     Attributes:
-        batches: see :class:`TileBatch`.
+        sums: all batches of tiles, in groups whose gradients of keys are summed together.
         query_places: [T * heads] where each row of the queries stands among all batches' ``query_rows``.
-        key_places: where each row of the keys stands among all batches' ``key_rows``, one row's after another's.
-        key_offsets: [all tokens * key heads] where those of each row begin.
     """
 
-    batches: list[TileBatch]
+    sums: list[KeySum]
     query_places: Tensor
-    key_places: Tensor
-    key_offsets: Tensor
+
+    @property
+    def batches(self) -> list[TileBatch]:
+        return [batch for part in self.sums for batch in part.batches]
 
 
 class Workspace:
-    """Memory for one batch of tiles, its scores, weights and gradients, given out again for the next one."""
+    """Memory for what batches of tiles read and make, given out again for the next ones."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -144,11 +161,11 @@ def make_tiling(trie: Trie, window: int | None, heads: int, key_heads: int, know
         known: [tokens] bool, which no tile asks for; see :func:`vpd.packing.blocks.partition`.
     """
     blocks = partition(trie, window, known=known, costs=(KEY_COST, TILE_COST))
-    return batch_tiles(cut_into_tiles(blocks, trie, window, heads), len(trie.tokens), heads, key_heads)
+    return batch_tiles(cut_into_tiles(blocks, trie, window, heads), len(trie.tokens), window, heads, key_heads)
 
 
 def cut_into_tiles(blocks: Sequence[Block], trie: Trie, window: int | None, heads: int) -> list[Tile]:
-    """Cut the blocks' queries into tiles of like size, of at most ``BATCH_SCORES`` or of ``LEAST_QUERIES``.
+    """Cut the blocks' queries into tiles of like size, of at most ``TILE_SCORES`` or of one query.
 
     A tile's keys end at its last query, whose token sees none behind itself, so that more tiles make fewer scores.
 
@@ -169,35 +186,41 @@ def cut_into_tiles(blocks: Sequence[Block], trie: Trie, window: int | None, head
         while first < count:
             # Scores a head: queries * (the keys before them + queries).
             seen = before + first
-            most = max(LEAST_QUERIES, int((math.sqrt(seen**2 + 4 * BATCH_SCORES / heads) - seen) / 2))
-            last = first + min(math.ceil((count - first) / max(1, least)), most)
-            tile_keys = keys[: before + last]
-            hidden = _hidden(block, trie, window, np.arange(block.start + first, block.start + last), tile_keys)
-            tiles.append(Tile(start + first, start + last, tile_keys, hidden, block.is_chain))
+            most = int((math.sqrt(seen**2 + 4 * TILE_SCORES / heads) - seen) / 2)
+            last = first + max(1, min(math.ceil((count - first) / max(1, least)), most))
+            # In a chain, windows of later queries begin later.
+            earliest = max(0, seen - window + 1) if block.is_chain and window is not None else 0
+            tile_keys, hidden = keys[earliest : before + last], None
+            if not block.is_chain:
+                queries = np.arange(block.start + first, block.start + last)
+                hidden = _hidden(~allowed_pairs(trie, queries, tile_keys, window))
+            tiles.append(Tile(start + first, start + last, tile_keys, hidden))
             first, least = last, least - 1
         start += count
     return tiles
 
 
-def _hidden(block: Block, trie: Trie, window: int | None, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """See :class:`Tile`."""
-    if block.is_chain:
-        # In a chain a pair's distance alone says it. Keys of a window end there for the first query.
-        width = len(queries) if window is None or len(keys) <= window else len(keys)
-        distance = np.arange(width - len(queries), width)[:, None] - np.arange(width)
-        return (distance < 0) | (distance >= (width if window is None else window))
-    hidden = ~allowed_pairs(trie, queries, keys, window)
+def _hidden(hidden: np.ndarray) -> np.ndarray:
+    """[Q, K] bool without the first keys, those that all queries see."""
     partly = np.flatnonzero(hidden.any(0))
-    return hidden[:, partly[0] if len(partly) else len(keys) :]
+    return hidden[:, partly[0] if len(partly) else hidden.shape[1] :]
 
 
-def batch_tiles(tiles: Sequence[Tile], token_count: int, heads: int, key_heads: int) -> Tiling:
+def _hidden_in_chain(queries: int, keys: int, window: int | None) -> np.ndarray:
+    """Likewise for the last ``queries`` of a chain of so many keys: [queries, at most keys]."""
+    width = queries if window is None or keys <= window else keys
+    distance = np.arange(width - queries, width)[:, None] - np.arange(width)
+    return (distance < 0) | (distance >= (width if window is None else window))
+
+
+def batch_tiles(tiles: Sequence[Tile], token_count: int, window: int | None, heads: int, key_heads: int) -> Tiling:
     """The tiles in batches of like size, so that padding and calls cost least, of at most ``BATCH_SCORES`` or of one
     tile.
 
     Args:
         tiles: they cover every token that is computed.
         token_count: of all tokens, whose keys they ask for.
+        window: how many positions back a token sees, itself included; None for all.
         heads, key_heads: of the layer.
     """
     tiles = sorted(tiles, key=lambda tile: (len(tile.keys), tile.query_count))
@@ -212,13 +235,22 @@ def batch_tiles(tiles: Sequence[Tile], token_count: int, heads: int, key_heads: 
         cost, start = min(costs)
         best_cost.append(cost)
         best_start.append(start)
-    batches, stop = [], len(tiles)
+    made, stop, masks = [], len(tiles), {}
     while stop:
-        batches.append(_batch(tiles[best_start[stop] : stop], heads, key_heads))
+        made.append(_batch(tiles[best_start[stop] : stop], window, heads, key_heads, masks))
         stop = best_start[stop]
-    query_places, _ = _places([batch[1] for batch in batches], heads * sum(tile.query_count for tile in tiles))
-    key_places, key_offsets = _places([batch[2] for batch in batches], key_heads * token_count)
-    return Tiling([batch[0] for batch in batches], query_places, key_places, key_offsets)
+
+    sums, first = [], 0
+    while first < len(made):
+        last, count = first + 1, len(made[first][2])
+        while last < len(made) and count + len(made[last][2]) <= SUM_ROWS:
+            count += len(made[last][2])
+            last += 1
+        places, offsets = _places([key_rows for _, _, key_rows in made[first:last]], key_heads * token_count)
+        sums.append(KeySum([batch for batch, _, _ in made[first:last]], places, offsets))
+        first = last
+    query_places, _ = _places([query_rows for _, query_rows, _ in made], heads * token_count)
+    return Tiling(sums, query_places)
 
 
 def _places(rows: Sequence[np.ndarray], count: int) -> tuple[Tensor, Tensor]:
@@ -227,30 +259,43 @@ def _places(rows: Sequence[np.ndarray], count: int) -> tuple[Tensor, Tensor]:
     places = np.argsort(chained, kind="stable")
     ordered = chained[places]
     first = int(np.searchsorted(ordered, 0))
+    assert len(chained) < 2**31
     offsets = np.searchsorted(ordered[first:], np.arange(count))
     return torch.from_numpy(places[first:].astype(np.int32)), torch.from_numpy(offsets.astype(np.int32))
 
 
-def _batch(tiles: Sequence[Tile], heads: int, key_heads: int) -> tuple[TileBatch, np.ndarray, np.ndarray]:
-    """The batch, and its rows of queries and of keys, -1 for padding."""
-    n, queries = len(tiles), max(tile.query_count for tile in tiles)
-    keys = _rounded_up(max(len(tile.keys) for tile in tiles))
+def _batch(
+    tiles: Sequence[Tile],
+    window: int | None,
+    heads: int,
+    key_heads: int,
+    masks: dict[tuple[int, ...], Tensor],
+) -> tuple[TileBatch, np.ndarray, np.ndarray]:
+    """The batch, and its rows of queries and of keys, -1 for padding; ``masks`` are chains', by shape."""
+    n, queries, most_keys = len(tiles), max(tile.query_count for tile in tiles), max(len(tile.keys) for tile in tiles)
+    keys = _rounded_up(most_keys)
     query_tokens, key_tokens = np.full((n, queries), -1), np.full((n, keys), -1)
-    common = all(tile.is_chain for tile in tiles)
-    width = max(tile.hidden.shape[1] for tile in tiles)
-    mask = np.zeros((1 if common else n, queries, width), dtype=bool)
     for i, tile in enumerate(tiles):
         query_tokens[i, queries - tile.query_count :] = np.arange(tile.start, tile.stop)
         key_tokens[i, keys - len(tile.keys) :] = tile.keys
-        # Chains' masks are aligned at their lower right, as they stand here, and say the same where both say something.
-        mask[0 if common else i, queries - tile.query_count :, width - tile.hidden.shape[1] :] |= tile.hidden
+    # Aligned at its lower right, as tiles stand here, a chain's mask holds for shorter ones too.
+    hidden = _hidden_in_chain(queries, most_keys, window)
+    if all(tile.hidden is None for tile in tiles):
+        mask = masks.setdefault(hidden.shape, _additive(hidden)[None, None])
+    else:
+        parts = [_hidden_in_chain(tile.query_count, len(tile.keys), window) if tile.hidden is None else tile.hidden
+                 for tile in tiles]  # fmt: skip
+        together = np.zeros((n, queries, max(part.shape[1] for part in parts)), dtype=bool)
+        for i, part in enumerate(parts):
+            together[i, queries - part.shape[0] :, together.shape[2] - part.shape[1] :] = part
+        mask = _additive(together)[:, None]
     query_rows, key_rows = _rows(query_tokens, heads), _rows(key_tokens, key_heads)
     is_padding = key_tokens < 0
     query_padding = np.flatnonzero(query_rows < 0)
     batch = TileBatch(
         query_rows=_index(query_rows),
         key_rows=_index(key_rows),
-        mask=_additive(mask)[:, None],
+        mask=mask,
         key_padding=_additive(is_padding[:, is_padding.any(0)])[:, None, None] if is_padding.any() else None,
         query_padding=torch.from_numpy(query_padding) if len(query_padding) else None,
         shape=(n, queries, keys),
@@ -291,7 +336,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tiling: Tiling, scaling: f
     Returns:
         [T, heads, D of values] bfloat16.
     """
-    return _Products.apply(query, key, value, tiling, scaling, workspace)  # pyright: ignore[reportReturnType]
+    rows = (tensor.contiguous() for tensor in (query, key, value))
+    return _Products.apply(*rows, tiling, scaling, workspace)  # pyright: ignore[reportReturnType]
 
 
 class _Products(torch.autograd.Function):
@@ -302,45 +348,68 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.tiling, ctx.scaling, ctx.workspace = tiling, scaling, workspace
         wide_key = key.float()
-        outputs = _Results("query", tiling, value, workspace)
+        outputs = _Results("query", [len(batch.query_rows) for batch in tiling.batches], value, workspace)
         for batch in tiling.batches:
             gather = _Gatherer(batch, workspace)
             weights = _weights(gather.queries(query), gather.keys(wide_key), batch, scaling, workspace)
             rounded = workspace.take("products", weights.shape, value.dtype).copy_(weights)
             torch.bmm(rounded, gather.keys(value), out=outputs.next(batch))
-        return outputs.by_query(tiling).view(*query.shape[:2], -1)
+        return outputs.rows.index_select(0, tiling.query_places).view(*query.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         tiling, workspace = ctx.tiling, ctx.workspace
+        grad_output = grad_output.contiguous()
         wide_key, wide_value = key.float(), value.float()
-        grad_query = _Results("query", tiling, query, workspace)
-        grad_key, grad_value = _Results("key", tiling, key, workspace), _Results("value", tiling, value, workspace)
-        for batch in tiling.batches:
-            gather = _Gatherer(batch, workspace)
-            queries, grad = gather.queries(query), gather.queries(grad_output, "gradient")
-            if batch.query_padding is not None:
-                grad.view(-1, grad.shape[-1]).index_fill_(0, batch.query_padding, 0.0)
-            weights = _weights(queries, gather.keys(wide_key), batch, ctx.scaling, workspace)
-            products = workspace.take("products", weights.shape, key.dtype).copy_(weights)
-            torch.bmm(products.transpose(1, 2), grad, out=grad_value.next(batch))
-            grad_weights = workspace.take("gradient", weights.shape, torch.float32)
-            _multiply(grad, gather.keys(wide_value), grad_weights, workspace)
-            # Into its own input, as the softmax: both read a row whole before they write it, or number by number.
-            torch.ops.aten._softmax_backward_data.out(grad_weights, weights, -1, torch.float32, grad_input=grad_weights)
-            products.copy_(grad_weights)
-            torch.bmm(products, gather.keys(key), out=grad_query.next(batch))
-            torch.bmm(products.transpose(1, 2), queries, out=grad_key.next(batch))
+        grad_query = _Results("query", [len(batch.query_rows) for batch in tiling.batches], query, workspace)
+        key_sums, value_sums = [], []
+        for part in tiling.sums:
+            sizes = [len(batch.key_rows) for batch in part.batches]
+            grad_key, grad_value = _Results("key", sizes, key, workspace), _Results("value", sizes, value, workspace)
+            for batch in part.batches:
+                gather = _Gatherer(batch, workspace)
+                queries, grad = gather.queries(query), gather.queries(grad_output, "output's gradient")
+                if batch.query_padding is not None:
+                    grad.view(-1, grad.shape[-1]).index_fill_(0, batch.query_padding, 0.0)
+                weights = _weights(queries, gather.keys(wide_key), batch, ctx.scaling, workspace)
+                products = workspace.take("products", weights.shape, key.dtype).copy_(weights)
+                torch.bmm(products.transpose(1, 2), grad, out=grad_value.next(batch))
+                grad_weights = workspace.take("weights' gradient", weights.shape, torch.float32)
+                _multiply(grad, gather.keys(wide_value), grad_weights, workspace)
+                # Into its own input, as the softmax: both read a row whole before they write it, or number by number.
+                torch.ops.aten._softmax_backward_data.out(
+                    grad_weights, weights, -1, torch.float32, grad_input=grad_weights
+                )
+                products.copy_(grad_weights)
+                torch.bmm(products, gather.keys(key), out=grad_query.next(batch))
+                torch.bmm(products.transpose(1, 2), queries, out=grad_key.next(batch))
+            key_sums.append(_sum(grad_key.rows, part))
+            value_sums.append(_sum(grad_value.rows, part))
         return (
-            grad_query.by_query(tiling).mul_(ctx.scaling).view_as(query),
-            grad_key.by_key(tiling).mul_(ctx.scaling).view_as(key),
-            grad_value.by_key(tiling).view_as(value),
+            grad_query.rows.index_select(0, tiling.query_places).mul_(ctx.scaling).view_as(query),
+            _total(key_sums).mul_(ctx.scaling).view_as(key),
+            _total(value_sums).view_as(value),
             None,
             None,
             None,
         )
+
+
+def _sum(rows: Tensor, part: KeySum) -> Tensor:
+    """[tokens * key heads, width]: of each row of the keys the sum over all places where it was gathered, made in
+    float32 and rounded."""
+    return F.embedding_bag(part.places, rows, part.offsets, mode="sum")
+
+
+def _total(sums: list[Tensor]) -> Tensor:
+    if len(sums) == 1:
+        return sums[0]
+    total = sums[0].float()
+    for further in sums[1:]:
+        total += further
+    return total.to(sums[0].dtype)
 
 
 class _Gatherer:
@@ -360,31 +429,20 @@ class _Gatherer:
     def _take(self, tensor: Tensor, rows: Tensor, name: str) -> Tensor:
         width = tensor.shape[-1]
         gathered = self._workspace.take(name, (len(rows), width), tensor.dtype)
-        torch.index_select(tensor.reshape(-1, width), 0, rows, out=gathered)
+        torch.index_select(tensor.view(-1, width), 0, rows, out=gathered)
         return gathered.view(self._batch.matrices, -1, width)
 
 
 class _Results:
-    """What the batches of a tiling make for the rows of their queries or keys, one batch behind another."""
+    """What batches make, row by row, one batch behind another, in ``rows``."""
 
-    def __init__(self, name: str, tiling: Tiling, like: Tensor, workspace: Workspace) -> None:
-        self._rows_of = (lambda batch: batch.query_rows) if name == "query" else (lambda batch: batch.key_rows)
-        count = sum(len(self._rows_of(batch)) for batch in tiling.batches)
-        self._rows = workspace.take(f"results of {name}", (count, like.shape[-1]), like.dtype)
-        self._filled = 0
+    def __init__(self, name: str, sizes: Sequence[int], like: Tensor, workspace: Workspace) -> None:
+        self.rows = workspace.take(f"results of {name}", (sum(sizes), like.shape[-1]), like.dtype)
+        self._parts = iter(self.rows.split(list(sizes)))
 
     def next(self, batch: TileBatch) -> Tensor:
         """Uninitialised [n * key heads, rows, width], for the next batch's result."""
-        start, self._filled = self._filled, self._filled + len(self._rows_of(batch))
-        return self._rows[start : self._filled].view(batch.matrices, -1, self._rows.shape[1])
-
-    def by_query(self, tiling: Tiling) -> Tensor:
-        """[T * heads, width]."""
-        return self._rows.index_select(0, tiling.query_places)
-
-    def by_key(self, tiling: Tiling) -> Tensor:
-        """[tokens * key heads, width], for each row the sum over all places where it was gathered, in float32."""
-        return F.embedding_bag(tiling.key_places, self._rows, tiling.key_offsets, mode="sum")
+        return next(self._parts).view(batch.matrices, -1, self.rows.shape[1])
 
 
 def _weights(query: Tensor, wide_key: Tensor, batch: TileBatch, scaling: float, workspace: Workspace) -> Tensor:
