@@ -158,13 +158,8 @@ class PackedLayout:
         Each query's row stands ``query_rows`` times in a row, for the query heads that share a key head.
         """
         key = (window, query_rows, dtype, device)
-        if key not in self._masks:
-            self._masks[key] = self._build_masks(window, query_rows, dtype, device)
-        return self._masks[key]
-
-    def _build_masks(
-        self, window: int | None, query_rows: int, dtype: torch.dtype, device: torch.device
-    ) -> list[Tensor | None]:
+        if key in self._masks:
+            return self._masks[key]
         blocks = self.plan(window).blocks
         chains = [block for block in blocks if block.is_chain and not block.is_causal]
         # Whether a chain's query sees a key depends on their distance only, so one mask, aligned at its lower right
@@ -185,6 +180,7 @@ class PackedLayout:
                 queries = np.arange(block.start, block.stop)
                 keys = np.concatenate([np.arange(start, stop) for start, stop in block.key_ranges])
                 masks.append(_additive(allowed_pairs(self.trie, queries, keys, window), query_rows, dtype, device))
+        self._masks[key] = masks
         return masks
 
 
