@@ -1,10 +1,13 @@
-"""Which packed token sees which, by walking every sequence."""
+"""Which packed token sees which, by walking every sequence, and tries to ask it of."""
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from vpd.packing.trie import Trie
+from vpd.packing import tiles
+from vpd.packing.blocks import partition
+from vpd.packing.tiles import cut_into_tiles, make_tiling
+from vpd.packing.trie import Trie, build_trie
 
 # Few examples and no deadline: the suite shares its cores.
 few = settings(max_examples=40, deadline=None)
@@ -20,3 +23,17 @@ def true_pairs(trie: Trie, window: int | None) -> np.ndarray:
         for depth, token in enumerate(path):
             allowed[token, path[0 if window is None else max(0, depth - window + 1) : depth + 1]] = True
     return allowed
+
+
+def branching_trie(prompt=40, branches=5, branch=30):
+    """Two prompts with branches of their own, which share a beginning."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 1000, prompt).tolist()
+    prompts = [first, [*first[: prompt // 2], *rng.integers(0, 1000, prompt).tolist()]]
+    return build_trie([[*start, *rng.integers(0, 1000, branch).tolist()] for start in prompts for _ in range(branches)])
+
+
+def tiling_of(trie, window, heads=6, key_heads=3):
+    """The tiles, and these in batches."""
+    cut = partition(trie, window, costs=(tiles.KEY_COST, tiles.TILE_COST))
+    return cut_into_tiles(cut, trie, window, heads), make_tiling(trie, window, heads, key_heads)

@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from vpd.packing import flex
 from vpd.packing.blocks import Block, allowed_pairs, partition
-from vpd.packing.products import Tiling, Workspace, make_tiling
+from vpd.packing.products import Workspace
+from vpd.packing.tiles import Tiling, make_tiling
 from vpd.packing.trie import Trie
 
 
