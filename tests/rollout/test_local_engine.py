@@ -10,6 +10,9 @@ from vpd.rollout.local import make_twin
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40]]
 # PEFT reads an attribute that transformers has renamed.
 IGNORE_PEFT_WARNING = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+REARRANGES_WEIGHTS = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not compute bfloat16 here"
+)
 ALL_MODELS = ["llama", "qwen3", "gemma3", "qwen3_next"]
 
 
@@ -211,6 +214,52 @@ def test_a_released_engine_holds_no_copies_and_samples_from_the_weights_as_they_
     with torch.no_grad():
         plain.model.embed_tokens.weight.mul_(1.5)
     assert log_probs(subject) == log_probs(engine(model, tokenizer, dtype=dtype)) != before
+
+
+def names_without_rows(subject):
+    return {name for name, parameter in subject._twin.named_parameters() if not parameter.numel()}
+
+
+@REARRANGES_WEIGHTS
+@IGNORE_PEFT_WARNING
+@pytest.mark.parametrize("lora", [False, True])
+def test_rearranged_weights_are_held_once(make_model, tokenizer, lora):
+    model = make_model("llama")
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    subject = engine(model, tokenizer, dtype="bfloat16")
+    # The head's weight is the embedding's, which looks words up in its rows.
+    linear = {name for name, parameter in model.named_parameters() if parameter.dim() == 2 and "embed" not in name}
+    assert len(linear) == (14 + 8 if lora else 14)
+    assert names_without_rows(subject) == linear
+    subject.release()
+    subject.sync()
+    assert names_without_rows(subject) == linear
+
+
+@REARRANGES_WEIGHTS
+def test_rows_that_belong_to_the_model_stay(make_model, tokenizer, caplog):
+    model = make_model("llama").bfloat16()
+    caplog.set_level("INFO", "vpd.rollout.local")
+    subject = engine(model, tokenizer, dtype="bfloat16")
+    assert not caplog.text
+    assert not names_without_rows(subject)
+    assert any(hasattr(module, "packed") for module in subject._twin.modules())
+    subject.release()
+    assert all(parameter.numel() for parameter in model.parameters())
+
+
+@REARRANGES_WEIGHTS
+@IGNORE_PEFT_WARNING
+def test_rows_that_a_forward_reads_are_kept(make_model, tokenizer, caplog):
+    model = get_peft_model(make_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    caplog.set_level("INFO", "vpd.rollout.local")
+    subject = engine(model, tokenizer, dtype="bfloat16")
+    assert "kept in their rows" in caplog.text
+    for _ in range(2):
+        subject.generate(PROMPTS[:1], max_new_tokens=2, eos_token_ids=[])
+        assert not names_without_rows(subject)
+        subject.release()
 
 
 @IGNORE_PEFT_WARNING

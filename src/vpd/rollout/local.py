@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +20,12 @@ from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.processor import multiplies_bfloat16
 from vpd.rollout.attention import ROLLOUT_ATTENTION
 from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
-from vpd.rollout.packed import pack, unpack
-from vpd.rollout.prefill import Prefill, last_place, mask_of
+from vpd.rollout.packed import PackedLinear, make_packable
+from vpd.rollout.prefill import Prefill, last_place, mask_of, padded
 from vpd.rollout.sampling import Sampler, sequence_uniforms
 from vpd.rollout.stopping import StopCondition
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -45,8 +49,9 @@ class LocalEngine:
 
     Sampling runs on a twin of the model: its own modules, in evaluation mode, with an attention for decoding. A
     parameter that need not be converted is shared with the model; others are bfloat16 copies, which :meth:`sync`
-    brings up to date and :meth:`release` gives up for as long as nothing is sampled. The model's modes, settings and
-    hooks are never touched.
+    brings up to date and :meth:`release` gives up for as long as nothing is sampled. On a processor linear layers hold
+    theirs as oneDNN reads it (:class:`vpd.rollout.packed.PackedLinear`), and in its rows only where something else
+    reads it. The model's modes, settings and hooks are never touched.
 
     Each distinct prompt is computed once; on a processor, where the model can be packed, also what prompts of a batch
     begin with, such as a system message. A prompt's cache is expanded to its generations, or shared by them: on a
@@ -82,9 +87,11 @@ class LocalEngine:
         self._has_teacher_adapter = has_teacher_adapter(self._twin)
         if self._has_teacher_adapter:
             switch_teacher_adapter(self._twin, on=False)
-        pack(self._twin)
+        self._packed = make_packable(self._twin)
+        self._alone = _weights_of_one(self._packed, self._twin, model)
+        self.sync()
+        self._keep_rows_where_read()
         self._prefill = Prefill(self._twin)
-        self._is_released = False
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -101,10 +108,17 @@ class LocalEngine:
                 target = targets[name]
                 if target is source:
                     continue
+                if name in self._alone:
+                    # Its rows would be read by nothing.
+                    target.data = target.data.new_empty(0)
+                    self._alone[name].pack(source)
+                    continue
                 if target.shape != source.shape:
                     target.data = torch.empty_like(source, dtype=target.dtype)
                 target.copy_(source)
-        pack(self._twin)
+        for name, layer in self._packed.items():
+            if f"{name}.weight" not in self._alone:
+                layer.pack(layer.weight)
         self._is_released = False
 
     def release(self) -> None:
@@ -118,7 +132,8 @@ class LocalEngine:
         for name, parameter in self._twin.named_parameters():
             if parameter is not sources.get(name):
                 parameter.data = parameter.data.new_empty(0)
-        unpack(self._twin)
+        for layer in self._packed.values():
+            layer.unpack()
         self._is_released = True
 
     @contextmanager
@@ -186,6 +201,17 @@ class LocalEngine:
                 stop=stop,
             )
         return samples
+
+    @torch.no_grad()
+    def _keep_rows_where_read(self) -> None:
+        """Keep all rearranged layers' weights in their rows too, where a forward reads some itself (DoRA's does)."""
+        try:
+            padded(self._twin, [[0]], self._make_cache(max_length=1))
+        except Exception as error:
+            # Whatever it is: what is tried for memory must not stop a run.
+            logger.info("Weights are kept in their rows too, which a forward reads: %s", error)
+            self._alone = {}
+            self.sync()
 
     def _chunks(self, prompts: Sequence[Sequence[int]], num_generations: int) -> Iterator[list[tuple[int, int]]]:
         """Batches of (prompt, generation), in whole groups where these fit.
@@ -272,6 +298,17 @@ class LocalEngine:
             logits_to_keep=self._last,
         )
         return output.logits[:, -1]
+
+
+def _weights_of_one(packed: dict[str, PackedLinear], twin: nn.Module, source: nn.Module) -> dict[str, PackedLinear]:
+    """Of the rearranged layers those whose weight is read by no other module and no part of the source, by its name."""
+    users = Counter(id(parameter) for _, parameter in twin.named_parameters(remove_duplicate=False))
+    shared = {id(parameter) for parameter in source.parameters()}
+    return {
+        f"{name}.weight": layer
+        for name, layer in packed.items()
+        if users[id(layer.weight)] == 1 and id(layer.weight) not in shared
+    }
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -14,33 +14,40 @@ ROWS = 64
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer without gradient that computes from a rearranged copy of its weight; see :func:`pack`."""
+    """A linear layer without gradient that computes from a rearranged copy of its weight, and never reads ``weight``
+    itself; :func:`make_packable` makes it."""
 
     packed: torch.Tensor
+
+    def pack(self, weight: torch.Tensor) -> None:
+        """Rearrange ``weight`` [out, in], of any float dtype; to be repeated when it changes."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16(), ROWS)
+
+    def unpack(self) -> None:
+        """Free the copy; the layer computes nothing until the next :meth:`pack`."""
+        if hasattr(self, "packed"):
+            del self.packed
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in] to [..., out]."""
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 
-def pack(model: nn.Module) -> None:
-    """Rearrange the current weights of all bfloat16 linear layers of ``model``; to be repeated when they change.
+def make_packable(model: nn.Module) -> dict[str, PackedLinear]:
+    """Turn all bfloat16 linear layers of ``model`` into such that compute from rearranged weights, not yet made.
 
-    Subclasses of ``nn.Linear`` are left alone, and so is everything where oneDNN does not compute bfloat16. It needs
-    as much memory again as the weights.
+    Subclasses of ``nn.Linear`` are left alone, and so is everything where oneDNN does not compute bfloat16.
+
+    Returns:
+        Them, by name.
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    for module in model.modules():
+        return {}
+    layers = {}
+    for name, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu":
             # The class alone changes: names, parameters, ties and hooks stay those of the layer.
             module.__class__ = PackedLinear
-        if isinstance(module, PackedLinear):
-            module.packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS)
-
-
-def unpack(model: nn.Module) -> None:
-    """Free what :func:`pack` has made; the layers compute nothing until it is called again."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            del module.packed
+            assert isinstance(module, PackedLinear)
+            layers[name] = module
+    return layers
