@@ -90,7 +90,8 @@ class LocalEngine:
         self._packed = make_packable(self._twin)
         self._alone = _weights_of_one(self._packed, self._twin, model)
         self.sync()
-        self._keep_rows_where_read()
+        if self._alone:
+            self._keep_rows_where_read()
         self._prefill = Prefill(self._twin)
 
     @torch.no_grad()
