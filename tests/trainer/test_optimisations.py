@@ -161,6 +161,11 @@ def test_settings_of_the_model(tmp_path, expected, setting):
     assert_the_same(curve(tmp_path / "run", model={setting: setting == "gradient_checkpointing"}), expected)
 
 
+def test_passes_that_keep_what_they_could_make_again(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr("vpd.policy.prepare.remakes", lambda settings: False)
+    assert_the_same(curve(tmp_path / "run"), expected)
+
+
 def test_small_micro_batches(tmp_path, expected):
     found = curve(tmp_path / "run", optim={"micro_batch_tokens": 300})
     assert tokens(found) > tokens(expected), "prompts are computed once for each part"

@@ -29,8 +29,9 @@ class ModelSettings(Section):
     needs CUDA."""
     fused_layers: bool = True
     """Without a GPU, compute RMS norms and rotary positions in one go over memory (see :mod:`vpd.policy.norms` and
-    :mod:`vpd.policy.rotary`), keep less of gated MLPs (:mod:`vpd.policy.mlp`), and compute the last layer only where it
-    is read (:mod:`vpd.policy.last_layer`): the same numbers but for rounding, in less time and memory."""
+    :mod:`vpd.policy.rotary`), keep less for the backward pass (:mod:`vpd.policy.mlp`, :mod:`vpd.policy.remaking`), and
+    compute the last layer only where it is read (:mod:`vpd.policy.last_layer`): the same numbers but for rounding, in
+    less time and memory."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
     lora: LoraSettings | None = None

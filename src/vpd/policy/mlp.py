@@ -49,13 +49,23 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.activated = None
         return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def remake(ctx: Any) -> Tensor:
+        """The output again; silu(gate) is kept for the backward pass, which comes next."""
+        gate, up = ctx.saved_tensors
+        ctx.activated = F.silu(gate)
+        return ctx.activated * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grad_output)
+        activated, ctx.activated = ctx.activated, None
+        grad_up = (F.silu(gate) if activated is None else activated).mul_(grad_output)
+        del activated
         grad_gate = torch.mul(grad_output, up)
         # Into its own input: number by number.
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidd
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, head_of
 from vpd.policy.objectives import Objective, Outputs
+from vpd.policy.remaking import remaking
 
 _IS_RANDOM = re.compile("drop|jitter")
 _OF_OTHER_HEADS = re.compile("classifier|summary")
@@ -39,13 +41,22 @@ class PolicyModule(nn.Module):
         share_prefixes: run batches packed; off for architectures that carry state across tokens, whose sequences are
             then run one by one.
         kernel: how packed attention is computed.
+        remakes: keep less of a training pass for its backward pass: :mod:`vpd.policy.remaking`.
     """
 
-    def __init__(self, model: nn.Module, share_prefixes: bool = True, kernel: PackedKernel = "blocks") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        share_prefixes: bool = True,
+        kernel: PackedKernel = "blocks",
+        *,
+        remakes: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.share_prefixes = share_prefixes
         self.kernel: PackedKernel = kernel
+        self.remakes = remakes
         self.has_teacher_adapter = has_teacher_adapter(model)
         if share_prefixes:
             enable_packed_attention(causal_lm_of(model), kernel)
@@ -88,7 +99,9 @@ class PolicyModule(nn.Module):
             hidden = backbone(input_ids=token, use_cache=False).last_hidden_state
             zero = 0.0 * (hidden.sum() + head.weight.sum() + (0.0 if head.bias is None else head.bias.sum()))
             return Outputs(loss=zero)
-        return objective(hidden_states(backbone, batch, self._layers(objective)), head, batch)
+        with remaking() if self.remakes and torch.is_grad_enabled() else nullcontext():
+            hidden = hidden_states(backbone, batch, self._layers(objective))
+        return objective(hidden, head, batch)
 
     def _layers(self, objective: Objective) -> Sequence[int]:
         """The layers whose states the objective wants behind the last ones; None stands for all."""

@@ -82,12 +82,26 @@ class _RMSNorm(torch.autograd.Function):
             scale[tile].square_().div_(rows.shape[1]).add_(eps).rsqrt_()
             output_rows[tile] = torch.mul(rows[tile], scale[tile]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
+        ctx.dtype, ctx.remade = dtype, None
         return output
+
+    @staticmethod
+    def remake(ctx: Any) -> Tensor:
+        """The output again, once for all projections that read it."""
+        if ctx.remade is None:
+            x, weight, scale = ctx.saved_tensors
+            rows = x.reshape(-1, x.shape[-1])
+            ctx.remade = torch.empty(x.shape, dtype=ctx.dtype)
+            remade_rows = ctx.remade.view(rows.shape)
+            for tile in _tiles(rows):
+                remade_rows[tile] = torch.mul(rows[tile], scale[tile]).mul_(weight)
+        return ctx.remade
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
+        ctx.remade = None
         rows = x.reshape(-1, x.shape[-1])
         given = grad_output.reshape(rows.shape)
         grad_rows = torch.empty_like(rows)

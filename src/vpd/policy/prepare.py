@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,9 +84,17 @@ def prepare_policy(
         trim_last_layer(network)
         fuse_mlps(network)
     policy = PolicyModule(
-        network, share_prefixes=may_share_prefixes(network, settings.packed_attention), kernel=settings.packed_attention
+        network,
+        share_prefixes=may_share_prefixes(network, settings.packed_attention),
+        kernel=settings.packed_attention,
+        remakes=remakes(settings),
     )
     return policy, tokenizer
+
+
+def remakes(settings: ModelSettings) -> bool:
+    """Whether training passes make again what they need not keep: a matter of processors, as fused layers are."""
+    return settings.fused_layers and not torch.accelerator.is_available()
 
 
 def may_share_prefixes(network: torch.nn.Module, kernel: PackedKernel = "blocks") -> bool:
@@ -155,6 +163,8 @@ def make_accelerator(args: VPDConfig) -> Accelerator:
                 broadcast_buffers=False,
                 # Each of the two steps leaves the other's parameters out.
                 find_unused_parameters=getattr(args.algorithm, "teacher", None) == "lora",
-            )
+            ),
+            # Casts are kept by nobody where the backward pass makes them again.
+            AutocastKwargs(cache_enabled=not remakes(args.model)),
         ],
     )
