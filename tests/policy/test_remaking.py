@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from accelerate.utils import AutocastKwargs
+from accelerate.state import AcceleratorState
 from tiny import llama, tokenizer
 from tiny_models import attention_configs, build, logits_and_gradients
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -153,7 +153,7 @@ def test_a_tensor_that_is_changed_before_the_backward_pass_is_an_error():
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_nobody_else_keeps_casts(tmp_path, monkeypatch, wanted):
+def test_nobody_else_keeps_casts(tmp_path, wanted):
     """With a cache of casts autocast would hold the copy of the network that the backward pass can do without."""
     config = VPDConfig.from_overrides(
         [
@@ -162,12 +162,14 @@ def test_nobody_else_keeps_casts(tmp_path, monkeypatch, wanted):
             f'run.output_dir="{tmp_path}"',
         ]
     )
-    # A process has one accelerator's mixed precision, which other tests have set.
-    given = {}
-    monkeypatch.setattr("vpd.policy.prepare.Accelerator", lambda **settings: given.update(settings))
-    make_accelerator(config)
-    (handler,) = (found for found in given["kwargs_handlers"] if isinstance(found, AutocastKwargs))
-    assert handler.cache_enabled is not wanted
+    # A process has one mixed precision, which other tests may have set.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with make_accelerator(config).autocast():
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_cache_enabled() is not wanted
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
