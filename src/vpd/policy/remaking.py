@@ -1,9 +1,9 @@
 """Training passes that keep less for their backward pass: what is cheaper to make again than to hold.
 
-Of what autograd keeps of a layer whose norms and MLP are fused, over a quarter is made in a few passes over memory of what it
-keeps anyway: the norms' outputs of their inputs, and the MLP's inside of gate and up. And a weight that autocast has
-cast to bfloat16 is cast again, in place of a copy of the whole network beside it: so autocast has to keep no copies
-either (``cache_enabled=False``). What comes out is the same to the last bit.
+Of what autograd keeps of a layer whose norms and MLP are fused, over a quarter is made in a few passes over memory of
+what it keeps anyway: the norms' outputs of their inputs, and the MLP's inside of gate and up. And a weight that
+autocast has cast to bfloat16 is cast again, in place of a copy of the whole network beside it: so autocast has to keep
+no copies either (``cache_enabled=False``). What comes out is the same to the last bit.
 """
 
 from __future__ import annotations
