@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpd.losses import Head
 
 
 class OperationWatch(TorchDispatchMode):
-    """Records the elements of the largest result and the number of matrix-matrix products."""
+    """Records the elements of the largest result, how many results of that size were there at once, and the number of
+    matrix-matrix products."""
 
-    largest_result = 0
-    matmuls = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest_result = self.matmuls = 0
+        self._results: list[tuple[int, StorageWeakRef]] = []
+        self._most: Counter[int] = Counter()
+
+    @property
+    def most_of_the_largest(self) -> int:
+        return self._most[self.largest_result]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.matmuls += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         results = func(*args, **(kwargs or {}))
         for result in results if isinstance(results, tuple | list) else [results]:
             if isinstance(result, Tensor):
-                self.largest_result = max(self.largest_result, result.numel())
+                self._note(result)
         return results
+
+    def _note(self, result: Tensor) -> None:
+        size = result.numel()
+        self.largest_result = max(self.largest_result, size)
+        self._results = [(held, storage) for held, storage in self._results if not storage.expired()]
+        if all(storage.cdata != result.untyped_storage()._cdata for _, storage in self._results):
+            self._results.append((size, StorageWeakRef(result.untyped_storage())))
+        self._most[size] = max(self._most[size], sum(held == size for held, _ in self._results))
 
 
 @pytest.fixture

@@ -222,6 +222,20 @@ def test_no_tensor_exceeds_a_chunk_of_logits(kind, operation_watch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_more_than_one_chunk_of_either_sides_logits_is_there(kind, operation_watch, monkeypatch):
+    monkeypatch.setattr("vpd.losses.head.TILE_NUMBERS", 1)
+    vocabulary, chunk_size = 50, 2 * torch.get_num_threads()
+    hidden, teacher_hidden = torch.ones(3 * chunk_size, 2, requires_grad=True), torch.ones(3 * chunk_size, 2)
+    head = Head(torch.ones(vocabulary, 2, requires_grad=True))
+
+    with operation_watch:
+        divergence(hidden, teacher_hidden, head, kind=kind, chunk_size=chunk_size).total.backward()
+
+    assert operation_watch.largest_result == chunk_size * vocabulary
+    assert operation_watch.most_of_the_largest == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_tokens_the_total_is_a_zero_that_backward_accepts(kind):
     hidden, weight = torch.zeros(0, H, requires_grad=True), torch.ones(V, H, requires_grad=True)
     loss = divergence(hidden, torch.zeros(0, H), Head(weight), kind=kind)

@@ -75,6 +75,20 @@ def test_no_tensor_exceeds_a_chunk_of_logits(operation_watch):
     assert operation_watch.largest_result == chunk_size * V * 4
 
 
+def test_no_more_than_one_chunk_of_logits_is_there(operation_watch, monkeypatch):
+    monkeypatch.setattr("vpd.losses.head.TILE_NUMBERS", 1)
+    chunk_size = 2 * torch.get_num_threads()
+    hidden, weight = torch.ones(3 * chunk_size, 2, requires_grad=True), torch.ones(V * 4, 2, requires_grad=True)
+
+    with operation_watch:
+        token_log_probs(
+            hidden, Head(weight), torch.zeros(3 * chunk_size, dtype=torch.long), chunk_size=chunk_size
+        ).sum().backward()
+
+    assert operation_watch.largest_result == chunk_size * V * 4
+    assert operation_watch.most_of_the_largest == 1
+
+
 def test_without_tokens_the_sum_is_a_zero_that_backward_accepts():
     hidden, weight = torch.zeros(0, H, requires_grad=True), torch.ones(V, H, requires_grad=True)
     total = token_log_probs(hidden, Head(weight), torch.zeros(0, dtype=torch.int64)).sum()

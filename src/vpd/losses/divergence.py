@@ -260,8 +260,11 @@ class _FusedDivergence(torch.autograd.Function):
                     token_weights[rows] *= (
                         ratio if settings.importance_clip is None else ratio.clamp(max=settings.importance_clip)
                     )
+                # A chunk's logits are the largest of what is made here: none of them outlives what reads it.
+                del teacher_logits
                 if any(needs):
                     gradient.add_chunk(rows, hidden, logits, grad_logits, token_weights[rows])
+                del logits, grad_logits
             total = torch.dot(token_weights, per_token)
 
         # Not saved as tensors are: the backward pass gives them away, the largest of them as large as the head.

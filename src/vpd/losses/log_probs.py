@@ -85,6 +85,8 @@ class _TokenLogProbs(torch.autograd.Function):
             target_logits[rows] = logits.gather(1, targets[rows, None])[:, 0]
             for tile in tiles(logits):
                 log_normaliser[rows][tile] = logits[tile].logsumexp(-1)
+            # Before the next chunk's are made.
+            del logits
         ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser)
         return target_logits - log_normaliser
 
@@ -105,6 +107,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 grad_logits[tile].sub_(log_normaliser[rows][tile, None]).exp_()
             grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[rows]] -= 1.0
             gradient.add_chunk(rows, hidden_chunk, logits, grad_logits, -grad_log_probs[rows])
+            del logits, grad_logits
         dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         gradients = (
             None if gradient is None else gradient.to(dtype)
