@@ -24,7 +24,7 @@ TILE_NUMBERS = 2**17
 them several times finds them in the core's cache. ``benchmarks/losses.py`` shows what that saves."""
 
 WORDS_AT_A_TIME = 4096
-"""Words of the vocabulary whose share of the weight's gradient is rounded at a time, to stay in the cache."""
+"""Words of the vocabulary whose share of the gradients is rounded at a time, to stay in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +168,8 @@ class HeadProducts:
     rounds to 8 bits: to a sixteenth where they are around 20.
 
     CUDA and processors with AMX have such products of fp32 tensors. On other processors that multiply bfloat16 the
-    logits are exact, and gradients are rounded, a chunk's share of them at a time, as autocast rounds those of all
-    other weights.
+    logits are exact, and gradients are rounded, the share of a chunk and of some words at a time, as autocast rounds
+    those of all other weights.
 
     Args:
         weight: [V, H] fp32.
@@ -179,8 +179,7 @@ class HeadProducts:
     def __init__(self, weight: Tensor, *, rounded: bool) -> None:
         self._weight = weight
         self._rounded = rounded
-        by_hand = rounded and weight.device.type == "cpu" and multiplies_bfloat16() and not _has_amx()
-        self._factors = weight.bfloat16() if by_hand else None
+        self._by_hand = rounded and weight.device.type == "cpu" and multiplies_bfloat16() and not _has_amx()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] fp32 -> [T, V] fp32; differentiable where the products are exact."""
@@ -189,15 +188,18 @@ class HeadProducts:
 
     def grad_hidden(self, grad_logits: Tensor) -> Tensor:
         """[T, V] fp32 -> [T, H]."""
-        if self._factors is not None and not self._is_small(grad_logits):
-            return torch.mm(grad_logits.bfloat16(), self._factors)
-        with self._precision():
-            return torch.mm(grad_logits, self._weight)
+        if not self._by_hand or self._is_small(grad_logits):
+            with self._precision():
+                return torch.mm(grad_logits, self._weight)
+        total = grad_logits.new_zeros(grad_logits.shape[0], self._weight.shape[1])
+        for words in chunks(self._weight.shape[0], WORDS_AT_A_TIME):
+            total += torch.mm(grad_logits[:, words].bfloat16(), self._weight[words].bfloat16())
+        return total
 
     def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool = False) -> None:
         """Add the gradient to ``total`` [V, H] fp32, or, where it is the first, write it there; ``grad_logits`` [T, V]
         and ``hidden`` [T, H] are fp32."""
-        if self._factors is None or self._is_small(hidden):
+        if not self._by_hand or self._is_small(hidden):
             with self._precision():
                 torch.addmm(total, grad_logits.t(), hidden, beta=0.0 if is_first else 1.0, out=total)
             return
