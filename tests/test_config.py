@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vpd.config import SDPO, VPD, ConfigError, VPDConfig
+from vpd.losses import DEFAULT_CHUNK_SIZE
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -14,6 +15,10 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_parses(path):
     VPDConfig.load(path)
+
+
+def test_losses_hold_as_many_tokens_logits_as_by_themselves():
+    assert VPDConfig().model.logits_chunk_tokens == DEFAULT_CHUNK_SIZE
 
 
 def test_there_are_shipped_configs():

@@ -224,7 +224,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits(kind, operation_watch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_more_than_one_chunk_of_either_sides_logits_is_there(kind, operation_watch, monkeypatch):
     monkeypatch.setattr("vpd.losses.head.TILE_NUMBERS", 1)
-    vocabulary, chunk_size = 50, 2 * torch.get_num_threads()
+    vocabulary, chunk_size = 50, 4 * torch.get_num_threads()
     hidden, teacher_hidden = torch.ones(3 * chunk_size, 2, requires_grad=True), torch.ones(3 * chunk_size, 2)
     head = Head(torch.ones(vocabulary, 2, requires_grad=True))
 

@@ -77,7 +77,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits(operation_watch):
 
 def test_no_more_than_one_chunk_of_logits_is_there(operation_watch, monkeypatch):
     monkeypatch.setattr("vpd.losses.head.TILE_NUMBERS", 1)
-    chunk_size = 2 * torch.get_num_threads()
+    chunk_size = 4 * torch.get_num_threads()
     hidden, weight = torch.ones(3 * chunk_size, 2, requires_grad=True), torch.ones(V * 4, 2, requires_grad=True)
 
     with operation_watch:

@@ -11,6 +11,7 @@ import torch
 from dense import dense_divergence
 from toy import toy_trainer
 
+from vpd.losses import Head
 from vpd.packing import batch, pack
 from vpd.policy import learner
 from vpd.policy.module import PolicyModule
@@ -132,7 +133,7 @@ def test_losses_on_all_logits_at_once(tmp_path, monkeypatch, expected):
             teacher_log_probs=of(logits[1], targets),
         )
 
-    def token_log_probs(hidden, head, targets, *, temperature=1.0):
+    def token_log_probs(hidden, head, targets, *, temperature=1.0, **_):
         used.add("token_log_probs")
         return of(logits_of(hidden, head, temperature), targets)
 
@@ -141,6 +142,18 @@ def test_losses_on_all_logits_at_once(tmp_path, monkeypatch, expected):
     found = curve(tmp_path / "run")
     assert used == {"divergence", "token_log_probs"}
     assert_the_same(found, expected)
+
+
+def test_losses_on_the_logits_of_a_few_tokens_at_a_time(tmp_path, monkeypatch, expected):
+    logits, sizes = Head.logits, set()
+
+    def noted(head, hidden, *args, **kwargs):
+        sizes.add(len(hidden))
+        return logits(head, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(Head, "logits", noted)
+    assert_the_same(curve(tmp_path / "run", model={"logits_chunk_tokens": 5}), expected)
+    assert max(sizes) == 5
 
 
 def test_adamw_as_a_loop(tmp_path, monkeypatch, expected):

@@ -29,9 +29,12 @@ class ModelSettings(Section):
     needs CUDA."""
     fused_layers: bool = True
     """Without a GPU, compute RMS norms and rotary positions in one go over memory (see :mod:`vpd.policy.norms` and
-    :mod:`vpd.policy.rotary`), keep less for the backward pass (:mod:`vpd.policy.mlp`, :mod:`vpd.policy.remaking`), and
-    compute the last layer only where it is read (:mod:`vpd.policy.last_layer`): the same numbers but for rounding, in
-    less time and memory."""
+    :mod:`vpd.policy.rotary`), keep less for the backward pass (:mod:`vpd.policy.mlp`, :mod:`vpd.policy.remaking`),
+    compute the last layer only where it is read (:mod:`vpd.policy.last_layer`), and add a tied embedding's gradient to
+    the head's (:mod:`vpd.policy.embedding`): the same numbers but for rounding, in less time and memory."""
+    logits_chunk_tokens: int = Field(default=256, ge=1)
+    """Tokens whose logits a loss holds at a time, in float32, of student and teacher each: fewer take less memory and
+    more time, since each chunk goes over the output head's weight once."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
     lora: LoraSettings | None = None

@@ -9,12 +9,13 @@ everything made from them stay in fp32.
 
 from vpd.losses.bco import bco_loss, implicit_rewards
 from vpd.losses.divergence import DivergenceKind, TokenLoss, divergence
-from vpd.losses.head import Head
+from vpd.losses.head import DEFAULT_CHUNK_SIZE, Head
 from vpd.losses.log_probs import token_log_probs
 from vpd.losses.policy_gradient import clipped_policy_gradient, reference_kl, sampled_divergence
 from vpd.losses.support import Correction, Support
 
 __all__ = [
+    "DEFAULT_CHUNK_SIZE",
     "Correction",
     "DivergenceKind",
     "Head",

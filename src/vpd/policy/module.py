@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vpd.losses import DEFAULT_CHUNK_SIZE
 from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidden_states
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.head import backbone_of, causal_lm_of, head_of
@@ -42,6 +43,7 @@ class PolicyModule(nn.Module):
             then run one by one.
         kernel: how packed attention is computed.
         remakes: keep less of a training pass for its backward pass: :mod:`vpd.policy.remaking`.
+        chunk_size: tokens whose logits a loss holds at a time.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class PolicyModule(nn.Module):
         kernel: PackedKernel = "blocks",
         *,
         remakes: bool = False,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
         super().__init__()
         self.model = model
         self.share_prefixes = share_prefixes
         self.kernel: PackedKernel = kernel
         self.remakes = remakes
+        self.chunk_size = chunk_size
         self.has_teacher_adapter = has_teacher_adapter(model)
         if share_prefixes:
             enable_packed_attention(causal_lm_of(model), kernel)
@@ -101,7 +105,7 @@ class PolicyModule(nn.Module):
             return Outputs(loss=zero)
         with remaking() if self.remakes and torch.is_grad_enabled() else nullcontext():
             hidden = hidden_states(backbone, batch, self._layers(objective))
-        return objective(hidden, head, batch)
+        return objective(hidden, head, batch, self.chunk_size)
 
     def _layers(self, objective: Objective) -> Sequence[int]:
         """The layers whose states the objective wants behind the last ones; None stands for all."""

@@ -1,8 +1,8 @@
 """What to compute from a packed batch's hidden states, inside the policy module's forward.
 
-Each objective is called with the hidden states [T, H] of the packed tokens, the model's head and the batch, and
-returns :class:`Outputs`. Scored tokens (S of them) that share a packed row are computed once, since completions of a
-group often begin alike.
+Each objective is called with the hidden states [T, H] of the packed tokens, the model's head, the batch, and how many
+tokens' logits may exist at a time, and returns :class:`Outputs`. Scored tokens (S of them) that share a packed row are
+computed once, since completions of a group often begin alike.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TeacherStates:
 
 
 class Objective(Protocol):
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs: ...
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs: ...
 
 
 def _distinct(*columns: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -67,10 +67,11 @@ def _distinct(*columns: Tensor) -> tuple[list[Tensor], Tensor]:
     return [column[first] for column in columns], inverse
 
 
-def _log_probs(hidden: Tensor, head: Head, batch: PackedBatch, temperature: float) -> Tensor:
+def _log_probs(hidden: Tensor, head: Head, batch: PackedBatch, temperature: float, chunk_size: int) -> Tensor:
     """Log-probability [S] of every completion token."""
     (rows, targets), inverse = _distinct(batch.predictor, batch.targets)
-    return token_log_probs(hidden.index_select(0, rows), head, targets, temperature=temperature)[inverse]
+    states = hidden.index_select(0, rows)
+    return token_log_probs(states, head, targets, temperature=temperature, chunk_size=chunk_size)[inverse]
 
 
 def _per_sequence(values: Tensor, batch: PackedBatch) -> Tensor:
@@ -85,12 +86,13 @@ class TokenLogProbs:
     temperature: float
     entropy: bool = False
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        values = {"log_probs": _log_probs(hidden, head, batch, self.temperature)}
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
+        values = {"log_probs": _log_probs(hidden, head, batch, self.temperature, chunk_size)}
         if self.entropy:
             (rows,), inverse = _distinct(batch.predictor)
             states = hidden.index_select(0, rows)
-            values["entropy"] = divergence(states, states, head, temperature=self.temperature).entropy[inverse]
+            same = divergence(states, states, head, temperature=self.temperature, chunk_size=chunk_size)
+            values["entropy"] = same.entropy[inverse]
         return Outputs(values=values)
 
 
@@ -105,7 +107,7 @@ class PredictorStates:
 
     layers: Sequence[int] | None = ()
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
         (rows,), inverse = _distinct(batch.predictor)
         return Outputs(values={"hidden": hidden.index_select(0, rows), "rows": inverse})
 
@@ -116,8 +118,9 @@ class Imitate:
 
     token_count: int
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        return Outputs(loss=-_log_probs(hidden, head, batch, temperature=1.0).sum() / self.token_count)
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
+        log_probs = _log_probs(hidden, head, batch, temperature=1.0, chunk_size=chunk_size)
+        return Outputs(loss=-log_probs.sum() / self.token_count)
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class Refine:
     betas: Tensor
     temperature: float
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature), batch)
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
+        log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature, chunk_size), batch)
         prior = self.prior_log_probs if isinstance(self.prior_log_probs, Tensor) else self.prior_log_probs()
         rewards = implicit_rewards(log_probs, prior.to(log_probs.device), self.betas.to(log_probs.device))
         loss = bco_loss(
@@ -180,7 +183,7 @@ class Distil:
         """The layers whose states are matched; None for all."""
         return self.settings.representation_layers if self.settings.representation_weight else ()
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
         teacher = self.teacher if isinstance(self.teacher, TeacherStates) else self.teacher()
         columns = (batch.predictor, batch.targets)
         if self.tokens is not None:
@@ -219,6 +222,7 @@ class Distil:
                 top_k=self.settings.top_k,
                 support=self.settings.support,
                 correction=self.settings.correction,
+                chunk_size=chunk_size,
             )
         values = {
             "divergence": result.per_token,
@@ -233,7 +237,7 @@ class Distil:
         if not is_sampled:
             return Outputs(loss=result.total + addition, values=values)
         loss = sampled_divergence(
-            token_log_probs(states, head, targets, temperature=self.temperature)[inverse],
+            token_log_probs(states, head, targets, temperature=self.temperature, chunk_size=chunk_size)[inverse],
             values["teacher_log_probs"],
             self.token_weights.to(hidden.device),
             old_log_probs=old,
@@ -278,8 +282,8 @@ class PolicyGradient:
     reference_log_probs: Tensor | None = None
     kl_weight: float = 0.0
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
-        log_probs = _log_probs(hidden, head, batch, self.temperature)
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
+        log_probs = _log_probs(hidden, head, batch, self.temperature, chunk_size)
         current, old = log_probs.detach(), self.old_log_probs.to(hidden.device)
         advantages = self.advantages.to(hidden.device)
         if self.shape is not None and self.teacher_log_probs is not None:
@@ -312,10 +316,10 @@ class WeightedSum:
         """The layers whose states one of the terms wants; None for all."""
         return next((wanted for _, term in self.terms if (wanted := getattr(term, "layers", ())) != ()), ())
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch) -> Outputs:
+    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
         last = hidden[:, : head.weight.shape[1]]
         outputs = [
-            (weight, term(last if getattr(term, "layers", ()) == () else hidden, head, batch))
+            (weight, term(last if getattr(term, "layers", ()) == () else hidden, head, batch, chunk_size))
             for weight, term in self.terms
         ]
         losses = [weight * output.loss for weight, output in outputs if output.loss is not None]

@@ -10,6 +10,8 @@ from transformers import get_scheduler
 
 from vpd.config import ConfigError, OptimSettings
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW in one kernel for all weights, which on a processor too is several times faster than a loop over them."""
@@ -21,6 +23,24 @@ def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parame
         weight_decay=settings.weight_decay,
         fused=True,
     )
+
+
+def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's moments of weights on a processor, which are zero, before its first step does.
+
+    They stay for the whole run. Made amid a step they take the places that its activations leave, one here and one
+    there, and split what later steps need in one piece: the heap grows around them.
+
+    Args:
+        optimizer: by :func:`make_optimizer`, prepared for training.
+    """
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.device.type == "cpu" and not optimizer.state[weight]:
+                # As its first step does.
+                step = torch.zeros((), dtype=torch.float32, device=weight.device)
+                moments = {name: torch.zeros_like(weight, memory_format=torch.preserve_format) for name in _MOMENTS}
+                optimizer.state[weight] = {"step": step, **moments}
 
 
 def make_scheduler(settings: OptimSettings, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:

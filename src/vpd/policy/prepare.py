@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vpd.config import AlgorithmSettings, ConfigError, LoraSettings, ModelSettings, VPDConfig
 from vpd.packing import PackedKernel, check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.adapter import add_teacher_adapter
+from vpd.policy.embedding import fuse_embedding
 from vpd.policy.head import backbone_of, causal_lm_of, verify_head
 from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
@@ -83,11 +84,13 @@ def prepare_policy(
         fuse_rotary(network)
         trim_last_layer(network)
         fuse_mlps(network)
+        fuse_embedding(network)
     policy = PolicyModule(
         network,
         share_prefixes=may_share_prefixes(network, settings.packed_attention),
         kernel=settings.packed_attention,
         remakes=remakes(settings),
+        chunk_size=settings.logits_chunk_tokens,
     )
     return policy, tokenizer
 
