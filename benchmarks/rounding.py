@@ -20,12 +20,13 @@ from torch import Tensor
 
 from vpd.config import VPD
 from vpd.packing import PackedBatch, pack
+from vpd.policy.embedding import fuse_embedding
 from vpd.policy.last_layer import trim_last_layer
 from vpd.policy.load import load_policy
 from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
 from vpd.policy.norms import fuse_norms
-from vpd.policy.objectives import Distil, PredictorStates
+from vpd.policy.objectives import Distil, PredictorStates, TeacherStates
 from vpd.policy.rotary import fuse_rotary
 
 _KINDS = ("js", "reverse_kl")
@@ -60,7 +61,8 @@ def gradient(
         with torch.no_grad():
             teacher = policy(views[1], PredictorStates()).values
         weights = torch.full((count,), 1 / count)
-        objective = Distil(teacher["hidden"], teacher["rows"], weights, VPD(divergence=kind), temperature=1.0)
+        states = TeacherStates(teacher["hidden"], teacher["rows"])
+        objective = Distil(states, weights, VPD(divergence=kind), temperature=1.0)
         loss = policy(views[0], objective).loss
     loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])
@@ -76,6 +78,7 @@ def main() -> None:
     fuse_rotary(loaded.model)
     trim_last_layer(loaded.model)
     fuse_mlps(loaded.model)
+    fuse_embedding(loaded.model)
     policy = PolicyModule(loaded.model).eval()
     views = batches(options.run, loaded.tokenizer, options.rollouts)
     print(f"{len(views[0].targets)} completion tokens; distance from the gradient in float32, as a part of its length")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
 from vpd.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
+from vpd.policy.embedding import fuse_embedding
 from vpd.policy.memory import keep_freed_memory
 from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
@@ -81,10 +82,13 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         # The last layer stays whole: it may be the only one here.
         fuse_rotary(network)
         fuse_mlps(network)
+        fuse_embedding(network)
     half = autocasts(settings.model, device)
 
     decode_share = _decode_share(network, shape, settings, lengths, plain)
-    policy = PolicyModule(network, share_prefixes=may_share_prefixes(network)).train()
+    policy = PolicyModule(
+        network, share_prefixes=may_share_prefixes(network), chunk_size=settings.model.logits_chunk_tokens
+    ).train()
     batch = _micro_batch(settings, lengths, text.vocab_size, policy.share_prefixes).to(device)
     tokens = len(batch.targets)
     flops, head = pass_flops(shape, lengths, batch.sequence_count, batch.token_count)

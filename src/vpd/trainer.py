@@ -44,7 +44,7 @@ from vpd.policy.copies import make_copies
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
 from vpd.policy.memory import keep_freed_memory
-from vpd.policy.optimizer import make_moments, make_optimizer, make_scheduler
+from vpd.policy.optimizer import make_optimizer, make_scheduler
 from vpd.policy.prepare import check_layers, make_accelerator, prepare_policy
 from vpd.report import write_report
 from vpd.rollout.local import LocalEngine
@@ -129,8 +129,6 @@ class VPDTrainer:
         self.scheduler = optimizers[1] or make_scheduler(self.args.optim, optimizer, self.args.run.max_steps)
         copies = make_copies(policy, self.args.algorithm, self.args.optim.extrapolation)
         prepared, prepared_optimizer = self.accelerator.prepare(policy, optimizer)
-        if optimizers[0] is None:
-            make_moments(prepared_optimizer)
         self.learner = Learner(
             prepared,
             prepared_optimizer,

@@ -7,11 +7,14 @@ import pickle
 
 import pytest
 import torch
+from tiny import llama, tokenizer
 from tiny_models import SIZES, attention_configs, build
 from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma3TextConfig, LlamaConfig
 
+from vpd.config import ModelSettings
 from vpd.policy.embedding import fuse_embedding
+from vpd.policy.prepare import prepare_policy
 
 # Repeated ones, and one that is padding, whose row learns from the head alone.
 TOKENS = torch.tensor([[5, 7, 5, SIZES["pad_token_id"]], [9, 5, 30, 7]])
@@ -132,15 +135,25 @@ def test_embeddings_that_compute_something_else_stay(config):
     assert not fuse_embedding(build(config))
 
 
-@pytest.mark.parametrize("change", ["frozen", "max_norm", "sparse", "scale_grad_by_freq"])
+@pytest.mark.parametrize("change", ["frozen", "bfloat16", "hooked", "max_norm", "sparse", "scale_grad_by_freq"])
 def test_embeddings_with_other_gradients_stay(plain, change):
     embedding = plain.get_input_embeddings()
     if change == "frozen":
         embedding.weight.requires_grad_(False)
+    elif change == "bfloat16":
+        plain.to(torch.bfloat16)
+    elif change == "hooked":
+        embedding.weight.register_hook(lambda grad: grad * 2.0)
     else:
         setattr(embedding, change, 1.0 if change == "max_norm" else True)
     assert not fuse_embedding(plain)
     assert "forward" not in vars(embedding)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_policy_is_prepared_with_it_unless_its_layers_are_left_alone(is_fused):
+    policy, _ = prepare_policy(llama(), tokenizer(), ModelSettings(fused_layers=is_fused))
+    assert ("forward" in vars(policy.model.get_input_embeddings())) is is_fused
 
 
 def test_embeddings_stay_where_there_is_a_gpu(plain, monkeypatch):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from tiny import tokenizer
-from toy import ToyEnvironment, toy_config, toy_model, toy_trainer
+from toy import toy_trainer
 
-from vpd import VPDTrainer
 from vpd.config import OptimSettings
+from vpd.policy.learner import View
+from vpd.policy.objectives import Imitate
 from vpd.policy.optimizer import make_moments, make_optimizer
 
 
@@ -47,15 +48,24 @@ def test_moments_that_are_there_stay(weights):
     assert optimizer.state[weights[1]]["exp_avg"].shape == (4, 3)
 
 
-def test_a_trainer_has_them_before_it_steps_unless_the_optimizer_is_given(tmp_path):
-    own = toy_trainer(tmp_path / "own")
-    assert all(own.learner.optimizer.state[weight] for weight in own.model.parameters())
-    model = toy_model()
-    given = VPDTrainer(
-        model=model,
-        args=toy_config(tmp_path / "given"),
-        environment=ToyEnvironment(),
-        processing_class=tokenizer(),
-        optimizers=(torch.optim.AdamW(model.parameters()), None),
-    )
-    assert not given.learner.optimizer.state
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, partial(torch.optim.AdamW, amsgrad=True)])
+def test_other_optimizers_make_their_own(weights, kind):
+    optimizer = kind(weights, lr=1e-3)
+    make_moments(optimizer)
+    assert not any(optimizer.state.values())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+
+
+def test_they_are_there_when_the_first_pass_begins(tmp_path):
+    trainer = toy_trainer(tmp_path / "run")
+    learner, seen = trainer.learner, []
+
+    def make_pass(part):
+        seen.append(all(learner.optimizer.state[weight] for weight in trainer.model.parameters()))
+        return learner.pack(part, View(lambda ids: (ids, 1))), Imitate(2)
+
+    assert not learner.optimizer.state
+    learner.optimise([[[5, 6, 7]]], make_pass)
+    assert seen == [True]

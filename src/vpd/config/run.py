@@ -34,7 +34,7 @@ class ModelSettings(Section):
     the head's (:mod:`vpd.policy.embedding`): the same numbers but for rounding, in less time and memory."""
     logits_chunk_tokens: int = Field(default=256, ge=1)
     """Tokens whose logits a loss holds at a time, in float32, of student and teacher each: fewer take less memory and
-    more time, since each chunk goes over the output head's weight once."""
+    more time, since the head's weight and its gradient are gone over for each chunk."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
     lora: LoraSettings | None = None

@@ -2,7 +2,8 @@
 
 Where a model embeds tokens by its head's weight, that weight's gradient comes from two places. The head's part is there
 when the backward pass begins; the embedding's, which is zero but for the rows of a batch's tokens, autograd makes as a
-whole matrix at its end, and adds. Here these rows alone are added, to the head's part, right before the weight gets it.
+whole matrix at its end, and adds. Here it gives a zero without memory, and a hook adds these rows to the head's part,
+right before the weight gets it.
 """
 
 from __future__ import annotations
@@ -53,15 +54,17 @@ class TiedRows:
             # Where the head has none, or one number for all of them, entries have no memory of their own.
             grad = grad.contiguous()
         for tokens, rows in parts:
-            grad.index_add_(0, tokens, rows.to(grad.dtype))
+            grad.index_add_(0, tokens, rows)
         return grad
 
 
 def fuse_embedding(model: nn.Module) -> bool:
     """Let a tied embedding compute as this module describes, for good; return whether it does.
 
-    Where there is a GPU, none does; nor one that computes something else (a scaled one, or with a largest norm). Should
-    the weight be replaced by another later on, as where weights are sharded, autograd's own way is taken again.
+    Where there is a GPU, none does; nor one that computes something else (a scaled one, or with a largest norm), one
+    whose sums would be rounded row by row (in other dtypes than float32), or one whose weight has hooks, which want to
+    see all of the gradient. Should the weight be replaced by another later on, as where weights are sharded, autograd's
+    own way is taken again.
 
     Args:
         model: a language model on the CPU.
@@ -70,13 +73,15 @@ def fuse_embedding(model: nn.Module) -> bool:
     embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     if torch.accelerator.is_available() or type(embedding) is not nn.Embedding or "forward" in vars(embedding):
         return False
+    weight = embedding.weight
     is_plain = embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
-    is_tied = embedding.weight is getattr(head, "weight", None) and embedding.weight.requires_grad
-    if is_plain and is_tied:
-        vars(embedding)["rows"] = TiedRows(embedding.weight)
-        # On the instance, and under this name, as norms.py has it.
-        embedding.forward = MethodType(forward, embedding)
-    return is_plain and is_tied
+    is_tied = weight is getattr(head, "weight", None) and weight.requires_grad and weight.dtype == torch.float32
+    if not (is_plain and is_tied) or weight._backward_hooks:
+        return False
+    vars(embedding)["rows"] = TiedRows(weight)
+    # On the instance, and under this name, as norms.py has it.
+    embedding.forward = MethodType(forward, embedding)
+    return True
 
 
 def forward(embedding: nn.Embedding, input: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from vpd.policy.copies import WeightCopy
 from vpd.policy.head import causal_lm_of
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
+from vpd.policy.optimizer import make_moments
 
 T = TypeVar("T")
 
@@ -246,6 +247,7 @@ class Learner:
             factor: of the learning rate in this step. The clipped gradient is scaled too: what the optimizer's momentum
                 keeps of it moves the weights in the steps to come, at their full rate, and by far the most of it.
         """
+        make_moments(self.optimizer)
         loss = 0.0
         for index, part in enumerate(parts):
             batch, objective = make_pass(part)

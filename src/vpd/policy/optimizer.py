@@ -26,17 +26,20 @@ def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parame
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's moments of weights on a processor, which are zero, before its first step does.
+    """Make AdamW's moments of weights on a processor, which are zero, before its first step does; others stay.
 
-    They stay for the whole run. Made amid a step they take the places that its activations leave, one here and one
+    They are kept for the whole run. Made amid a step they take the places that its activations leave, one here and one
     there, and split what later steps need in one piece: the heap grows around them.
 
     Args:
-        optimizer: by :func:`make_optimizer`, prepared for training.
+        optimizer: any, as it was made or prepared by accelerate; only torch's AdamW is given moments.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if type(optimizer) is not torch.optim.AdamW:
+        return
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            if weight.device.type == "cpu" and not optimizer.state[weight]:
+            if weight.device.type == "cpu" and not group["amsgrad"] and not optimizer.state[weight]:
                 # As its first step does.
                 step = torch.zeros((), dtype=torch.float32, device=weight.device)
                 moments = {name: torch.zeros_like(weight, memory_format=torch.preserve_format) for name in _MOMENTS}
