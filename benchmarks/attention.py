@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks.passes import seconds_of
 from benchmarks.step.specs import WORKLOADS, Workload
-from vpd.packing import attention, pack, products
+from vpd.packing import attention, pack
+from vpd.packing.kernels import products
 from vpd.packing.layout import PackedLayout
 
 _FEEDBACK_TOKENS = 58

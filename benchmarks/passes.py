@@ -28,8 +28,8 @@ from vpd.algorithms.e_step import refine_teacher
 from vpd.algorithms.example import Example, make_examples, student_view, teacher_view, with_teacher
 from vpd.algorithms.m_step import distilling_objective
 from vpd.algorithms.teacher import borrows, read_teacher
+from vpd.device import rounding_factors
 from vpd.policy.objectives import PredictorStates
-from vpd.processor import rounding_factors
 from vpd.trainer import VPDTrainer
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out,

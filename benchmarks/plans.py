@@ -17,9 +17,9 @@ from transformers import Qwen3Config
 
 from benchmarks.step.ours import settings
 from benchmarks.step.specs import WORKLOADS, Side
-from vpd.calibration import this_machine
 from vpd.config import VPDConfig
-from vpd.plan import GPUS, Hardware, Lengths, Plan, predict, shape_of_config
+from vpd.planning.calibration import this_machine
+from vpd.planning.plan import GPUS, Hardware, Lengths, Plan, predict, shape_of_config
 from vpd.policy.load import config_of
 
 _FEEDBACK_TOKENS = 58

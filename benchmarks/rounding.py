@@ -20,14 +20,14 @@ from torch import Tensor
 
 from vpd.config import VPD
 from vpd.packing import PackedBatch, pack
-from vpd.policy.embedding import fuse_embedding
-from vpd.policy.last_layer import trim_last_layer
+from vpd.policy.cpu.embedding import fuse_embedding
+from vpd.policy.cpu.last_layer import trim_last_layer
+from vpd.policy.cpu.mlp import fuse_mlps
+from vpd.policy.cpu.norms import fuse_norms
+from vpd.policy.cpu.rotary import fuse_rotary
 from vpd.policy.load import load_policy
-from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
-from vpd.policy.norms import fuse_norms
 from vpd.policy.objectives import Distil, PredictorStates, TeacherStates
-from vpd.policy.rotary import fuse_rotary
 
 _KINDS = ("js", "reverse_kl")
 

@@ -13,7 +13,7 @@ from toy import toy_model
 import vpd
 from vpd.config import VPDConfig
 from vpd.feedback import FeedbackTexts, Group, choose_texts
-from vpd.runs.study import Study, runs_of, start_of
+from vpd.studies.study import Study, runs_of, start_of
 from vpd.types import Rollout, Task, Verdict
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from vpd.config import VPDConfig
 from vpd.policy.learner import TokenCounts
 from vpd.rollout.local import Sample
 from vpd.rollout.sampler import RolloutSampler
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 from vpd.trainer import Batch, VPDTrainer
 from vpd.types import Rollout, Task
 

@@ -27,7 +27,7 @@ from benchmarks.step import memory, models
 from benchmarks.step.specs import LEARNING_RATE, Side, SideInfo, StepRecord, Workload
 from benchmarks.step.tasks import ImposedVerdicts, needed_tokens
 from vpd.config import Templates
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 from vpd.types import Task
 
 Conduct = Callable[[SideInfo | StepRecord], None]

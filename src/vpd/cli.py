@@ -111,8 +111,8 @@ def compare(
 
     Started again, it keeps the finished runs and goes on with the others.
     """
-    from vpd.report.comparison import report_folder, write_comparison
-    from vpd.runs.study import Study, run_study
+    from vpd.studies.comparison import report_folder, write_comparison
+    from vpd.studies.study import Study, run_study
 
     plan, console = Study.load(study), Console()
     try:
@@ -136,8 +136,8 @@ def plan(
     overrides: Overrides = None,
 ) -> None:
     """Predict what a training step costs: tokens, operations, memory and time."""
-    from vpd import calibration
-    from vpd import plan as planning
+    from vpd.planning import calibration
+    from vpd.planning import plan as planning
     from vpd.policy.load import config_of
 
     settings = VPDConfig.load(config, overrides)

@@ -16,10 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vpd.machine import usable_cores
 from vpd.policy import gguf
-from vpd.policy.cache import cache_dir
+from vpd.policy.model_cache import cache_dir
 from vpd.rollout.local import computes_bfloat16
-from vpd.runs.machine import usable_cores
 from vpd.sandbox import SAFE_LEVELS, SandboxError, choose_level, why_not
 
 Status: TypeAlias = Literal["ok", "missing", "note"]

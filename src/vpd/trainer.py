@@ -39,29 +39,29 @@ from vpd.feedback import (
     build_views,
     make_sources,
 )
-from vpd.policy.best import BestWeights
+from vpd.machine import peak_memory_bytes
+from vpd.monitoring.callbacks import Callbacks, training_arguments
+from vpd.monitoring.journal import Journal
+from vpd.monitoring.measurements import Measurements
+from vpd.monitoring.monitor import Monitor
+from vpd.monitoring.warnings import settings_warnings
 from vpd.policy.copies import make_copies
+from vpd.policy.cpu.allocator import keep_freed_memory
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
-from vpd.policy.memory import keep_freed_memory
 from vpd.policy.optimizer import make_optimizer, make_scheduler
 from vpd.policy.prepare import check_layers, make_accelerator, prepare_policy
 from vpd.report import write_report
 from vpd.rollout.local import LocalEngine
 from vpd.rollout.sampler import RolloutSampler
-from vpd.runs.callbacks import Callbacks, training_arguments
+from vpd.runs.best_weights import BestWeights
 from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder
 from vpd.runs.interrupt import InterruptGuard
-from vpd.runs.journal import Journal
-from vpd.runs.machine import peak_memory_bytes
-from vpd.runs.measurements import Measurements
-from vpd.runs.monitor import Monitor
 from vpd.runs.samples import RolloutRecord
 from vpd.runs.state import TrainingState
-from vpd.runs.timing import Timer
-from vpd.runs.warnings import settings_warnings
 from vpd.seeds import mix
+from vpd.timing import Timer
 from vpd.types import Rollout, Task, TeacherView
 
 

@@ -16,7 +16,7 @@ from vpd.algorithms.opsa import lowest_token_advantages
 from vpd.algorithms.policy_step import group_advantages
 from vpd.algorithms.reweight import mixing
 from vpd.config import GRPO, OPSA, SDPO, VPD, ConfigError, Joint, Reshape, Reweight, VPDConfig
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 NO_CLIP = {"epsilon": 1e6, "epsilon_high": 1e6}
 

@@ -16,7 +16,7 @@ from vpd.config import VPD, MStepSettings
 from vpd.evaluation import measure_gap
 from vpd.packing import pack
 from vpd.policy.objectives import Distil, PredictorStates, Refine, TeacherStates
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 
 def examples_of(trainer, step, split="train"):

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
+from vpd.device import multiplies_bfloat16, rounding_factors
 from vpd.losses import Head, divergence, token_log_probs
 from vpd.losses import head as head_module
 from vpd.losses.head import HeadProducts, tiles
-from vpd.processor import multiplies_bfloat16, rounding_factors
 
 has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 

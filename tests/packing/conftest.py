@@ -2,7 +2,7 @@
 
 import pytest
 
-from vpd.packing import tiles
+from vpd.packing.kernels import tiles
 
 
 @pytest.fixture

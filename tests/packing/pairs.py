@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from vpd.packing import tiles
-from vpd.packing.blocks import partition
-from vpd.packing.tiles import cut_into_tiles, make_tiling
+from vpd.packing.kernels import tiles
+from vpd.packing.kernels.blocks import partition
+from vpd.packing.kernels.tiles import cut_into_tiles, make_tiling
 from vpd.packing.trie import Trie, build_trie
 
 # Few examples and no deadline: the suite shares its cores.

@@ -7,7 +7,8 @@ from tiny_models import attention_configs, build, grouped_sequences
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vpd.packing import IMPLEMENTATIONS, PackedBatch, blocks, enable_packed_attention, hidden_states, pack
+from vpd.packing import IMPLEMENTATIONS, PackedBatch, enable_packed_attention, hidden_states, pack
+from vpd.packing.kernels import blocks
 
 CONFIGS = attention_configs()
 # float32 sums in another order: a few hundred roundings of 1e-7 in a network of this size.

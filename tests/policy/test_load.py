@@ -14,8 +14,8 @@ from transformers import LlamaConfig, T5Config
 
 from vpd.config import ConfigError
 from vpd.policy import gguf
-from vpd.policy.cache import cache_dir, whole_folder
 from vpd.policy.load import eos_token_ids, load_policy, save_policy
+from vpd.policy.model_cache import cache_dir, whole_folder
 
 # peft 0.21 reads this property of transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

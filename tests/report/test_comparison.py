@@ -7,9 +7,9 @@ import json
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from vpd.report.comparison import compare, learning_curves, margin_curves, table_of, write_comparison
 from vpd.runs import RunError, RunFolder
-from vpd.runs.study import Study, runs_of
+from vpd.studies.comparison import compare, learning_curves, margin_curves, table_of, write_comparison
+from vpd.studies.study import Study, runs_of
 
 
 def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None, margins=None):

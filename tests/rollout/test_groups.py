@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from vpd.rollout import LocalEngine, groups
-from vpd.rollout.attention import rollout_attention_forward
-from vpd.rollout.cache import PreallocatedCache, make_cache
+from vpd.rollout.decode_attention import rollout_attention_forward
 from vpd.rollout.groups import PromptGroups
+from vpd.rollout.kv_cache import PreallocatedCache, make_cache
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40]]
 CPU = torch.device("cpu")

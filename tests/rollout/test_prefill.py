@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from vpd.packing import PackedLayout
 from vpd.packing.trie import build_trie
-from vpd.rollout import LocalEngine, attention, groups, prefill
-from vpd.rollout.cache import PreallocatedLayer, make_cache
+from vpd.rollout import LocalEngine, groups, prefill
+from vpd.rollout import decode_attention as attention
 from vpd.rollout.groups import PromptGroups
+from vpd.rollout.kv_cache import PreallocatedLayer, make_cache
 from vpd.rollout.local import make_twin
 from vpd.rollout.prefill import Prefill, mask_of, packed, padded
 

@@ -11,13 +11,13 @@ import torch
 from dense import dense_divergence
 from toy import toy_trainer
 
+from vpd.device import multiplies_bfloat16
 from vpd.losses import Head
 from vpd.packing import batch, pack
 from vpd.policy import learner
 from vpd.policy.module import PolicyModule
-from vpd.processor import multiplies_bfloat16
 from vpd.rollout import groups, prefill
-from vpd.rollout.cache import PreallocatedCache
+from vpd.rollout.kv_cache import PreallocatedCache
 from vpd.rollout.prefill import Prefill
 
 STEPS = 4
@@ -192,7 +192,7 @@ def test_products_in_bfloat16(tmp_path, monkeypatch, what):
     settings = {"model": {"autocast": "bfloat16"}}
     expected = curve(tmp_path / "expected", **settings)
     if what == "attention":
-        monkeypatch.setattr("vpd.packing.products.can_multiply", lambda *args: False)
+        monkeypatch.setattr("vpd.packing.kernels.products.can_multiply", lambda *args: False)
     else:
         monkeypatch.setattr("vpd.losses.head.multiplies_bfloat16", lambda: False)
         monkeypatch.setattr("vpd.losses.head.rounding_factors", lambda device: nullcontext())

@@ -9,7 +9,7 @@ from vpd.algorithms.example import Example, make_examples
 from vpd.algorithms.m_step import MStepResult
 from vpd.config import GRPO, OPSA, SDPO, VPD, AlgorithmSettings, Joint, Reshape, Reweight
 from vpd.policy.learner import Learner
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 __all__ = ["Example", "MStepResult", "make_examples", "update"]
 

@@ -13,7 +13,7 @@ from vpd.algorithms.m_step import MStepResult
 from vpd.algorithms.policy_step import group_advantages, policy_step
 from vpd.config import GRPO
 from vpd.policy.learner import Learner
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 
 def update(

@@ -12,7 +12,7 @@ from vpd.algorithms.m_step import MStepResult
 from vpd.algorithms.policy_step import group_advantages, policy_step
 from vpd.config import Joint
 from vpd.policy.learner import Learner
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 
 def update(

@@ -21,7 +21,7 @@ from vpd.algorithms.example import Example, minibatches, student_view, teacher_v
 from vpd.algorithms.teacher import borrows, kept_head, read_teacher, read_teacher_behind
 from vpd.config import MStepSettings
 from vpd.packing import PackedBatch
-from vpd.policy.head import head_of
+from vpd.policy.architecture import head_of
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import Distil, Objective, Outputs, TeacherStates
 

@@ -17,10 +17,10 @@ from vpd.algorithms.example import Example, student_view
 from vpd.algorithms.m_step import MStepResult
 from vpd.algorithms.policy_step import policy_step
 from vpd.config import OPSA
-from vpd.policy.head import head_of
+from vpd.policy.architecture import head_of
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import TokenLogProbs
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 
 def update(

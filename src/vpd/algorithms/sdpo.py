@@ -13,7 +13,7 @@ from vpd.algorithms.example import Example, with_teacher
 from vpd.algorithms.m_step import MStepResult, distil, old_log_probs
 from vpd.config import SDPO
 from vpd.policy.learner import Learner
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 # The margin is reported at VPD's default temperature, so that the curves of the two compare.
 _MARGIN_BETA = 0.1

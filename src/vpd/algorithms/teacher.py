@@ -18,8 +18,8 @@ from vpd.algorithms.example import Example, teacher_view
 from vpd.config import ConfigError, MStepSettings
 from vpd.losses import Head
 from vpd.packing import PackedBatch
+from vpd.policy.architecture import head_of
 from vpd.policy.copies import AVERAGE, INITIAL
-from vpd.policy.head import head_of
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import PredictorStates, TeacherStates
 

@@ -15,7 +15,7 @@ from vpd.algorithms.example import Example, with_teacher
 from vpd.algorithms.m_step import MStepResult, distil, old_log_probs
 from vpd.config import VPD
 from vpd.policy.learner import Learner
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 
 
 def is_e_iteration(step: int, e_step_every: int) -> bool:

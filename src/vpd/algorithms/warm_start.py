@@ -27,9 +27,9 @@ from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
 from vpd.feedback import FeedbackSource, PromptBuilder, build_views
 from vpd.packing import PackedBatch
-from vpd.policy.cache import cache_dir
 from vpd.policy.learner import Learner
 from vpd.policy.load import load_weights, save_policy
+from vpd.policy.model_cache import cache_dir
 from vpd.policy.objectives import Imitate, Objective
 from vpd.types import Demonstration, Rollout, Verdict
 

@@ -28,10 +28,8 @@ class ModelSettings(Section):
     """How attention over shared prefixes is computed: block by block, or by flex_attention's one compiled kernel, which
     needs CUDA."""
     fused_layers: bool = True
-    """Without a GPU, compute RMS norms and rotary positions in one go over memory (see :mod:`vpd.policy.norms` and
-    :mod:`vpd.policy.rotary`), keep less for the backward pass (:mod:`vpd.policy.mlp`, :mod:`vpd.policy.remaking`),
-    compute the last layer only where it is read (:mod:`vpd.policy.last_layer`), and add a tied embedding's gradient to
-    the head's (:mod:`vpd.policy.embedding`): the same numbers but for rounding, in less time and memory."""
+    """Without a GPU, compute and keep the layers as :mod:`vpd.policy.cpu` does: the same numbers but for rounding, in
+    less time and memory."""
     logits_chunk_tokens: int = Field(default=256, ge=1)
     """Tokens whose logits a loss holds at a time, in float32, of student and teacher each: fewer take less memory and
     more time, since the head's weight and its gradient are gone over for each chunk."""

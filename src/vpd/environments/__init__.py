@@ -22,7 +22,7 @@ from vpd.environments.code import Code
 from vpd.environments.judging import Outcome, judge_all
 from vpd.environments.math import Math
 from vpd.environments.mcq import MultipleChoice
-from vpd.environments.prompts import PromptDataset
+from vpd.environments.prompt_dataset import PromptDataset
 from vpd.environments.reasoning_gym import ReasoningGym
 from vpd.environments.rubric import Rubric
 from vpd.environments.tool_use import ToolUse

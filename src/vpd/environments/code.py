@@ -16,7 +16,7 @@ from typing import Literal
 
 from vpd.config import ConfigError
 from vpd.environments.base import Environment, Split
-from vpd.environments.code_sources import HUMAN_EVAL, Problem, load_problems
+from vpd.environments.code_rows import HUMAN_EVAL, Problem, load_problems
 from vpd.environments.code_tests import CallTest, CheckTest, Failure, OutputTest, Test, run_tests
 from vpd.environments.splits import check_split, cut_splits, question_key, shuffled
 from vpd.sandbox import Limits, Sandbox, SandboxError
@@ -45,7 +45,7 @@ class Code(Environment):
 
     Args:
         path: ``humaneval``; rows in LiveCodeBench's format; or rows with ``prompt`` and ``tests`` (see
-            :mod:`vpd.environments.code_sources`). A JSONL file, a folder with ``train.jsonl`` and perhaps
+            :mod:`vpd.environments.code_rows`). A JSONL file, a folder with ``train.jsonl`` and perhaps
             ``test.jsonl``, or a Hugging Face dataset id.
         tests: which of them train: ``public`` as published; or ``half``, a seeded random half of all, which then counts
             as public, and all of them evaluate.

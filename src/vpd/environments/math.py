@@ -12,7 +12,7 @@ from vpd.config import ConfigError
 from vpd.environments.answers import parse_integer, quoted
 from vpd.environments.base import Environment, Split
 from vpd.environments.processes import JudgeOutOfTimeError, JudgeProcesses
-from vpd.environments.sources import Row, load_rows
+from vpd.environments.rows import Row, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.environments.worked import change_digit
 from vpd.types import Demonstration, Task, Verdict

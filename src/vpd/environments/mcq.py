@@ -12,7 +12,7 @@ from typing import Any, Literal
 from vpd.config import ConfigError
 from vpd.environments.answers import quoted
 from vpd.environments.base import Environment, Split
-from vpd.environments.sources import Row, load_rows
+from vpd.environments.rows import Row, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.types import Demonstration, Messages, Task, Verdict
 

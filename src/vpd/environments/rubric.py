@@ -11,7 +11,7 @@ from typing import Any
 from vpd.config import ConfigError, EndpointSettings
 from vpd.endpoint import Endpoint
 from vpd.environments.base import Environment, Split
-from vpd.environments.sources import Row, chat_prompt, load_rows
+from vpd.environments.rows import Row, chat_prompt, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.types import Messages, Task, Verdict
 

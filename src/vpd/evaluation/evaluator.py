@@ -12,8 +12,8 @@ from vpd.evaluation.accuracy import Evaluation, evaluate
 from vpd.evaluation.gap import Gap, measure_gap
 from vpd.feedback import FeedbackSource
 from vpd.rollout.sampler import RolloutSampler
-from vpd.runs.timing import Timer
 from vpd.seeds import mix
+from vpd.timing import Timer
 
 
 class Evaluator:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vpd.processor import multiplies_bfloat16, rounding_factors
+from vpd.device import multiplies_bfloat16, rounding_factors
 
 DEFAULT_CHUNK_SIZE = 256
 """Tokens whose logits exist at a time.

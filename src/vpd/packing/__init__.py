@@ -2,9 +2,9 @@
 
 from vpd.packing.attention import IMPLEMENTATIONS, PackedKernel, enable_packed_attention, packed_attention_forward
 from vpd.packing.batch import PackedBatch, PackedRow, hidden_states, pack
+from vpd.packing.compatibility import PackingDifference, check_packed_equals_separate, packable
 from vpd.packing.layout import PackedLayout
 from vpd.packing.planning import plan_micro_batches
-from vpd.packing.support import PackingDifference, check_packed_equals_separate, packable
 
 __all__ = [
     "IMPLEMENTATIONS",

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vpd.packing import flex, products
+from vpd.packing.kernels import flex, products
 from vpd.packing.layout import PackedLayout
 
 PackedKernel: TypeAlias = Literal["blocks", "flex"]

@@ -203,7 +203,7 @@ def hidden_states(backbone: nn.Module, batch: PackedBatch, layers: Sequence[int]
 
     A batch that shares prefixes needs :func:`enable_packed_attention`; one that does not is run row by row.
     ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``; a trimmed last
-    layer (:mod:`vpd.policy.last_layer`) leaves those of other tokens without meaning.
+    layer (:mod:`vpd.policy.cpu.last_layer`) leaves those of other tokens without meaning.
 
     Args:
         backbone: the model without its head.

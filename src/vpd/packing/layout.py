@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from vpd.packing import flex
-from vpd.packing.blocks import Block, allowed_pairs, partition
-from vpd.packing.products import Workspace
-from vpd.packing.tiles import Tiling, make_tiling
+from vpd.packing.kernels import flex
+from vpd.packing.kernels.blocks import Block, allowed_pairs, partition
+from vpd.packing.kernels.products import Workspace
+from vpd.packing.kernels.tiles import Tiling, make_tiling
 from vpd.packing.trie import Trie
 
 
@@ -133,7 +133,7 @@ class PackedLayout:
         return self._plans[window]
 
     def tiling(self, window: int | None, heads: int, key_heads: int) -> Tiling:
-        """The tiles for :func:`vpd.packing.products.attend`, of layers with so many heads."""
+        """The tiles for :func:`vpd.packing.kernels.products.attend`, of layers with so many heads."""
         key = (self._effective(window), heads, key_heads)
         if key not in self._tilings:
             known = None if self._known is None else self._known.mask
@@ -141,7 +141,7 @@ class PackedLayout:
         return self._tilings[key]
 
     def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
-        """The mask for flex_attention; see :func:`vpd.packing.flex.make_block_mask`."""
+        """The mask for flex_attention; see :func:`vpd.packing.kernels.flex.make_block_mask`."""
         key = (self._effective(window), device)
         if key not in self._block_masks:
             self._block_masks[key] = flex.make_block_mask(self.trie, *key)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vpd.config import AlgorithmSettings
 from vpd.losses import Head
-from vpd.policy.head import head_of
+from vpd.policy.architecture import head_of
 from vpd.policy.module import PolicyModule
 
 INITIAL, AVERAGE, PREVIOUS = "initial", "average", "previous"

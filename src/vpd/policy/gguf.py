@@ -19,7 +19,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.config import ConfigError
-from vpd.policy.cache import cache_dir, whole_folder
+from vpd.policy.model_cache import cache_dir, whole_folder
 
 logger = logging.getLogger(__name__)
 

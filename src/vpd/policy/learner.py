@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from vpd.config import OptimSettings
 from vpd.packing import PackedBatch, pack, plan_micro_batches
+from vpd.policy.architecture import causal_lm_of
 from vpd.policy.copies import WeightCopy
-from vpd.policy.head import causal_lm_of
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 from vpd.policy.optimizer import make_moments

@@ -25,7 +25,7 @@ from transformers import (
 from vpd.config import ConfigError
 from vpd.policy import gguf
 from vpd.policy.adapter import TEACHER, has_teacher_adapter, plain_name, without_teacher_adapter
-from vpd.policy.cache import whole_folder
+from vpd.policy.model_cache import whole_folder
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import nn
 from vpd.losses import DEFAULT_CHUNK_SIZE
 from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidden_states
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
-from vpd.policy.head import backbone_of, causal_lm_of, head_of
+from vpd.policy.architecture import backbone_of, causal_lm_of, head_of
+from vpd.policy.cpu.recompute import remaking
 from vpd.policy.objectives import Objective, Outputs
-from vpd.policy.remaking import remaking
 
 _IS_RANDOM = re.compile("drop|jitter")
 _OF_OTHER_HEADS = re.compile("classifier|summary")
@@ -42,7 +42,7 @@ class PolicyModule(nn.Module):
         share_prefixes: run batches packed; off for architectures that carry state across tokens, whose sequences are
             then run one by one.
         kernel: how packed attention is computed.
-        remakes: keep less of a training pass for its backward pass: :mod:`vpd.policy.remaking`.
+        remakes: keep less of a training pass for its backward pass: :mod:`vpd.policy.cpu.recompute`.
         chunk_size: tokens whose logits a loss holds at a time.
     """
 

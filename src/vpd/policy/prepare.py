@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vpd.config import AlgorithmSettings, ConfigError, LoraSettings, ModelSettings, VPDConfig
 from vpd.packing import PackedKernel, check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.adapter import add_teacher_adapter
-from vpd.policy.embedding import fuse_embedding
-from vpd.policy.head import backbone_of, causal_lm_of, verify_head
-from vpd.policy.last_layer import trim_last_layer
+from vpd.policy.architecture import backbone_of, causal_lm_of, verify_head
+from vpd.policy.cpu.embedding import fuse_embedding
+from vpd.policy.cpu.last_layer import trim_last_layer
+from vpd.policy.cpu.mlp import fuse_mlps
+from vpd.policy.cpu.norms import fuse_norms
+from vpd.policy.cpu.rotary import fuse_rotary
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
-from vpd.policy.mlp import fuse_mlps
 from vpd.policy.module import PolicyModule
-from vpd.policy.norms import fuse_norms
-from vpd.policy.rotary import fuse_rotary
 from vpd.rollout.local import computes_bfloat16
 
 logger = logging.getLogger(__name__)

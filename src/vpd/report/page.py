@@ -6,12 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from vpd.monitoring.progress import duration
 from vpd.report import plots
 from vpd.report.data import Entry, RunData, load_run, number
 from vpd.report.markup import Html, element, join
 from vpd.report.rollouts import rollout_section
 from vpd.runs import atomic_write_text
-from vpd.runs.progress import duration
 
 SAMPLES = 20
 

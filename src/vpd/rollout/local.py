@@ -16,11 +16,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vpd.device import multiplies_bfloat16
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
-from vpd.processor import multiplies_bfloat16
-from vpd.rollout.attention import ROLLOUT_ATTENTION
-from vpd.rollout.cache import PreallocatedCache, StatefulCache, make_cache
-from vpd.rollout.packed import PackedLinear, make_packable
+from vpd.rollout.decode_attention import ROLLOUT_ATTENTION
+from vpd.rollout.kv_cache import PreallocatedCache, StatefulCache, make_cache
+from vpd.rollout.onednn_linear import PackedLinear, make_packable
 from vpd.rollout.prefill import Prefill, last_place, mask_of, padded
 from vpd.rollout.sampling import Sampler, sequence_uniforms
 from vpd.rollout.stopping import StopCondition
@@ -50,8 +50,8 @@ class LocalEngine:
     Sampling runs on a twin of the model: its own modules, in evaluation mode, with an attention for decoding. A
     parameter that need not be converted is shared with the model; others are bfloat16 copies, which :meth:`sync`
     brings up to date and :meth:`release` gives up for as long as nothing is sampled. On a processor linear layers hold
-    theirs as oneDNN reads it (:class:`vpd.rollout.packed.PackedLinear`), and in its rows only where something else
-    reads it. The model's modes, settings and hooks are never touched.
+    theirs as oneDNN reads it (:class:`vpd.rollout.onednn_linear.PackedLinear`), and in its rows only where something
+    else reads it. The model's modes, settings and hooks are never touched.
 
     Each distinct prompt is computed once; on a processor, where the model can be packed, also what prompts of a batch
     begin with, such as a system message. A prompt's cache is expanded to its generations, or shared by them: on a

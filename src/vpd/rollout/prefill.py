@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vpd.packing import pack, packable
-from vpd.rollout.cache import PreallocatedCache, PreallocatedLayer, StatefulCache, make_cache
+from vpd.rollout.kv_cache import PreallocatedCache, PreallocatedLayer, StatefulCache, make_cache
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Prefill:
     attention; so a few tokens are tried in both ways first. A trial that fails costs speed alone: the log says why.
 
     Args:
-        network: a causal language model with :mod:`vpd.rollout.attention`, in evaluation mode.
+        network: a causal language model with :mod:`vpd.rollout.decode_attention`, in evaluation mode.
 
     Attributes:
         packs: whether prompts are packed.

@@ -13,7 +13,7 @@ from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
 from vpd.feedback.prompts import PromptBuilder
 from vpd.rollout.local import LocalEngine, Sample
-from vpd.runs.timing import Timer
+from vpd.timing import Timer
 from vpd.types import Messages, Rollout, Task, Verdict
 
 logger = logging.getLogger(__name__)

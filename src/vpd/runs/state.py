@@ -17,7 +17,7 @@ class TrainingState:
         stage: of the curriculum, from 0.
         stage_start: rollout batches that were done before it began.
         memory: what the algorithm keeps from one batch to the next.
-        history: what :func:`vpd.runs.drift.drift_warnings` keeps.
+        history: what :func:`vpd.monitoring.drift.drift_warnings` keeps.
         best_step, best_accuracy: of the best evaluation on the selection split; -1 before there is one.
         stale_evaluations: since then.
         stopped_by: the name of what ended the run before its time; None while nothing has.

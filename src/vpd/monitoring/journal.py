@@ -1,0 +1,47 @@
+"""What a run says while it goes on: on the screen, in its folder, and to the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from vpd.monitoring.progress import Progress
+from vpd.runs.folder import RunFolder
+
+
+class Journal:
+    """One place for lines, metrics and warnings; only the main process writes.
+
+    Attributes:
+        folder: the run's, on the main process once it is open; None elsewhere.
+        progress: the display.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.folder: RunFolder | None = None
+        self.progress = Progress()
+
+    def say(self, text: str) -> None:
+        """A line on the screen that stays."""
+        if self._accelerator.is_main_process:
+            self.progress.message(text)
+
+    def log(self, step: int, event: str, values: Mapping[str, Any]) -> None:
+        """A line in ``metrics.jsonl``."""
+        if self.folder is not None:
+            self.folder.log(step, event, values)
+
+    def warn(self, name: str, text: str, step: int = 0) -> None:
+        """A line on the screen, and one in ``metrics.jsonl`` under ``name``."""
+        self.log(step, "warning", {"name": name, "text": text})
+        self.say(f"Warning: {text}")
+
+    def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The metrics of one rollout batch, everywhere."""
+        self.log(step, "train", metrics)
+        if self._accelerator.is_main_process:
+            self.progress.step({"step": step, **metrics})
+        self._accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)

@@ -1,0 +1,76 @@
+"""The measurements of a run, told and logged as they are made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from vpd.config import EvalSettings
+from vpd.evaluation.accuracy import Evaluation
+from vpd.evaluation.evaluator import Evaluator
+from vpd.monitoring.journal import Journal
+from vpd.monitoring.monitor import Monitor
+from vpd.monitoring.warnings import gap_warning, template_warning
+from vpd.runs.state import TrainingState
+
+
+class Measurements:
+    """Measures the final table's rows, the selection split, and the teacher's lead.
+
+    Args:
+        evaluator: asks the questions.
+        journal: where results are told.
+        state: of the run; it holds the table's rows.
+        monitor: is told of a teacher that is not ahead.
+        settings: how much to measure.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, journal: Journal, state: TrainingState, monitor: Monitor, settings: EvalSettings
+    ) -> None:
+        self._evaluator = evaluator
+        self._journal = journal
+        self._state = state
+        self._monitor = monitor
+        self._settings = settings
+
+    def row(self, name: str, train_seconds: float = 0.0) -> None:
+        """Evaluate on the final split, for the table alone."""
+        if self._settings.final_tasks == 0:
+            return
+        evaluation = self._evaluator.accuracy("final", self._settings.final_tasks)
+        row = {"name": name, **evaluation.summary(), "train_seconds": train_seconds}
+        self._state.rows.append(row)
+        self._journal.log(self._state.step, "eval", {"split": "final", **row, "outcomes": evaluation.outcomes})
+        self._journal.say(
+            f"Final split, {name}: {evaluation.accuracy:.1%} [{evaluation.low:.1%}, {evaluation.high:.1%}] of "
+            f"{evaluation.n}, {evaluation.seconds:.0f} s."
+        )
+
+    def selection(self) -> Evaluation:
+        """Evaluate on the selection split."""
+        evaluation = self._evaluator.accuracy("selection")
+        outcomes = {"outcomes": evaluation.outcomes}
+        self._journal.log(self._state.step, "eval", {"split": "selection", **evaluation.summary(), **outcomes})
+        self._journal.say(f"Selection split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}.")
+        return evaluation
+
+    def preflight(self) -> None:
+        """Whether there is anything to distil: the teacher's lead, and its lead with foreign feedback where asked."""
+        low, tasks = self.gap("Pre-flight")
+        if warning := gap_warning(low, tasks):
+            self._monitor.warn("no_gap", warning)
+        if self._settings.preflight_permuted:
+            low, _ = self.gap("With the feedback of other tasks", permute=True)
+            if warning := template_warning(low):
+                self._monitor.warn("template_only", warning)
+
+    def gap(self, when: str, permute: bool = False) -> tuple[float, int]:
+        """Measure the teacher's lead; the lower end of its interval, and the number of tasks with feedback."""
+        gap = self._evaluator.gap(permute)
+        self._journal.log(self._state.step, "gap_permuted" if permute else "gap", asdict(gap))
+        if gap.n:
+            self._journal.say(
+                f"{when}, {gap.n} of {gap.tasks} selection tasks have feedback: teacher {gap.teacher_accuracy:.1%}, "
+                f"student {gap.student_accuracy:.1%}, gap {gap.gap:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}]."
+            )
+        return gap.low, gap.n

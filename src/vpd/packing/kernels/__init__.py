@@ -1,0 +1,1 @@
+"""How attention over a packed batch is computed."""

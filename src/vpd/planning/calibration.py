@@ -1,0 +1,184 @@
+"""What the machine at hand does with a network of a model's shape: the seconds behind ``vpd plan`` on this machine.
+
+The network has random weights and the model's sizes, with fewer layers where it would be large. It makes one
+micro-batch of the run, with and without gradient, and some steps of decoding. What these reach of the machine's plain
+matrix products and of its bandwidth is what the plan reckons with.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from vpd.config import VPDConfig
+from vpd.packing import PackedBatch, pack
+from vpd.planning.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
+from vpd.policy.cpu.allocator import keep_freed_memory
+from vpd.policy.cpu.embedding import fuse_embedding
+from vpd.policy.cpu.mlp import fuse_mlps
+from vpd.policy.cpu.norms import fuse_norms
+from vpd.policy.cpu.rotary import fuse_rotary
+from vpd.policy.module import PolicyModule
+from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
+from vpd.policy.prepare import autocasts, may_share_prefixes
+from vpd.rollout.local import LocalEngine, computes_bfloat16
+
+_LARGEST = 200e6
+"""Parameters of the network that is timed; a larger model's layers are left out, and counted as so many more."""
+
+_MOST_TOKENS = 8192
+"""Of a pass that is timed, where a micro-batch would hold more."""
+
+_DECODED = 5
+"""Steps of decoding that are timed."""
+
+_LEAST_PART = 0.1
+"""Of the time of sampling, that these steps must take: else they drown in the noise of the prompt's pass."""
+
+_TRIES = 2
+"""Of each measurement; the best one counts, since others may use the machine too."""
+
+
+def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware:
+    """This machine's processor or first GPU, by what it does with the run's own work.
+
+    Where even a few layers of the model are large, as with a large vocabulary, nothing of it is run, and the shares
+    stay guesses, which the name says.
+
+    Args:
+        settings: of the run.
+        config: of the model.
+        lengths: of a typical rollout.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # As a run does.
+    keep_freed_memory(device)
+    bfloat16 = computes_bfloat16(device)
+    plain = _plain(device, torch.bfloat16 if bfloat16 else torch.float32)
+
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    shape = shape_of_config(config)
+    while shape.parameters > _LARGEST and text.num_hidden_layers > 2:
+        text.num_hidden_layers //= 2
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        shape = shape_of_config(config)
+    if shape.parameters > 2 * _LARGEST:
+        return replace(plain, name=f"{plain.name} (what a run reaches of it is a guess)")
+    dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    if settings.model.gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
+    if settings.model.fused_layers:
+        fuse_norms(network)
+        # The last layer stays whole: it may be the only one here.
+        fuse_rotary(network)
+        fuse_mlps(network)
+        fuse_embedding(network)
+    half = autocasts(settings.model, device)
+
+    decode_share = _decode_share(network, shape, settings, lengths, plain)
+    policy = PolicyModule(
+        network, share_prefixes=may_share_prefixes(network), chunk_size=settings.model.logits_chunk_tokens
+    ).train()
+    batch = _micro_batch(settings, lengths, text.vocab_size, policy.share_prefixes).to(device)
+    tokens = len(batch.targets)
+    flops, head = pass_flops(shape, lengths, batch.sequence_count, batch.token_count)
+
+    def run(objective: Objective, learns: bool) -> None:
+        with torch.set_grad_enabled(learns), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss = policy(batch, objective).loss
+        if loss is not None and learns:
+            loss.backward()
+            policy.zero_grad(set_to_none=True)
+
+    scoring = _seconds(lambda: run(TokenLogProbs(1.0), learns=False), device)
+    training = _seconds(lambda: run(Imitate(tokens), learns=True), device)
+    passes = 3 + settings.model.gradient_checkpointing
+    # The loss's head is computed once more in its backward pass.
+    return replace(
+        plain,
+        score_share=(flops + head) / scoring / plain.flops,
+        train_share=(passes * flops + 4 * head) / training / plain.flops,
+        decode_share=decode_share,
+    )
+
+
+def _micro_batch(settings: VPDConfig, lengths: Lengths, vocabulary: int, share_prefixes: bool) -> PackedBatch:
+    """As many of a step's teacher sequences as a micro-batch holds, one at least."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+
+    budget = min(settings.optim.micro_batch_tokens, _MOST_TOKENS)
+    own = lengths.feedback + lengths.completion
+    sequences: list[list[int]] = []
+    tokens = 0
+    for _ in range(settings.rollout.prompts_per_step):
+        prompt = draw(lengths.prompt)
+        tokens += lengths.prompt
+        for _ in range(settings.rollout.num_generations):
+            tokens += own
+            if sequences and tokens > budget:
+                break
+            sequences.append(prompt + draw(own))
+    starts = [lengths.prompt + lengths.feedback] * len(sequences)
+    return pack(sequences, starts, share_prefixes=share_prefixes)
+
+
+def _decode_share(network: Any, shape: Shape, settings: VPDConfig, lengths: Lengths, plain: Hardware) -> float:
+    """Of the bandwidth, what a step of decoding reaches with a batch as full as the run's."""
+    rows = min(settings.rollout.prompts_per_step * settings.rollout.num_generations, settings.rollout.batch_size)
+    group = min(settings.rollout.num_generations, rows)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = network.config.get_text_config().vocab_size
+    prompts = torch.randint(vocabulary, (rows // group, lengths.prompt), generator=generator).tolist()
+    # No tokenizer: it would decode completions in search of stop strings.
+    engine = LocalEngine(network, None, settings.rollout.dtype, rows)  # pyright: ignore[reportArgumentType]
+
+    def seconds(steps: int) -> float:
+        return _seconds(
+            lambda: engine.generate(prompts, max_new_tokens=steps, eos_token_ids=(), num_generations=group),
+            network.device,
+        )
+
+    whole = seconds(_DECODED + 1)
+    decoding = whole - seconds(1)
+    if decoding < _LEAST_PART * whole:
+        return plain.decode_share
+    read = 2 * shape.parameters + (rows // group * group) * cache_bytes(shape) * (lengths.prompt + _DECODED / 2)
+    return _DECODED * read / decoding / plain.bandwidth
+
+
+def _plain(device: torch.device, dtype: torch.dtype) -> Hardware:
+    """Products of large matrices, and reading of memory, in a second or so."""
+    matrix = torch.randn(2048, 2048, device=device, dtype=dtype)
+    products = 2 * 2048**3 / _seconds(lambda: matrix @ matrix, device, tries=10)
+    block = torch.zeros(64 * 2**20, device=device)
+    reads = block.numel() * 4 / _seconds(lambda: block.sum(), device, tries=10)
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
+        return Hardware(torch.cuda.get_device_name(device), products, reads, memory)
+    return Hardware("this processor", products, reads, float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")))
+
+
+def _seconds(work: Callable[[], object], device: torch.device, tries: int = _TRIES) -> float:
+    """The best of some tries, after one that does not count."""
+    best = float("inf")
+    for number in range(tries + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number:
+            best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,1 @@
+"""How the network computes and keeps its layers on a processor."""

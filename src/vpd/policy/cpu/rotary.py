@@ -1,0 +1,135 @@
+"""Rotary positions that go over queries and keys once, and hand attention what autocast would make of them anyway.
+
+Under autocast transformers' function takes queries and keys in bfloat16 to float32, makes five tensors of their size
+there, and attention casts the sum back. Here a tile of tokens stays in the processor's cache from the first operation
+to the last cast. The backward pass needs nothing but cosines and sines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from vpd.policy.cpu.norms import TILE_NUMBERS
+
+_NAME = "apply_rotary_pos_emb"
+"""What transformers' attention layers call, a function of their module."""
+
+Rotation: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
+"""Of queries, keys, cosines and sines."""
+
+
+def fuse_rotary(model: nn.Module) -> int:
+    """Let the attention layers rotate as this module describes, for good; return how many do.
+
+    Where there is a GPU, none. Layers whose function computes something else (pairs of neighbours instead of halves)
+    stay as they are, and so do those that call it otherwise, or have a forward of their own or a decorated one. What
+    others change in a layer's module from now on, these layers do not see.
+
+    Args:
+        model: a language model on the CPU.
+    """
+    if torch.accelerator.is_available():
+        return 0
+    count = 0
+    for layer in model.modules():
+        function = type(layer).forward
+        is_own = "forward" not in vars(layer) and isinstance(function, FunctionType)
+        if not is_own or hasattr(function, "__wrapped__") or _NAME not in function.__code__.co_names:
+            continue
+        theirs = function.__globals__.get(_NAME)
+        if theirs is None or not _is_plain(theirs):
+            continue
+        # The layer's own forward, with another function under this name; on the instance, so that its class and its
+        # module stay as they are for other models.
+        names = {**function.__globals__, _NAME: _faster(theirs)}
+        own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+        own.__kwdefaults__ = function.__kwdefaults__
+        layer.forward = MethodType(own, layer)
+        count += 1
+    return count
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + (-x2, x1) * sin, where x1 and x2 are the halves of the last dimension; computed in float32.
+
+    Args:
+        x: [B, heads, T, D], float32 or bfloat16, on the CPU.
+        cos: [B or 1, T, D] in float32.
+        sin: as ``cos``.
+
+    Returns:
+        [B, heads, T, D], in autocast's dtype where it is on, else in float32.
+    """
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    return _Rotation.apply(x, cos, sin, dtype)  # pyright: ignore[reportReturnType]
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _rotate(x, cos, sin, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_output, cos, -sin.roll(sin.shape[-1] // 2, dims=-1), ctx.dtype), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    batch, heads, length, width = x.shape
+    half = width // 2
+    tokens = x.transpose(1, 2).reshape(-1, heads, width)
+    cos, sin = (part.expand(batch, length, width).reshape(-1, 1, width) for part in (cos, sin))
+    # Laid out as attention's outputs are, and not a view, which could not be changed in place.
+    strides = (length * heads * width, width, heads * width, 1)
+    output = torch.empty_strided((batch, heads, length, width), strides, dtype=dtype)
+    output_tokens = output.transpose(1, 2).view(tokens.shape)
+    size = torch.get_num_threads() * max(1, TILE_NUMBERS // (heads * width))
+    for start in range(0, len(tokens), size):
+        tile = slice(start, start + size)
+        given = tokens[tile].float()
+        rotated = torch.mul(given, cos[tile])
+        rotated[..., :half].addcmul_(given[..., half:], sin[tile, :, :half], value=-1)
+        rotated[..., half:].addcmul_(given[..., :half], sin[tile, :, half:])
+        output_tokens[tile] = rotated
+    return output
+
+
+def _faster(theirs: Rotation) -> Rotation:
+    """Their function, replaced where :func:`rotate` computes the same."""
+
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        is_float32 = cos.dtype == sin.dtype == torch.float32 and q.device.type == "cpu"
+        # Some functions give what they were given: where nothing else tells the dtype, only float32 stays the same.
+        is_float32 &= torch.is_autocast_enabled("cpu") or q.dtype == k.dtype == torch.float32
+        is_whole = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1]
+        if rest or others or not is_float32 or not is_whole or cos.requires_grad or sin.requires_grad:
+            return theirs(q, k, cos, sin, *rest, **others)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    return apply_rotary_pos_emb
+
+
+def _is_plain(function: Rotation) -> bool:
+    """Whether it computes with queries and keys what :func:`rotate` does."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(1, 2, 3, 8, generator=generator)
+    cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        expected = rotate(query, cos, sin), rotate(key, cos, sin)
+        try:
+            found = function(query, key, cos, sin)
+            return all(torch.allclose(*pair, atol=1e-6) for pair in zip(found, expected, strict=True))
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, AssertionError):
+            return False

@@ -1,0 +1,1 @@
+"""Several settings by several seeds: running them, and setting them side by side."""

@@ -1,0 +1,198 @@
+"""The plan counts what the trainer computes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from toy import ToyEnvironment, toy_model, toy_trainer
+from transformers import LlamaConfig
+
+from vpd import ConfigError, Verdict, VPDConfig
+from vpd.planning import calibration
+from vpd.planning.calibration import this_machine
+from vpd.planning.plan import GPUS, Lengths, hardware_named, predict, shape_of_config
+from vpd.policy import load
+from vpd.policy.learner import TokenCounts
+from vpd.rollout.sampler import RolloutSampler
+from vpd.types import Task
+
+SHAPE = shape_of_config(
+    LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )
+)  # fmt: skip
+
+
+def config(**sections):
+    """Four prompts of eight rollouts, with the environment's text."""
+    rollout = {"prompts_per_step": 4, "num_generations": 8}
+    return VPDConfig.parse({"rollout": rollout, "feedback": {"sources": ["environment"]}, **sections})
+
+
+def test_sizes_are_those_of_smollm2():
+    assert SHAPE.parameters == 134_515_008
+    assert SHAPE.blocks == 134_515_008 - 49152 * 576
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"type": "sdpo", "teacher": "live"},
+        {"type": "sdpo", "teacher": "trust_region"},
+        {"type": "grpo", "beta": 0.1},
+        {"type": "reshape"},
+        {"type": "sdpo", "teacher": "ema"},
+        {"type": "joint", "teacher": "live"},
+        {"type": "vpd", "e_step_every": 1},
+        {"type": "vpd", "e_step_every": 1, "e_minibatch_prompts": 1, "e_epochs": 2},
+        {"type": "vpd", "e_step_every": 1, "divergence": "sampled"},
+        {"type": "sdpo", "teacher": "live", "divergence": "sampled"},
+        {"type": "sdpo", "teacher": "live", "m_minibatch_prompts": 1},
+    ],
+)
+def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algorithm):
+    texts = iter(range(10, 99))
+
+    class OfOneLength(ToyEnvironment):
+        def tasks(self, split):
+            return [Task(t.id, [{"role": "user", "content": f"{t.id[-1:]} Number."}]) for t in super().tasks(split)]
+
+        def judge(self, task, completion):
+            number = next(texts)
+            return Verdict(float(number % 2), f"{number} says the judge.")
+
+    monkeypatch.setattr("toy.ToyEnvironment", OfOneLength)
+    # A template that says nothing of its own: what the plan calls feedback is then each rollout's own.
+    templates = {"feedback_on_failure": "{text}", "feedback_on_success": "{text}"}
+    feedback = {"templates": templates}
+    trainer = toy_trainer(tmp_path, algorithm=algorithm, rollout={"stop_strings": []}, feedback=feedback)
+    trainer.sampler.eos_token_ids = ()
+    made = RolloutSampler._rollout
+    monkeypatch.setattr(RolloutSampler, "_rollout", lambda *args: replace(made(*args), truncated=False))
+    batch = trainer.sample(1)
+    trainer.learner.tokens = TokenCounts()
+    trainer.update(batch, 1)
+    views = [view for view in batch.views if view is not None]
+    prompt = len(batch.rollouts[0].prompt_ids)
+    lengths = Lengths(prompt, len(batch.rollouts[0].completion_ids), len(views[0].prompt_ids) - prompt)
+    plan = predict(trainer.args, SHAPE, lengths, GPUS["h100"])
+    # Short texts and prompts share some beginnings beyond what the plan knows, and no sequence needs its last token.
+    parts = plan.tokens.student + plan.tokens.teacher + plan.tokens.e_step
+    assert parts == pytest.approx(trainer.learner.tokens.computed, rel=0.15)
+
+
+def test_prompts_are_shared_and_siblings_texts_too():
+    lengths = Lengths(250, 16, 60)
+    plan = predict(config(), SHAPE, lengths, GPUS["h100"])
+    assert plan.tokens.student == 4 * (250 + 8 * 16)
+    assert plan.tokens.teacher == 4 * 8 * (60 + 16)
+    averaged = predict(config(algorithm={"type": "sdpo", "teacher": "ema"}), SHAPE, lengths, GPUS["h100"])
+    assert averaged.tokens.teacher == 4 * (250 + 8 * (60 + 16))
+    assert plan.tokens_unshared == 32 * (250 + 16) + 32 * (250 + 60 + 16)
+    siblings = predict(config(feedback={"sources": ["sibling"]}), SHAPE, lengths, GPUS["h100"])
+    assert siblings.tokens.teacher == 4 * (2 * 60 + 8 * 16)
+    rewards_alone = predict(config(algorithm={"type": "grpo"}), SHAPE, lengths, GPUS["h100"])
+    assert (rewards_alone.tokens.teacher, rewards_alone.flops.teacher, rewards_alone.flops.e_step) == (0, 0, 0)
+
+
+def test_the_operations_of_a_student_pass_are_six_for_each_parameter_and_token():
+    plan = predict(config(algorithm={"type": "sdpo"}), SHAPE, Lengths(2, 1, 0), GPUS["h100"])
+    tokens = 4 * (2 + 8)
+    expected = 6 * SHAPE.blocks * tokens + 6 * 32 * 49152 * 576
+    assert plan.flops.student == pytest.approx(expected, rel=1e-3)
+    again = predict(
+        config(algorithm={"type": "sdpo"}, model={"gradient_checkpointing": True}),
+        SHAPE,
+        Lengths(2, 1, 0),
+        GPUS["h100"],
+    )
+    assert again.flops.student - plan.flops.student == pytest.approx(2 * SHAPE.blocks * tokens, rel=1e-3)
+    kept, recomputed = (
+        predict(config(model={"gradient_checkpointing": on}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).memory
+        for on in (False, True)
+    )
+    assert recomputed < kept
+
+
+def test_rarer_e_steps_cost_less_and_one_pass_less_than_two():
+    costs = [
+        predict(config(algorithm={"type": "vpd", "e_step_every": f}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+        for f in (1, 5)
+    ]
+    assert costs[0].e_step == pytest.approx(5 * costs[1].e_step)
+    small = predict(config(optim={"micro_batch_tokens": 1000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+    large = predict(config(optim={"micro_batch_tokens": 8000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+    assert small.e_step > large.e_step
+
+
+def test_the_sizes_of_a_local_model_are_found_without_the_network(tmp_path, monkeypatch):
+    asked, from_pretrained = [], load.AutoConfig.from_pretrained
+
+    def watched(location, **options):
+        asked.append(options["local_files_only"])
+        return from_pretrained(location, **options)
+
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", watched)
+    toy_model().save_pretrained(tmp_path)
+    found = shape_of_config(load.config_of(str(tmp_path)))
+    assert found.parameters == sum(p.numel() for p in toy_model().parameters())
+    assert asked == [True]
+    with pytest.raises(ConfigError, match="There is no file or folder"):
+        load.config_of(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="There is no hardware 'abacus'"):
+        hardware_named("abacus")
+
+
+def test_the_machine_at_hand_is_measured_with_the_runs_own_work():
+    network, lengths = toy_model().config, Lengths(20, 6, 10)
+    for model in ({}, {"gradient_checkpointing": True, "autocast": "none"}):
+        hardware = this_machine(config(model=model), network, lengths)
+        shares = (hardware.train_share, hardware.score_share, hardware.decode_share)
+        assert all(0 < share < 1 for share in shares), "a tiny network reaches little"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_says_what_was_timed(monkeypatch, checkpointing):
+    # Products and reads of the machine; sampling 6 tokens and 1; a pass without gradient and one with.
+    timed = iter([1e-6, 1e-6, 0.6, 0.1, 2.0, 7.0])
+    monkeypatch.setattr(calibration, "_seconds", lambda *args, **kwargs: next(timed))
+    lengths = Lengths(100, 20, 30)
+    network = toy_model().config
+    settings = config(
+        algorithm={"type": "vpd", "e_step_every": 1},
+        model={"gradient_checkpointing": checkpointing},
+        optim={"micro_batch_tokens": 8000},
+    )
+    hardware = this_machine(settings, network, lengths)
+    seconds = predict(settings, shape_of_config(network), lengths, hardware).seconds
+    frozen = config(**settings.model_dump(include={"optim", "model"}), algorithm={"type": "vpd", "teacher": "frozen"})
+    whole = predict(frozen, shape_of_config(network), lengths, hardware).seconds.teacher
+    assert whole == pytest.approx(2.0, rel=0.05)
+    # A live teacher stands behind the questions of the student's pass: a fifth of the tokens less, which see as many.
+    assert 1.6 <= seconds.teacher < whole
+    prior = 2.0 * 4 * (100 + 8 * 20) / (4 * (100 + 8 * 50))
+    assert seconds.e_step == pytest.approx(7.0 + prior, rel=0.1)
+    # A tenth of a second for each of 20 steps, and the prompts' pass.
+    prefill = 2.0 * 4 * 100 / (4 * (100 + 8 * 50))
+    assert seconds.rollout == pytest.approx(20 * 0.1 + prefill, rel=0.1)
+
+
+def test_a_pass_that_is_timed_is_no_larger_than_a_micro_batch(monkeypatch):
+    packed = []
+    made = calibration.pack
+    monkeypatch.setattr(calibration, "pack", lambda *args, **kwargs: packed.append(made(*args, **kwargs)) or packed[-1])
+    monkeypatch.setattr(calibration, "_seconds", lambda *args, **kwargs: 1.0)
+    hardware = this_machine(config(optim={"micro_batch_tokens": 200}), toy_model().config, Lengths(60, 20, 30))
+    assert packed[0].sequence_count == 2
+    assert packed[0].token_count <= 200
+    assert hardware.decode_share == 0.6, "five steps that take no time are noise"
+
+
+def test_a_network_that_is_large_however_few_its_layers_is_not_run(monkeypatch):
+    monkeypatch.setattr(calibration, "_LARGEST", 10.0)
+    monkeypatch.setattr(calibration, "PolicyModule", None)
+    hardware = this_machine(config(), toy_model().config, Lengths(20, 6, 10))
+    assert "is a guess" in hardware.name
+    assert (hardware.train_share, hardware.decode_share) == (0.6, 0.6)
