@@ -26,10 +26,11 @@ from benchmarks.step.specs import WORKLOADS, Side
 from benchmarks.step.tasks import ImposedVerdicts
 from vpd.algorithms.e_step import refine_teacher
 from vpd.algorithms.example import Example, make_examples, student_view, teacher_view, with_teacher
-from vpd.algorithms.m_step import distilling_objective
-from vpd.algorithms.teacher import borrows, read_teacher
+from vpd.algorithms.m_step import distilling
+from vpd.algorithms.minibatches import Counts
+from vpd.algorithms.teacher import make_teacher
 from vpd.device import rounding_factors
-from vpd.policy.objectives import PredictorStates
+from vpd.policy.objectives import ReadStates
 from vpd.trainer import VPDTrainer
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out,
@@ -101,27 +102,28 @@ def passes(workload: str, overrides: tuple[str, ...]) -> dict[str, Callable[[], 
     examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
     learner, algorithm = trainer.learner, trainer.args.algorithm
     tokens = sum(len(example.completion) for example in examples)
-    is_behind = borrows(learner, algorithm)  # pyright: ignore[reportArgumentType]
-    parts = learner.micro_batches(examples, student_view, teacher_view, behind=is_behind)
-    states = [read_teacher(learner, part, algorithm) for part in parts]  # pyright: ignore[reportArgumentType]
-    lenders = [learner.pack(part, student_view, lends=is_behind) for part in parts]
-    for lender in lenders:
-        learner.score(lender, PredictorStates())
+    who = make_teacher(algorithm)  # pyright: ignore[reportArgumentType]
+    is_conditioned = who.reuses_keys(learner)
+    parts = learner.micro_batches(examples, student_view, teacher_view, conditioned=is_conditioned)
+    states = [who.read(learner, part) for part in parts]
+    students = [learner.pack(part, student_view, keeps_keys=is_conditioned) for part in parts]
+    for batch in students:
+        learner.score(batch, ReadStates())
 
     def student() -> None:
         learner.policy.train()
         for part, read in zip(parts, states, strict=True):
             batch = learner.pack(part, student_view)
-            objective = distilling_objective(learner, part, batch, algorithm, tokens, len(examples), states=read)  # pyright: ignore[reportArgumentType]
+            objective = distilling(learner, part, algorithm, Counts(tokens, len(examples)), read)  # pyright: ignore[reportArgumentType]
             learner.accelerator.backward(learner.policy(batch, objective).loss)
         learner.optimizer.zero_grad()
 
     def teacher() -> None:
-        for part, lender in zip(parts, lenders, strict=True):
-            if is_behind:
-                learner.score(learner.pack(part, teacher_view, behind=lender), PredictorStates())
+        for part, packed in zip(parts, students, strict=True):
+            if is_conditioned:
+                learner.score(learner.pack(part, teacher_view, conditioned_on=packed), ReadStates())
             else:
-                read_teacher(learner, part, algorithm)  # pyright: ignore[reportArgumentType]
+                who.read(learner, part)
 
     def e_step() -> None:
         refine(examples)

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vpd.config import VPD
+from vpd.algorithms import VPDSettings
 from vpd.packing import PackedBatch, pack
 from vpd.policy.cpu.embedding import fuse_embedding
 from vpd.policy.cpu.last_layer import trim_last_layer
@@ -27,7 +27,7 @@ from vpd.policy.cpu.norms import fuse_norms
 from vpd.policy.cpu.rotary import fuse_rotary
 from vpd.policy.load import load_policy
 from vpd.policy.module import PolicyModule
-from vpd.policy.objectives import Distil, PredictorStates, TeacherStates
+from vpd.policy.objectives import Distil, ReadStates, ScoredStates
 
 _KINDS = ("js", "reverse_kl")
 
@@ -59,10 +59,10 @@ def gradient(
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
     ):
         with torch.no_grad():
-            teacher = policy(views[1], PredictorStates()).values
+            teacher = policy(views[1], ReadStates()).values
         weights = torch.full((count,), 1 / count)
-        states = TeacherStates(teacher["hidden"], teacher["rows"])
-        objective = Distil(states, weights, VPD(divergence=kind), temperature=1.0)
+        states = ScoredStates(teacher["hidden"], teacher["rows"])
+        objective = Distil(states, weights, VPDSettings(divergence=kind), temperature=1.0)
         loss = policy(views[0], objective).loss
     loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in policy.parameters() if parameter.grad is not None])

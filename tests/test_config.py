@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vpd.config import SDPO, VPD, ConfigError, VPDConfig
+from vpd.algorithms import SDPOSettings, VPDSettings
+from vpd.config import ConfigError, VPDConfig
 from vpd.losses import DEFAULT_CHUNK_SIZE
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
@@ -31,7 +32,7 @@ def test_overrides_are_toml_or_bare_words(tmp_path):
     config = VPDConfig.load(
         path, ["algorithm.e_step_every=10", "model.name=some/model", 'feedback.sources=["environment"]']
     )
-    assert isinstance(config.algorithm, VPD)
+    assert isinstance(config.algorithm, VPDSettings)
     assert config.algorithm.e_step_every == 10
     assert config.model.name == "some/model"
     assert config.feedback.sources == ["environment"]
@@ -48,8 +49,8 @@ def test_a_whole_section_can_be_replaced(tmp_path):
 
 
 def test_the_algorithm_is_vpd_unless_named():
-    assert isinstance(VPDConfig.parse({"algorithm": {"bco_beta": 0.2}}).algorithm, VPD)
-    assert isinstance(VPDConfig.parse({"algorithm": {"type": "sdpo"}}).algorithm, SDPO)
+    assert isinstance(VPDConfig.parse({"algorithm": {"bco_beta": 0.2}}).algorithm, VPDSettings)
+    assert isinstance(VPDConfig.parse({"algorithm": {"type": "sdpo"}}).algorithm, SDPOSettings)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from benchmarks.step import memory, models
 from benchmarks.step.specs import LEARNING_RATE, Side, SideInfo, StepRecord, Workload
 from benchmarks.step.tasks import ImposedVerdicts, needed_tokens
 from vpd.config import VPDConfig
-from vpd.policy.learner import TokenCounts
 from vpd.rollout.local import Sample
 from vpd.rollout.sampler import RolloutSampler
 from vpd.timing import Timer
@@ -86,10 +85,12 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
     start = time.perf_counter()
     set_seed(step)
     timer = trainer.sampler.timer = Timer()
-    trainer.sampler.sampled_tokens, trainer.learner.tokens = 0, TokenCounts()
+    trainer.sampler.sampled_tokens, before = 0, trainer.learner.counts
     batch = trainer.sample(step)
     sampled_at = time.perf_counter()
-    metrics, numbers = trainer.update(batch, step, timer)
+    metrics, result = trainer.update(batch, step)
+    for phase, phase_seconds in result.seconds.items():
+        timer.seconds[phase] += phase_seconds
     with timer("sync"):
         trainer.scheduler.step()
         trainer.sampler.engine.sync()
@@ -97,17 +98,17 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
 
     phases = dict(timer.seconds)
     phases["contexts"] = sampled_at - start - phases["rollout"] - phases["judge"]
-    has_teacher = trainer.args.algorithm.has_teacher
+    has_teacher = trainer.algorithm.has_teacher
     needed, needed_jointly = _needed(batch, has_teacher)
     record = StepRecord(
         seconds=seconds,
         phases=phases,
         peak_bytes=memory.peak_bytes(),
-        tokens_computed=trainer.learner.tokens.computed,
+        tokens_computed=(trainer.learner.counts - before).computed,
         tokens_needed=needed,
         tokens_needed_jointly=needed_jointly,
         tokens_sampled=trainer.sampler.sampled_tokens,
-        rollouts=len(numbers) if has_teacher else len(batch.rollouts),
+        rollouts=len(result.tokens) if has_teacher else len(batch.rollouts),
         divergence=metrics.get("divergence"),
         e_step=metrics.get("e_step") == 1.0,
     )

@@ -19,12 +19,11 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from vpd import algorithms
+from vpd.algorithms.base import ExampleBatch, TokenNumbers, UpdateResult
 from vpd.algorithms.example import Example, make_examples, with_teacher
 from vpd.algorithms.extrapolation import extrapolate, is_due
-from vpd.algorithms.m_step import TokenNumbers
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
-from vpd.config import SDPO, VPD, ConfigError, VPDConfig
+from vpd.config import ConfigError, VPDConfig
 from vpd.environments import SPLITS, Environment, choose_environment
 from vpd.evaluation import Evaluator
 from vpd.evaluation.statistics import batch_statistics
@@ -44,8 +43,7 @@ from vpd.monitoring.callbacks import Callbacks, training_arguments
 from vpd.monitoring.journal import Journal
 from vpd.monitoring.measurements import Measurements
 from vpd.monitoring.monitor import Monitor
-from vpd.monitoring.warnings import settings_warnings
-from vpd.policy.copies import make_copies
+from vpd.policy.copies import PREVIOUS, make_copies
 from vpd.policy.cpu.allocator import keep_freed_memory
 from vpd.policy.learner import Learner, TokenCounts
 from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
@@ -112,22 +110,23 @@ class VPDTrainer:
     ) -> None:
         self.args = args or VPDConfig()
         set_seed(self.args.run.seed)
-        algorithm = self.args.algorithm
-        teacher_lora = algorithm.teacher_lora if isinstance(algorithm, VPD) and algorithm.teacher == "lora" else None
-        policy, self.tokenizer = prepare_policy(model, processing_class, self.args.model, peft_config, teacher_lora)
+        self.algorithm = self.args.make_algorithm()
+        adapter = self.algorithm.teacher_adapter()
+        policy, self.tokenizer = prepare_policy(model, processing_class, self.args.model, peft_config, adapter)
         self.environment = choose_environment(
             self.args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights
         )
         training_args = training_arguments(self.args)
-        self.accelerator = make_accelerator(self.args)
+        self.accelerator = make_accelerator(self.args, adapter is not None)
         keep_freed_memory(self.accelerator.device)
         self.journal = Journal(self.accelerator)
 
-        check_layers(policy, self.args.algorithm)
+        check_layers(policy, self.algorithm.matched_layers())
         trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = optimizers[0] or make_optimizer(self.args.optim, trainable)
         self.scheduler = optimizers[1] or make_scheduler(self.args.optim, optimizer, self.args.run.max_steps)
-        copies = make_copies(policy, self.args.algorithm, self.args.optim.extrapolation)
+        rates = {**self.algorithm.weight_copies(), **({PREVIOUS: 0.0} if self.args.optim.extrapolation else {})}
+        copies = make_copies(policy, rates)
         prepared, prepared_optimizer = self.accelerator.prepare(policy, optimizer)
         self.learner = Learner(
             prepared,
@@ -159,14 +158,13 @@ class VPDTrainer:
         self.stages = [list(stage) for stage in self.environment.stages()]
         self._check_prompts()
         self.state = TrainingState()
-        # GRPO's term learns from rewards alone.
-        sources = [source.name for source in self.sources] if isinstance(self.args.algorithm, VPD | SDPO) else None
+        sources = [source.name for source in self.sources] if self.algorithm.needs_feedback else None
         self.monitor = Monitor(self.journal, self.state, sources, self.args.run.stop_on)
         self.measurements = Measurements(self.evaluator, self.journal, self.state, self.monitor, self.args.eval)
         self.best = BestWeights(self.args.run.output_dir)
         for weights in copies.values():
             weights.to(self.accelerator.device)
-        self.accelerator.register_for_checkpointing(self.state, self.scheduler, *copies.values())
+        self.accelerator.register_for_checkpointing(self.state, self.scheduler, self.algorithm, *copies.values())
         self.callbacks = Callbacks(
             callbacks or [],
             training_args,
@@ -179,7 +177,7 @@ class VPDTrainer:
 
     def _make_critic(self) -> Critic | None:
         settings = self.args.feedback
-        if "critique" not in settings.sources or not self.args.algorithm.has_teacher:
+        if "critique" not in settings.sources or not self.algorithm.has_teacher:
             return None
         if settings.critique.endpoint is not None:
             return EndpointCritic(settings.critique)
@@ -238,11 +236,13 @@ class VPDTrainer:
         step = self.state.step + 1
         set_seed(mix(self.args.run.seed, step, self.accelerator.process_index))
         timer = self.sampler.timer = Timer()
-        self.sampler.sampled_tokens, self.learner.tokens = 0, TokenCounts()
+        self.sampler.sampled_tokens, computed_before = 0, self.learner.counts
         self.callbacks.step_begin()
 
         batch = self.sample(step)
-        metrics, numbers = self.update(batch, step, timer)
+        metrics, result = self.update(batch, step)
+        for phase, phase_seconds in result.seconds.items():
+            timer.seconds[phase] += phase_seconds
         if self.args.optim.extrapolation and is_due(step):
             with timer("extrapolation"):
                 metrics |= extrapolate(self.learner, self._score_for_extrapolation)
@@ -254,8 +254,8 @@ class VPDTrainer:
         self.state.step = step
         self.state.train_seconds += seconds
         self.state.skipped_e_steps += metrics.get("e_step") == 0
-        metrics |= self._speed(timer, seconds)
-        self._log_step(step, metrics, batch, numbers)
+        metrics |= self._speed(timer, seconds, self.learner.counts - computed_before)
+        self._log_step(step, metrics, batch, result.tokens)
         self._advance_stage(metrics["success_rate"])
         self.callbacks.step_end(step)
         control = self.callbacks.control
@@ -309,10 +309,8 @@ class VPDTrainer:
             views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
         return Batch(rollouts, is_success, views)
 
-    def update(
-        self, batch: Batch, step: int, timer: Timer | None = None
-    ) -> tuple[dict[str, Any], dict[int, TokenNumbers]]:
-        """The algorithm's updates on one batch: metrics, and the numbers of each token by rollout index."""
+    def update(self, batch: Batch, step: int) -> tuple[dict[str, Any], UpdateResult]:
+        """The algorithm's updates on one batch: the batch's metrics, and what the algorithm did."""
         examples = self._examples(batch)
         statistics = batch_statistics(
             batch.rollouts, batch.is_success, batch.views, self.learner.total, self.learner.largest
@@ -320,20 +318,13 @@ class VPDTrainer:
         self.sampler.engine.release()
         counts = {name: value for source in self.sources for name, value in source.counts().items()}
         statistics |= dict(zip(counts, self.learner.total(*counts.values()), strict=True)) if counts else {}
-        result = algorithms.update(
-            self.learner,
-            examples,
-            self.args.algorithm,
-            step,
-            self.args.rollout.prompts_per_step,
-            timer or Timer(),
-            self._sampler_of_fresh_examples(step) if self.args.eval.margin_tasks else None,
-            self.state.memory,
-        )
+        fresh = self._sampler_of_fresh_examples(step) if self.args.eval.margin_tasks else None
+        prompts = self.args.rollout.prompts_per_step
+        result = self.algorithm.update(self.learner, ExampleBatch(examples, step, prompts, fresh))
         for weights in self.learner.copies.values():
             weights.follow(self.learner.module)
         learning_rate = self.learner.optimizer.param_groups[0]["lr"]
-        return statistics | result.metrics | {"learning_rate": learning_rate}, result.tokens
+        return statistics | result.metrics | {"learning_rate": learning_rate}, result
 
     def tasks_of_step(self, step: int) -> list[Task]:
         """The prompts of rollout batch ``step``: epochs over the stage's tasks, each shuffled by seed and epoch."""
@@ -404,9 +395,9 @@ class VPDTrainer:
                 self.measurements.row("after warm start")
         for weights in self.learner.copies.values():
             weights.assign(self.learner.module)
-        for name, text in settings_warnings(self.args).items():
+        for name, text in self.algorithm.warnings().items():
             self.journal.warn(name, text)
-        if self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
+        if self.args.eval.preflight_tasks and self.algorithm.has_teacher:
             self.measurements.preflight()
 
     def _after_training(self) -> None:
@@ -421,7 +412,7 @@ class VPDTrainer:
             self.measurements.selection()
         if self.state.step or not self.state.rows:
             self.measurements.row(f"after {self.args.algorithm.type.upper()}", self.state.train_seconds)
-        if self.state.step and self.args.eval.preflight_tasks and self.args.algorithm.has_teacher:
+        if self.state.step and self.args.eval.preflight_tasks and self.algorithm.has_teacher:
             self.measurements.gap("After training")
         if self.journal.folder is not None:
             try:
@@ -504,10 +495,8 @@ class VPDTrainer:
             ]
             self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])
 
-    def _speed(self, timer: Timer, seconds: float) -> dict[str, float]:
-        sampled, computed, padded = self.learner.total(
-            self.sampler.sampled_tokens, self.learner.tokens.computed, self.learner.tokens.padded
-        )
+    def _speed(self, timer: Timer, seconds: float, counts: TokenCounts) -> dict[str, float]:
+        sampled, computed, padded = self.learner.total(self.sampler.sampled_tokens, counts.computed, counts.padded)
         phases = timer.seconds
         training = phases["e_step"] + phases["m_step"]
         return {

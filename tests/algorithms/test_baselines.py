@@ -9,14 +9,22 @@ import pytest
 import torch
 from toy import toy_trainer
 
-from vpd import algorithms
+from vpd.algorithms import (
+    ExampleBatch,
+    GRPOSettings,
+    JointSettings,
+    OPSASettings,
+    ReshapeSettings,
+    ReweightSettings,
+    SDPOSettings,
+    VPDSettings,
+)
 from vpd.algorithms.example import make_examples, student_view, with_teacher
 from vpd.algorithms.m_step import old_log_probs
 from vpd.algorithms.opsa import lowest_token_advantages
 from vpd.algorithms.policy_step import group_advantages
 from vpd.algorithms.reweight import mixing
-from vpd.config import GRPO, OPSA, SDPO, VPD, ConfigError, Joint, Reshape, Reweight, VPDConfig
-from vpd.timing import Timer
+from vpd.config import ConfigError, VPDConfig, algorithm_class
 
 NO_CLIP = {"epsilon": 1e6, "epsilon_high": 1e6}
 
@@ -37,7 +45,10 @@ def examples(trainer):
 
 
 def without_teacher(examples, chosen):
-    return [replace(e, teacher_prompt=[], source=None) if chosen(e) else e for e in examples]
+    return [
+        replace(e, turns=tuple(replace(turn, teacher_prompt=None) for turn in e.turns), source=None) if chosen(e) else e
+        for e in examples
+    ]
 
 
 def update(trainer, examples, settings, step=1):
@@ -48,7 +59,8 @@ def update(trainer, examples, settings, step=1):
         found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
 
     actual, trainer.learner.optimizer.step = trainer.learner.optimizer.step, keep
-    result = algorithms.update(trainer.learner, examples, settings, step, 2, Timer())
+    algorithm = algorithm_class(settings.type)(settings)
+    result = algorithm.update(trainer.learner, ExampleBatch(examples, step, 2))
     trainer.learner.optimizer.step = actual
     return found, result
 
@@ -75,14 +87,14 @@ def test_advantages_are_centred_within_each_group_and_scaled_as_trl_does(example
 
 def test_grpo_is_the_policy_gradient_of_all_graded_rollouts(trainer, examples):
     unread = without_teacher(examples, lambda example: True)
-    found, result = update(trainer, unread, GRPO())
+    found, result = update(trainer, unread, GRPOSettings())
     module, learner = trainer.learner.module, trainer.learner
     trainer.model.zero_grad()
     advantages = group_advantages(examples, False)
     count = sum(len(example.completion) for example in examples)
     total = torch.zeros(())
     for example in examples:
-        sequence, start = student_view(example)
+        ((sequence, start),) = student_view(example)
         logits = trainer.model(torch.tensor([sequence])).logits[0, start - 1 : -1] / learner.temperature
         written = torch.tensor(example.completion)
         log_probs = logits.log_softmax(-1).gather(1, written[:, None])[:, 0]
@@ -96,9 +108,9 @@ def test_grpo_is_the_policy_gradient_of_all_graded_rollouts(trainer, examples):
 
 def test_the_joint_gradient_is_the_weighted_sum_of_its_parts(trainer, examples):
     some = without_teacher(examples, lambda example: example.rollout % 2 == 0)
-    joint, result = update(trainer, some, Joint(distillation_weight=0.3, reward_weight=2.0))
-    distilled, _ = update(trainer, some, SDPO(teacher="live"))
-    rewarded, _ = update(trainer, some, GRPO())
+    joint, result = update(trainer, some, JointSettings(distillation_weight=0.3, reward_weight=2.0))
+    distilled, _ = update(trainer, some, SDPOSettings(teacher="live"))
+    rewarded, _ = update(trainer, some, GRPOSettings())
     assert_close(joint, {name: 0.3 * distilled[name] + 2.0 * rewarded[name] for name in joint})
     # The numbers token by token are those of the rollouts with a teacher.
     assert set(result.tokens) == {example.rollout for example in some if example.has_teacher}
@@ -109,20 +121,20 @@ def test_the_joint_gradient_is_the_weighted_sum_of_its_parts(trainer, examples):
 
 def test_reshaping_adds_the_teachers_lead_to_each_tokens_advantage(trainer, examples):
     some = without_teacher(examples, lambda example: example.rollout % 2 == 0)
-    rewarded, _ = update(trainer, some, GRPO(**NO_CLIP))
-    assert_close(update(trainer, some, Reshape(distillation_weight=0.0, **NO_CLIP))[0], rewarded)
+    rewarded, _ = update(trainer, some, GRPOSettings(**NO_CLIP))
+    assert_close(update(trainer, some, ReshapeSettings(distillation_weight=0.0, **NO_CLIP))[0], rewarded)
     # The lead alone is the sampled estimate without its baseline, over all tokens instead of those with a teacher.
-    lead, _ = update(trainer, some, Reshape(reward_weight=0.0, **NO_CLIP))
-    sampled, _ = update(trainer, some, SDPO(teacher="live", divergence="sampled", control_variate=False))
+    lead, _ = update(trainer, some, ReshapeSettings(reward_weight=0.0, **NO_CLIP))
+    sampled, _ = update(trainer, some, SDPOSettings(teacher="live", divergence="sampled", control_variate=False))
     taught = sum(len(example.completion) for example in some if example.has_teacher)
     share = taught / sum(len(example.completion) for example in some)
     assert_close(lead, {name: share * value for name, value in sampled.items()})
 
 
 def test_reweighting_fades_into_grpo(trainer, examples):
-    settings = Reweight(weight_epsilon=0.3, mixing=0.8, mixing_steps=10, **NO_CLIP)
+    settings = ReweightSettings(weight_epsilon=0.3, mixing=0.8, mixing_steps=10, **NO_CLIP)
     assert [round(mixing(settings, step), 2) for step in (1, 6, 11, 50)] == [0.8, 0.4, 0.0, 0.0]
-    rewarded, _ = update(trainer, examples, GRPO(**NO_CLIP))
+    rewarded, _ = update(trainer, examples, GRPOSettings(**NO_CLIP))
     assert_close(update(trainer, examples, settings, step=11)[0], rewarded)
     weighted, _ = update(trainer, examples, settings, step=1)
     assert any((weighted[name] - rewarded[name]).abs().max() > 1e-6 for name in weighted)
@@ -141,12 +153,12 @@ def test_opsa_lowers_the_least_likely_tokens_and_asks_nobody(trainer, examples):
     # Minus a half for a sure student, minus one for one that knows nothing.
     assert ((values[chosen] >= -1.0) & (values[chosen] < -0.5)).all()
     unread = without_teacher(examples, lambda example: True)
-    assert update(trainer, [replace(e, reward=0.0) for e in unread], OPSA())[0].keys()
+    assert update(trainer, [replace(e, reward=0.0) for e in unread], OPSASettings())[0].keys()
 
 
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_the_sampled_estimate_trains(trainer, examples, control_variate):
-    settings = SDPO(teacher="live", divergence="sampled", control_variate=control_variate)
+    settings = SDPOSettings(teacher="live", divergence="sampled", control_variate=control_variate)
     gradient, result = update(trainer, examples, settings)
     assert result.metrics["divergence"] > 0
     assert any(value.abs().max() > 0 for value in gradient.values())
@@ -155,7 +167,7 @@ def test_the_sampled_estimate_trains(trainer, examples, control_variate):
 @pytest.mark.parametrize("divergence", ["js", "sampled"])
 def test_tokens_count_as_often_as_the_student_would_now_write_them(trainer, examples, divergence, monkeypatch):
     def gradient(clip, m_minibatch_prompts=None):
-        settings = SDPO(
+        settings = SDPOSettings(
             teacher="live", divergence=divergence, importance_clip=clip, m_minibatch_prompts=m_minibatch_prompts
         )
         return update(trainer, with_teacher(examples), settings)[0]
@@ -174,16 +186,16 @@ def test_the_student_is_asked_what_it_wrote_only_where_an_update_comes_between(t
     def asked(settings, **kwargs):
         return old_log_probs(trainer.learner, examples, settings, 2, **kwargs) is not None
 
-    assert not asked(SDPO())
-    assert asked(SDPO(m_minibatch_prompts=1))
-    assert not asked(SDPO(m_minibatch_prompts=2))
-    assert asked(SDPO(), e_step=True)
-    assert not asked(SDPO(importance_clip=0, m_minibatch_prompts=1))
-    assert not asked(VPD(), e_step=True)
-    assert asked(VPD(divergence="sampled"), e_step=True)
-    assert SDPO(divergence="sampled").importance_clip is None
-    assert (SDPO().importance_clip, Joint().importance_clip) == (2.0, 2.0)
-    assert not asked(VPD(divergence="sampled", importance_clip=0), e_step=True)
+    assert not asked(SDPOSettings())
+    assert asked(SDPOSettings(m_minibatch_prompts=1))
+    assert not asked(SDPOSettings(m_minibatch_prompts=2))
+    assert asked(SDPOSettings(), e_step=True)
+    assert not asked(SDPOSettings(importance_clip=0, m_minibatch_prompts=1))
+    assert not asked(VPDSettings(), e_step=True)
+    assert asked(VPDSettings(divergence="sampled"), e_step=True)
+    assert SDPOSettings(divergence="sampled").importance_clip is None
+    assert (SDPOSettings().importance_clip, JointSettings().importance_clip) == (2.0, 2.0)
+    assert not asked(VPDSettings(divergence="sampled", importance_clip=0), e_step=True)
 
 
 @pytest.mark.parametrize(

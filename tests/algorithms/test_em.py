@@ -8,15 +8,15 @@ import pytest
 import torch
 from toy import toy_trainer
 
-from vpd.algorithms import vpd
-from vpd.algorithms.e_step import measure_margin, refine_teacher
-from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view, with_teacher
-from vpd.algorithms.m_step import token_weights
-from vpd.config import VPD, MStepSettings
+from vpd.algorithms import ExampleBatch, VPDSettings, vpd
+from vpd.algorithms.e_step import refine_teacher
+from vpd.algorithms.example import make_examples, student_view, teacher_view, with_teacher
+from vpd.algorithms.minibatches import Counts, split_by_prompts, token_weights
+from vpd.config import MStepSettings
 from vpd.evaluation import measure_gap
+from vpd.losses import measure_margin
 from vpd.packing import pack
-from vpd.policy.objectives import Distil, PredictorStates, Refine, TeacherStates
-from vpd.timing import Timer
+from vpd.policy.objectives import Distil, ReadStates, Refine, ScoredStates
 
 
 def examples_of(trainer, step, split="train"):
@@ -33,12 +33,12 @@ def test_the_m_step_sends_no_gradient_through_the_teacher(tmp_path):
     trainer = toy_trainer(tmp_path / "run")
     examples = examples_of(trainer, 1)
     module, learner = trainer.learner.module, trainer.learner
-    teacher = module(learner.pack(examples, teacher_view), PredictorStates()).values
-    weights = token_weights(examples, "token_mean", 10, len(examples))
+    teacher = module(learner.pack(examples, teacher_view), ReadStates()).values
+    weights = token_weights(examples, "token_mean", Counts(10, len(examples)))
 
     def student_gradients(teacher_hidden):
         trainer.model.zero_grad()
-        objective = Distil(TeacherStates(teacher_hidden, teacher["rows"]), weights, MStepSettings(), 1.0)
+        objective = Distil(ScoredStates(teacher_hidden, teacher["rows"]), weights, MStepSettings(), 1.0)
         module(learner.pack(examples, student_view), objective).loss.backward()
         return gradients(trainer)
 
@@ -60,7 +60,8 @@ def test_the_e_step_sends_no_gradient_through_the_prior_and_only_the_teacher_pro
         lambda module, inputs, output: with_gradient.append(inputs[0].numel()) if torch.is_grad_enabled() else None
     )
     refine_teacher(learner, examples, trainer.args.algorithm, 2)
-    teacher_tokens = pack(*zip(*map(teacher_view, examples), strict=True)).input_ids.numel()
+    turns = [turn for example in examples for turn in teacher_view(example)]
+    teacher_tokens = pack(*zip(*turns, strict=True)).input_ids.numel()
     assert with_gradient == [teacher_tokens]
 
 
@@ -77,12 +78,10 @@ def test_the_e_loss_is_the_bco_loss_of_the_implicit_rewards(tmp_path):
         -(rewards[is_success] - shift).sigmoid().log().mean() - (shift - rewards[~is_success]).sigmoid().log().mean()
     )
     betas = torch.full((len(examples),), 0.1)
-    objective = Refine(
-        prior, is_success, lambda _: float(shift), int(is_success.sum()), int((~is_success).sum()), betas, 1.0
-    )
+    objective = Refine(prior, is_success, float(shift), int(is_success.sum()), int((~is_success).sum()), betas, 1.0)
     loss = learner.module(learner.pack(examples, teacher_view), objective).loss
     torch.testing.assert_close(loss.float(), by_hand, rtol=1e-4, atol=1e-5)
-    assert abs(measure_margin(learner, rewards, is_success).reward_shift - float(shift)) < 1e-6
+    assert abs(measure_margin(learner.total, rewards, is_success).reward_shift - float(shift)) < 1e-6
 
 
 def test_an_e_step_in_one_pass_equals_one_in_several(tmp_path):
@@ -92,7 +91,7 @@ def test_an_e_step_in_one_pass_equals_one_in_several(tmp_path):
         learner, examples = trainer.learner, examples_of(trainer, 1)
         score, counted = learner.score, []
         learner.score = lambda *args, score=score, counted=counted: (counted.append(None), score(*args))[1]
-        result = vpd.update(learner, examples, trainer.args.algorithm, 1, 2, Timer())
+        result = trainer.algorithm.update(learner, ExampleBatch(examples, 1, 2))
         found[name] = (result.metrics, [p.detach().clone() for p in trainer.model.parameters()])
         passes[name] = (len(counted), len(learner.micro_batches(examples, teacher_view)))
     assert passes["one"] == (0, 1), "prior and M-step's teacher are read within the passes of teacher and student"
@@ -118,8 +117,8 @@ def test_the_margin_after_an_e_step_is_that_of_the_refined_teacher(tmp_path, mon
         return actual(*args, **kwargs)
 
     monkeypatch.setattr(vpd, "distil", distil)
-    metrics = vpd.update(learner, examples, trainer.args.algorithm, 1, 2, Timer()).metrics
-    expected = measure_margin(learner, 0.1 * (refined[0] - prior), is_success).margin
+    metrics = trainer.algorithm.update(learner, ExampleBatch(examples, 1, 2)).metrics
+    expected = measure_margin(learner.total, 0.1 * (refined[0] - prior), is_success).margin
     assert metrics["margin_after"] == pytest.approx(expected, rel=1e-4)
     assert abs(metrics["margin_after"] - metrics["margin_before"]) > 1e-4
 
@@ -127,12 +126,12 @@ def test_the_margin_after_an_e_step_is_that_of_the_refined_teacher(tmp_path, mon
 def test_dropout_keeps_the_shift_out_of_the_training_pass(tmp_path):
     trainer = toy_trainer(tmp_path)
     examples = examples_of(trainer, 1)
-    plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
+    plain = refine_teacher(trainer.learner, examples, VPDSettings(e_learning_rate_factor=0.0), 2).metrics
     # So much that the loss of a random model shows it, whatever is drawn.
     trainer.model.config.attention_dropout = 0.9
     for layer in trainer.model.model.layers:
         layer.self_attn.attention_dropout = 0.9
-    dropped = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
+    dropped = refine_teacher(trainer.learner, examples, VPDSettings(e_learning_rate_factor=0.0), 2).metrics
     assert dropped["reward_shift"] == pytest.approx(plain["reward_shift"], rel=1e-4)
     assert dropped["e_loss"] != pytest.approx(plain["e_loss"], rel=1e-4)
 
@@ -147,7 +146,7 @@ def test_e_steps_alone_raise_the_margin_on_fresh_rollouts_and_do_not_spoil_the_t
 
     def margin():
         rewards = settings.bco_beta * (learner.sequence_log_probs(fresh, teacher_view) - prior)
-        return measure_margin(learner, rewards, is_success).margin
+        return measure_margin(learner.total, rewards, is_success).margin
 
     before, gap_before = margin(), measure_gap(trainer.sampler, selection, 4, 1.0, seed=5)
     for step in range(1, 9):
@@ -170,7 +169,7 @@ def test_a_batch_of_one_class_skips_the_e_step(tmp_path):
 
     # A learning rate of 0 leaves the M-step without effect.
     trainer.learner.optimizer.param_groups[0]["lr"] = 0.0
-    result = vpd.update(trainer.learner, failures, trainer.args.algorithm, 1, 2, Timer(), sample_fresh)
+    result = trainer.algorithm.update(trainer.learner, ExampleBatch(failures, 1, 2, sample_fresh))
     assert result.metrics["e_step"] == 0
     assert "e_loss" not in result.metrics
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
@@ -207,17 +206,17 @@ def test_margins_are_told_apart_by_source(tmp_path):
 def test_minibatches_count_prompts_with_all_their_rollouts(tmp_path):
     trainer = toy_trainer(tmp_path / "run")
     examples = examples_of(trainer, 1)
-    parts = minibatches(examples, 1, 2)
+    parts = split_by_prompts(examples, 1, 2)
     assert [{e.group for e in part} for part in parts] == [{0}, {1}]
-    assert minibatches(examples, None, 2) == [examples]
+    assert split_by_prompts(examples, None, 2) == [examples]
 
 
 def test_aggregations_weigh_tokens_as_they_say(tmp_path):
     examples = examples_of(toy_trainer(tmp_path / "run"), 1)
     tokens = sum(len(e.completion) for e in examples)
-    assert torch.allclose(token_weights(examples, "token_mean", tokens, 8), torch.full((tokens,), 1 / tokens))
-    by_sequence = token_weights(examples, "sequence_mean", tokens, len(examples)).split(
+    assert torch.allclose(token_weights(examples, "token_mean", Counts(tokens, 8)), torch.full((tokens,), 1 / tokens))
+    by_sequence = token_weights(examples, "sequence_mean", Counts(tokens, len(examples))).split(
         [len(e.completion) for e in examples]
     )
     assert all(torch.isclose(part.sum(), torch.tensor(1 / len(examples))) for part in by_sequence)
-    assert torch.equal(token_weights(examples, "sum", tokens, 8), torch.ones(tokens))
+    assert torch.equal(token_weights(examples, "sum", Counts(tokens, 8)), torch.ones(tokens))

@@ -8,7 +8,9 @@ from toy import toy_trainer
 
 from vpd import ConfigError
 from vpd.algorithms.example import make_examples, student_view, teacher_view, with_teacher
-from vpd.algorithms.m_step import distilling_objective
+from vpd.algorithms.m_step import distilling, pack_both
+from vpd.algorithms.minibatches import Counts
+from vpd.algorithms.teacher import make_teacher
 from vpd.runs.folder import read_metrics
 
 
@@ -29,9 +31,9 @@ def separate_states(trainer, sequence, layers):
 def loss_of(trainer, examples):
     settings = trainer.args.algorithm
     tokens = sum(len(example.completion) for example in examples)
-    batch = trainer.learner.pack(examples, student_view, lends=True)
-    objective = distilling_objective(trainer.learner, examples, batch, settings, tokens, len(examples))
-    return trainer.learner.policy(batch, objective).loss
+    batch, conditioned = pack_both(trainer.learner, examples, examples, make_teacher(settings))
+    objective = distilling(trainer.learner, examples, settings, Counts(tokens, len(examples)), None)
+    return trainer.learner.policy(batch, objective, conditioned).loss
 
 
 @pytest.mark.parametrize(("layers", "chosen"), [(None, [1, 2]), ([1], [1]), ([2], [2])])
@@ -42,7 +44,7 @@ def test_it_is_the_mean_squared_distance_at_the_same_completion_tokens(tmp_path,
     for example in examples:
         pairs = []
         for view in (student_view, teacher_view):
-            sequence, start = view(example)
+            ((sequence, start),) = view(example)
             states = separate_states(trainer, sequence, chosen)[:, start - 1 : -1]
             pairs.append(states if view is student_view else states.detach())
         distance = distance + (pairs[0] - pairs[1]).square().mean(dim=(0, 2)).sum()

@@ -8,22 +8,29 @@ from peft import LoraConfig
 from test_em import examples_of
 from toy import toy_model, toy_trainer
 
+from vpd.algorithms import SDPOSettings, VPDSettings
 from vpd.algorithms.e_step import betas, refine_teacher
-from vpd.algorithms.example import make_examples, minibatches, student_view, teacher_view, with_teacher
-from vpd.algorithms.m_step import distil, distilling_objective
-from vpd.algorithms.teacher import borrows, read_teacher
-from vpd.config import SDPO, VPD, ConfigError
+from vpd.algorithms.example import make_examples, student_view, teacher_view, with_teacher
+from vpd.algorithms.m_step import distil, distilling, pack_both
+from vpd.algorithms.minibatches import Counts, split_by_prompts
+from vpd.algorithms.teacher import make_teacher
+from vpd.config import ConfigError
 from vpd.losses import Head, divergence
 from vpd.policy.copies import AVERAGE, INITIAL
-from vpd.policy.learner import TokenCounts
 from vpd.policy.module import PolicyModule
-from vpd.policy.objectives import PredictorStates
+from vpd.policy.objectives import ReadStates
 from vpd.runs.folder import read_metrics
 
 
 def make(tmp_path, **algorithm):
     default = {} if "type" in algorithm else {"type": "vpd", "e_step_every": 2}
     return toy_trainer(tmp_path / "run", algorithm=default | algorithm)
+
+
+def prefixes(view, examples):
+    """The distinct prefixes of the sequences of a view, each without its last token."""
+    turns = [sequence for example in examples for sequence, _ in view(example)]
+    return {tuple(sequence[:count]) for sequence in turns for count in range(1, len(sequence))}
 
 
 def stir(trainer, seed=0):
@@ -35,7 +42,7 @@ def stir(trainer, seed=0):
 
 
 def logits_of(trainer, examples, settings):
-    states = read_teacher(trainer.learner, examples, settings)
+    states = make_teacher(settings).read(trainer.learner, examples)
     head = states.head or Head(trainer.model.get_output_embeddings().weight)
     return (states.hidden @ head.weight.T.float())[states.rows].detach()
 
@@ -58,31 +65,25 @@ def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, mon
     halves = sections.get("model", {}).get("autocast") == "bfloat16"
     for lends in (True, False):
         if not lends:
-            monkeypatch.setattr(PolicyModule, "can_lend_keys", False)
+            monkeypatch.setattr(PolicyModule, "can_reuse_keys", False)
         trainer = toy_trainer(tmp_path / str(lends), algorithm=algorithm, **sections)
         trainer.sampler.engine.sync()
         batch = trainer.sample(1)
-        trainer.learner.tokens = TokenCounts()
-        metrics, tokens = trainer.update(batch, 1)
-        updates.append((metrics, tokens, list(trainer.model.parameters())))
-        computed.append(trainer.learner.tokens.computed)
+        before = trainer.learner.counts
+        metrics, result = trainer.update(batch, 1)
+        updates.append((metrics, result.tokens, list(trainer.model.parameters())))
+        computed.append((trainer.learner.counts - before).computed)
         assert trainer.learner.module.training
         assert not torch.is_autocast_enabled("cpu")
     (behind, behind_tokens, behind_weights), (alone, alone_tokens, alone_weights) = updates
     examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
     known = 0
-    for part in minibatches(examples, algorithm.get("m_minibatch_prompts"), 2):
-        asked, taught = (
-            {tuple(view(example)[0][:count]) for example in part for count in range(1, len(view(example)[0]))}
-            for view in (student_view, teacher_view)
-        )
+    for part in split_by_prompts(examples, algorithm.get("m_minibatch_prompts"), 2):
+        asked, taught = (prefixes(view, part) for view in (student_view, teacher_view))
         known += len(asked & taught)
     if "type" not in algorithm:
         # The E-step's prior, behind the teacher's pass over the whole batch.
-        asked, taught = (
-            {tuple(view(example)[0][:count]) for example in examples for count in range(1, len(view(example)[0]))}
-            for view in (student_view, teacher_view)
-        )
+        asked, taught = (prefixes(view, examples) for view in (student_view, teacher_view))
         known += len(asked & taught)
     assert known > 15
     assert computed[1] - computed[0] == known
@@ -100,38 +101,41 @@ def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, mon
 def test_keys_and_values_are_forgotten_once_the_teacher_has_read_them(tmp_path):
     trainer = make(tmp_path)
     learner, examples = trainer.learner, examples_of(trainer, 1)
-    batch = learner.pack(examples, student_view, lends=True)
+    batch, conditioned = pack_both(learner, examples, examples, make_teacher(trainer.args.algorithm))
+    assert conditioned is not None
     learner.policy.train()
-    learner.policy(batch, distilling_objective(learner, examples, batch, trainer.args.algorithm, 10, 8))
+    objective = distilling(learner, examples, trainer.args.algorithm, Counts(10, 8), None)
+    learner.policy(batch, objective, conditioned)
     assert learner.module.training
+    again = learner.pack(examples, teacher_view, conditioned_on=batch)
     with pytest.raises(ValueError, match="told to forget"):
-        learner.score_behind(examples, teacher_view, batch, PredictorStates())
+        learner.score(again, ReadStates())
 
 
 @pytest.mark.parametrize("teacher", ["frozen", "ema", "lora", "trust_region"])
 def test_other_teachers_read_them_anew(tmp_path, teacher):
     trainer = make(tmp_path, teacher=teacher)
-    assert not borrows(trainer.learner, trainer.args.algorithm)
+    assert not make_teacher(trainer.args.algorithm).reuses_keys(trainer.learner)
 
 
 def test_networks_that_a_training_pass_runs_otherwise_lend_nothing():
-    assert PolicyModule(toy_model()).can_lend_keys
-    assert not PolicyModule(toy_model(), share_prefixes=False).can_lend_keys
-    assert not PolicyModule(toy_model(), kernel="flex").can_lend_keys
+    assert PolicyModule(toy_model()).can_reuse_keys
+    assert not PolicyModule(toy_model(), share_prefixes=False).can_reuse_keys
+    assert not PolicyModule(toy_model(), kernel="flex").can_reuse_keys
     for name in ("attention_dropout", "resid_pdrop", "router_jitter_noise"):
         dropping = toy_model()
         setattr(dropping.config, name, 0.1)
-        assert not PolicyModule(dropping).can_lend_keys, name
+        assert not PolicyModule(dropping).can_reuse_keys, name
     nested = toy_model()
     nested.config.ffn_config = {"moe_jitter_eps": 1}
-    assert not PolicyModule(nested).can_lend_keys
+    assert not PolicyModule(nested).can_reuse_keys
     elsewhere = toy_model()
     elsewhere.config.classifier_dropout = 0.1
-    assert PolicyModule(elsewhere).can_lend_keys
+    assert PolicyModule(elsewhere).can_reuse_keys
     for stretches in ({"rope_type": "dynamic"}, {"full_attention": {"rope_type": "longrope"}}):
         stretched = toy_model()
         stretched.config.rope_parameters = stretches
-        assert not PolicyModule(stretched).can_lend_keys
+        assert not PolicyModule(stretched).can_reuse_keys
 
 
 def test_the_average_follows_each_rollout_batch_and_not_each_minibatch(tmp_path):
@@ -149,9 +153,9 @@ def test_the_average_follows_each_rollout_batch_and_not_each_minibatch(tmp_path)
 def test_each_teacher_predicts_what_it_should(tmp_path):
     trainer = make(tmp_path, teacher="trust_region", trust_region_share=0.3)
     examples = examples_of(trainer, 1)
-    initial = logits_of(trainer, examples, VPD())
+    initial = logits_of(trainer, examples, VPDSettings())
     stir(trainer)
-    live = logits_of(trainer, examples, VPD())
+    live = logits_of(trainer, examples, VPDSettings())
     assert (initial - live).abs().max() > 0.1
     mixed = logits_of(trainer, examples, trainer.args.algorithm)
     torch.testing.assert_close(mixed, 0.7 * initial + 0.3 * live, rtol=1e-4, atol=1e-4)
@@ -222,13 +226,15 @@ def test_the_fixed_prior_is_the_initial_model(tmp_path):
     stir(trainer)
     assert (trainer.learner.sequence_log_probs(examples, student_view) - before).abs().max() > 0.1
     copies = trainer.learner.copies
-    torch.testing.assert_close(trainer.learner.sequence_log_probs(examples, student_view, copies[INITIAL]), before)
+    torch.testing.assert_close(
+        trainer.learner.sequence_log_probs(examples, student_view, copies[INITIAL].module), before
+    )
     trainer.args.optim.learning_rate = 0.0
     metrics = refine_teacher(trainer.learner, examples, trainer.args.algorithm, 2).metrics
     is_success = torch.tensor([example.is_success for example in examples])
     trainer.learner.optimizer.zero_grad()
     assert metrics["reward_shift"] is not None
-    dynamic = refine_teacher(trainer.learner, examples, VPD(), 2).metrics
+    dynamic = refine_teacher(trainer.learner, examples, VPDSettings(), 2).metrics
     assert abs(metrics["reward_shift"] - dynamic["reward_shift"]) > 0.01
     assert is_success.any()
 
@@ -238,17 +244,19 @@ def test_a_reference_length_takes_the_length_out_of_the_temperature(tmp_path):
     examples = examples_of(trainer, 1)
     lengths = torch.tensor([float(len(example.completion)) for example in examples])
     assert len(set(lengths.tolist())) > 1
-    torch.testing.assert_close(betas(examples, VPD(bco_beta=0.2)), torch.full_like(lengths, 0.2))
-    torch.testing.assert_close(betas(examples, VPD(bco_beta=0.2, length_reference=10.0)) * lengths, 2.0 + 0 * lengths)
-    metrics = refine_teacher(trainer.learner, examples, VPD(length_reference=1e-6), 2).metrics
+    torch.testing.assert_close(betas(examples, VPDSettings(bco_beta=0.2)), torch.full_like(lengths, 0.2))
+    torch.testing.assert_close(
+        betas(examples, VPDSettings(bco_beta=0.2, length_reference=10.0)) * lengths, 2.0 + 0 * lengths
+    )
+    metrics = refine_teacher(trainer.learner, examples, VPDSettings(length_reference=1e-6), 2).metrics
     assert abs(metrics["margin_before"]) < 1e-5
 
 
 def test_the_shift_keeps_its_momentum(tmp_path):
     trainer = make(tmp_path)
     examples, memory = examples_of(trainer, 1), {"reward_shift": 5.0}
-    plain = refine_teacher(trainer.learner, examples, VPD(e_learning_rate_factor=0.0), 2).metrics
-    settings = VPD(e_learning_rate_factor=0.0, shift_momentum=0.9)
+    plain = refine_teacher(trainer.learner, examples, VPDSettings(e_learning_rate_factor=0.0), 2).metrics
+    settings = VPDSettings(e_learning_rate_factor=0.0, shift_momentum=0.9)
     held = refine_teacher(trainer.learner, examples, settings, 2, memory=memory).metrics
     assert held["reward_shift"] == pytest.approx(4.5 + 0.1 * plain["reward_shift"], abs=1e-3)
     assert memory["reward_shift"] == held["reward_shift"]
@@ -262,7 +270,7 @@ def test_epochs_of_an_e_step_are_as_many_optimizer_steps(tmp_path):
     examples, steps = examples_of(trainer, 1), []
     actual = trainer.learner.optimizer.step
     trainer.learner.optimizer.step = lambda *args, **kwargs: (steps.append(None), actual(*args, **kwargs))
-    refine_teacher(trainer.learner, examples, VPD(e_epochs=3, e_minibatch_prompts=1), 2)
+    refine_teacher(trainer.learner, examples, VPDSettings(e_epochs=3, e_minibatch_prompts=1), 2)
     assert len(steps) == 6
 
 
@@ -271,7 +279,7 @@ def test_an_averaged_teacher_under_vpd_is_warned_of(tmp_path):
     trainer.train()
     warnings = [line["name"] for line in read_metrics(tmp_path / "run") if line["event"] == "warning"]
     assert "averaged_teacher" in warnings
-    assert SDPO().teacher == "ema"
+    assert SDPOSettings().teacher == "ema"
 
 
 def test_a_capped_head_cannot_be_mixed():
@@ -309,7 +317,7 @@ def test_micro_batches_are_planned_for_where_the_teacher_stands(tmp_path, algori
     learner, asked = trainer.learner, []
     plan = learner.micro_batches
     learner.micro_batches = lambda *args, **options: (
-        asked.append((len(args), options.get("behind", False))) or plan(*args, **options)
+        asked.append((len(args), options.get("conditioned", False))) or plan(*args, **options)
     )
     trainer.update(trainer.sample(1), 1)
     assert asked[-1] == (3, algorithm["teacher"] == "live"), "the M-step's, the last of the batch"

@@ -14,12 +14,14 @@ from vpd.packing.trie import build_trie
 few = settings(max_examples=40, deadline=None)
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=8)
-rollouts = st.lists(st.tuples(tokens, st.none() | tokens), max_size=10)
+turns = st.lists(tokens, max_size=2)
+"""A rollout's sequences in one view: one a turn, and none where it lacks the view."""
+rollouts = st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=2), turns), max_size=10)
 
 
 def packed_tokens(views: list, share_prefixes: bool = True) -> int:
     """Of the larger view."""
-    columns = [[sequence[:-1] for sequence in view if sequence is not None] for view in zip(*views, strict=True)]
+    columns = [[turn[:-1] for turns in view for turn in turns] for view in zip(*views, strict=True)]
     return max(len(build_trie(column, share_prefixes=share_prefixes).tokens) for column in columns)
 
 
@@ -52,12 +54,12 @@ def test_a_group_that_fits_is_not_divided(views, budget, data):
 @given(rollouts, st.integers(1, 20))
 def test_of_views_behind_the_first_only_what_it_lacks_is_counted(views, budget):
     def worst(batch):
-        first = [views[i][0][:-1] for i in batch]
-        both = first + [views[i][1][:-1] for i in batch if views[i][1] is not None]
+        first = [turn[:-1] for i in batch for turn in views[i][0]]
+        both = first + [turn[:-1] for i in batch for turn in views[i][1]]
         firsts = len(build_trie(first).tokens)
         return max(firsts / budget, (len(build_trie(both).tokens) - firsts) / (2 * budget))
 
-    plan = plan_micro_batches(views, [budget, 2 * budget], behind=True)
+    plan = plan_micro_batches(views, [budget, 2 * budget], conditioned=True)
 
     assert [i for batch in plan for i in batch] == list(range(len(views)))
     for batch in plan:
@@ -67,14 +69,14 @@ def test_of_views_behind_the_first_only_what_it_lacks_is_counted(views, budget):
 
 
 def test_a_group_that_no_longer_fits_starts_a_micro_batch():
-    views = [[[1, 2, 3, 4, 0]], [[5, 6, 7, 8, 0]], [[5, 6, 7, 9, 0]]]
+    views = [[[[1, 2, 3, 4, 0]]], [[[5, 6, 7, 8, 0]]], [[[5, 6, 7, 9, 0]]]]
     assert plan_micro_batches(views, 8, groups=["a", "b", "b"]) == [[0], [1, 2]]
     assert plan_micro_batches(views, 8) == [[0, 1], [2]]
 
 
 def test_a_group_above_the_budget_is_divided_and_a_rollout_above_it_stands_alone():
     prompt = list(range(10))
-    views = [[prompt + [50 + i] * 5] for i in range(4)] + [[list(range(100, 140))]]
+    views = [[[prompt + [50 + i] * 5]] for i in range(4)] + [[[list(range(100, 140))]]]
     # The prompt and two completions of 4 computed tokens each fit; the last rollout alone is above the budget.
     assert plan_micro_batches(views, 18, groups=[0, 0, 0, 0, 1]) == [[0, 1], [2, 3], [4]]
 
@@ -82,15 +84,15 @@ def test_a_group_above_the_budget_is_divided_and_a_rollout_above_it_stands_alone
 def test_hundreds_of_rollouts_are_planned_at_once():
     generator = np.random.default_rng(0)
     prompts = generator.integers(0, 1000, (8, 200))
-    views = [[np.concatenate([prompts[i // 32], generator.integers(0, 1000, 300)])] for i in range(256)]
+    views = [[[np.concatenate([prompts[i // 32], generator.integers(0, 1000, 300)])]] for i in range(256)]
     plan = plan_micro_batches(views, 8192, groups=[i // 32 for i in range(256)])
     assert sum(map(len, plan)) == 256
 
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="max_tokens is 0"):
-        plan_micro_batches([[[1, 2]]], 0)
+        plan_micro_batches([[[[1, 2]]]], 0)
     with pytest.raises(ValueError, match="2 budgets for 1 views"):
-        plan_micro_batches([[[1, 2]]], [4, 4])
+        plan_micro_batches([[[[1, 2]]]], [4, 4])
     with pytest.raises(ValueError, match="same number of views"):
-        plan_micro_batches([[[1, 2]], [[1, 2], [3]]], 4)
+        plan_micro_batches([[[[1, 2]]], [[[1, 2]], [[3]]]], 4)

@@ -61,9 +61,9 @@ def test_tokens_that_fill_a_batch_up_change_nothing(name, monkeypatch):
     found = []
     for multiple in (1, 6):
         monkeypatch.setattr("vpd.packing.batch.PAD_TO_MULTIPLE_OF", multiple)
-        lender = pack(sequences, starts, lends=True)
+        lender = pack(sequences, starts, keeps_keys=True)
         loss, states, gradients = loss_and_gradients(model, lender)
-        behind = pack(longer, [start + 3 for start in starts], behind=lender)
+        behind = pack(longer, [start + 3 for start in starts], conditioned_on=lender)
         assert all(batch.padding > 0 for batch in (lender, behind)) is (multiple == 6)
         with torch.no_grad():
             found.append((loss, states, hidden_states(model.model, behind)[behind.predictor], gradients))
@@ -88,12 +88,12 @@ def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeyp
     behind_starts = [start + len(new) - len(old) for new, (old, start) in zip(inserted, pairs, strict=True)]
     model = build(CONFIGS[name])
     enable_packed_attention(model)
-    lender = pack(sequences, starts, lends=True)
+    lender = pack(sequences, starts, keeps_keys=True)
     hidden_states(model.model, lender)
     # All of them; and the second group alone, whose beginning is the lender's in two pieces.
     for first, fewest in ((0, 15), (4, 12)):
         given = inserted[first:], behind_starts[first:]
-        alone, behind = pack(*given), pack(*given, behind=lender)
+        alone, behind = pack(*given), pack(*given, conditioned_on=lender)
         assert behind.token_count <= alone.token_count - fewest
         assert behind.targets.tolist() == alone.targets.tolist()
         with torch.no_grad():
@@ -101,9 +101,9 @@ def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeyp
             assert_close(hidden_states(model.model, behind)[behind.predictor], expected)
     with torch.no_grad():
         # One that stands behind another may lend too.
-        middle = pack(inserted, behind_starts, behind=lender, lends=True)
+        middle = pack(inserted, behind_starts, conditioned_on=lender, keeps_keys=True)
         hidden_states(model.model, middle)
-        last = pack(*given, behind=middle)
+        last = pack(*given, conditioned_on=middle)
         assert last.token_count < behind.token_count
         assert_close(hidden_states(model.model, last)[last.predictor], expected)
         lender.layout.forget()
@@ -113,7 +113,7 @@ def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeyp
 
 def test_a_batch_without_shared_prefixes_neither_lends_nor_borrows():
     sequences, starts = grouped_sequences()
-    for settings in ({"lends": True}, {"behind": pack(sequences, starts, lends=True)}):
+    for settings in ({"keeps_keys": True}, {"conditioned_on": pack(sequences, starts, keeps_keys=True)}):
         with pytest.raises(ValueError, match="without shared prefixes"):
             pack(sequences, starts, share_prefixes=False, **settings)
 

@@ -27,7 +27,7 @@ def test_every_completion_token_has_its_predictor(sequences_and_starts, share_pr
         for p in range(start, len(sequence))
     ]
     scored = zip(
-        batch.sequence.tolist(),
+        batch.rollout.tolist(),
         batch.targets.tolist(),
         batch.position_ids[batch.predictor].tolist(),
         batch.input_ids[batch.predictor].tolist(),
@@ -64,7 +64,7 @@ def test_a_batch_is_filled_up_to_a_multiple_where_that_is_little(prompt, complet
     """By tokens that belong to no sequence, stand behind all others, and are not counted."""
     tokens = list(range(5, 5 + prompt + 2 * completion))
     sequences = [tokens[: prompt + completion], tokens[:prompt] + tokens[prompt + completion :]]
-    batch = pack(sequences, [prompt, prompt], lends=lends)
+    batch = pack(sequences, [prompt, prompt], keeps_keys=lends)
     needed = prompt + 2 * (completion - 1)
     assert batch.token_count == needed
     length = batch.input_ids.numel()
@@ -78,9 +78,9 @@ def test_a_batch_is_filled_up_to_a_multiple_where_that_is_little(prompt, complet
 
 def test_what_is_filled_up_behind_another_batch_are_the_tokens_that_it_lacks():
     prompt, feedback, completion = list(range(300)), list(range(300, 570)), list(range(600, 610))
-    lender = pack([prompt + completion], [300], lends=True)
+    lender = pack([prompt + completion], [300], keeps_keys=True)
     assert (lender.token_count, lender.padding) == (309, 11)
-    behind = pack([prompt + feedback + completion], [570], behind=lender)
+    behind = pack([prompt + feedback + completion], [570], conditioned_on=lender)
     assert (behind.token_count, behind.padding) == (279, 9)
     assert behind.layout.token_count == 288
     # Of what is padding there nothing is taken.
@@ -92,7 +92,7 @@ def test_no_sequences_make_an_empty_batch():
     batch = pack([], [])
     assert batch.is_empty
     assert batch.to("cpu").input_ids.shape == (0,)
-    assert batch.targets.shape == batch.predictor.shape == batch.sequence.shape == (0,)
+    assert batch.targets.shape == batch.predictor.shape == batch.rollout.shape == (0,)
 
 
 @pytest.mark.parametrize("start", [0, 4])

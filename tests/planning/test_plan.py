@@ -13,7 +13,6 @@ from vpd.planning import calibration
 from vpd.planning.calibration import this_machine
 from vpd.planning.plan import GPUS, Lengths, hardware_named, predict, shape_of_config
 from vpd.policy import load
-from vpd.policy.learner import TokenCounts
 from vpd.rollout.sampler import RolloutSampler
 from vpd.types import Task
 
@@ -72,7 +71,7 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
     made = RolloutSampler._rollout
     monkeypatch.setattr(RolloutSampler, "_rollout", lambda *args: replace(made(*args), truncated=False))
     batch = trainer.sample(1)
-    trainer.learner.tokens = TokenCounts()
+    before = trainer.learner.counts
     trainer.update(batch, 1)
     views = [view for view in batch.views if view is not None]
     prompt = len(batch.rollouts[0].prompt_ids)
@@ -80,7 +79,7 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
     plan = predict(trainer.args, SHAPE, lengths, GPUS["h100"])
     # Short texts and prompts share some beginnings beyond what the plan knows, and no sequence needs its last token.
     parts = plan.tokens.student + plan.tokens.teacher + plan.tokens.e_step
-    assert parts == pytest.approx(trainer.learner.tokens.computed, rel=0.15)
+    assert parts == pytest.approx((trainer.learner.counts - before).computed, rel=0.15)
 
 
 def test_prompts_are_shared_and_siblings_texts_too():
@@ -185,7 +184,7 @@ def test_a_pass_that_is_timed_is_no_larger_than_a_micro_batch(monkeypatch):
     monkeypatch.setattr(calibration, "pack", lambda *args, **kwargs: packed.append(made(*args, **kwargs)) or packed[-1])
     monkeypatch.setattr(calibration, "_seconds", lambda *args, **kwargs: 1.0)
     hardware = this_machine(config(optim={"micro_batch_tokens": 200}), toy_model().config, Lengths(60, 20, 30))
-    assert packed[0].sequence_count == 2
+    assert packed[0].rollout_count == 2
     assert packed[0].token_count <= 200
     assert hardware.decode_share == 0.6, "five steps that take no time are noise"
 

@@ -10,7 +10,7 @@ import torch
 from toy import toy_trainer
 
 from vpd.config import OptimSettings
-from vpd.policy.learner import View
+from vpd.policy.learner import TrainingPass, View
 from vpd.policy.objectives import Imitate
 from vpd.policy.optimizer import make_moments, make_optimizer
 
@@ -64,7 +64,7 @@ def test_they_are_there_when_the_first_pass_begins(tmp_path):
 
     def make_pass(part):
         seen.append(all(learner.optimizer.state[weight] for weight in trainer.model.parameters()))
-        return learner.pack(part, View(lambda ids: (ids, 1))), Imitate(2)
+        return TrainingPass(learner.pack(part, View(lambda ids: [(ids, 1)])), Imitate(2))
 
     assert not learner.optimizer.state
     learner.optimise([[[5, 6, 7]]], make_pass)

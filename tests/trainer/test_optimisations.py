@@ -79,7 +79,7 @@ def test_tokens_computed_again(tmp_path, monkeypatch, expected, what):
     if what == "prefixes":
         monkeypatch.setattr("vpd.policy.prepare.may_share_prefixes", lambda network, kernel="blocks": False)
     else:
-        monkeypatch.setattr(PolicyModule, "can_lend_keys", False)
+        monkeypatch.setattr(PolicyModule, "can_reuse_keys", False)
     found = curve(tmp_path / "run")
     assert tokens(found) > tokens(expected)
     assert_the_same(found, expected)
@@ -175,7 +175,7 @@ def test_settings_of_the_model(tmp_path, expected, setting):
 
 
 def test_passes_that_keep_what_they_could_make_again(tmp_path, monkeypatch, expected):
-    monkeypatch.setattr("vpd.policy.prepare.remakes", lambda settings: False)
+    monkeypatch.setattr("vpd.policy.prepare.recomputes", lambda settings: False)
     assert_the_same(curve(tmp_path / "run"), expected)
 
 

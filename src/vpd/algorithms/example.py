@@ -3,59 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vpd.policy.learner import View
 from vpd.types import Rollout, TeacherView
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """A graded rollout: one completion behind the student's prompt and, where it has feedback, the teacher's.
+class ExampleTurn:
+    """One completion, conditioned on the student's prompt and, where there is one, on the teacher's.
 
     Attributes:
-        rollout: index of the rollout in the batch.
-        group: index of its prompt in the batch, counted over all processes.
-        student_prompt: token ids.
-        teacher_prompt: token ids; empty where there is no feedback.
-        completion: token ids, the same for student and teacher; T of them.
-        reward: the outcome.
-        is_success: whether it counts as a success.
-        source: the kind of feedback; None where there is none.
+        student_prompt: The token ids that the student read.
+        teacher_prompt: The token ids that the teacher reads; None where the turn has no teacher.
+        completion: The token ids of the completion, the same for student and teacher.
+    """
+
+    student_prompt: list[int]
+    teacher_prompt: list[int] | None
+    completion: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A rollout that takes part in a loss.
+
+    Attributes:
+        rollout: The index of the rollout in the batch.
+        group: The index of its prompt in the batch, counted over all processes.
+        turns: The completions; one for a question and an answer, more for a conversation.
+        reward: The outcome.
+        is_success: Whether it counts as a success.
+        source: The kind of feedback; None where there is none.
     """
 
     rollout: int
     group: int
-    student_prompt: list[int]
-    teacher_prompt: list[int]
-    completion: list[int]
+    turns: tuple[ExampleTurn, ...]
     reward: float
     is_success: bool
     source: str | None
 
     @property
     def has_teacher(self) -> bool:
-        return self.source is not None
+        """Whether any turn has a teacher."""
+        return any(turn.teacher_prompt is not None for turn in self.turns)
+
+    @property
+    def completion(self) -> list[int]:
+        """The completion tokens of all turns, one turn after another."""
+        return [token for turn in self.turns for token in turn.completion]
 
 
 @dataclass(frozen=True, slots=True)
-class Sequenced:
+class PromptedCompletion:
     """A prompt with a completion to imitate, both token ids."""
 
     prompt: list[int]
     completion: list[int]
 
 
-whole_view = View[Sequenced](lambda sequence: (sequence.prompt + sequence.completion, len(sequence.prompt)))
-"""The completion behind its prompt."""
+imitated_view = View[PromptedCompletion](
+    lambda pair: [(pair.prompt + pair.completion, len(pair.prompt))],
+)
+"""The completion, conditioned on its prompt."""
 
-student_view = View[Example](lambda example: (example.student_prompt + example.completion, len(example.student_prompt)))
-"""The completion behind the student's prompt."""
+student_view = View[Example](
+    lambda example: [(turn.student_prompt + turn.completion, len(turn.student_prompt)) for turn in example.turns]
+)
+"""Every turn's completion, conditioned on the student's prompt."""
 
 teacher_view = View[Example](
-    lambda example: (example.teacher_prompt + example.completion, len(example.teacher_prompt)), as_teacher=True
+    lambda example: [
+        (turn.teacher_prompt + turn.completion, len(turn.teacher_prompt))
+        for turn in example.turns
+        if turn.teacher_prompt is not None
+    ],
+    as_teacher=True,
 )
-"""The completion behind the teacher's prompt."""
+"""The completions of the turns that have a teacher, conditioned on the teacher's prompts."""
 
 
 def make_examples(
@@ -64,17 +90,15 @@ def make_examples(
     views: Sequence[TeacherView | None],
     mask_truncated: bool = False,
 ) -> list[Example]:
-    """The graded rollouts with at least one token; the others take no part in any loss.
+    """The graded rollouts with at least one completion token; the others take no part in any loss.
 
-    With ``mask_truncated`` those that the length limit ended are left out too.
+    With ``mask_truncated`` those that the length limit ended are left out, too.
     """
     return [
         Example(
             rollout=index,
             group=rollout.group,
-            student_prompt=rollout.prompt_ids,
-            teacher_prompt=[] if view is None else view.prompt_ids,
-            completion=rollout.completion_ids,
+            turns=(ExampleTurn(rollout.prompt_ids, None if view is None else view.prompt_ids, rollout.completion_ids),),
             reward=rollout.verdict.reward,
             is_success=success,
             source=None if view is None else view.source,
@@ -85,23 +109,9 @@ def make_examples(
 
 
 def with_teacher(examples: Sequence[Example]) -> list[Example]:
-    """Those that have feedback, and so a teacher."""
-    return [example for example in examples if example.has_teacher]
-
-
-def minibatches(examples: Sequence[Example], prompts: int | None, batch_prompts: int) -> list[list[Example]]:
-    """Cut a batch into minibatches of ``prompts`` prompts with all their rollouts.
-
-    Cut by the group's index over all processes, so that every process gets the same number of minibatches, some of
-    them empty where it has no active rollout.
-
-    Args:
-        examples: of this process.
-        prompts: per minibatch; None for one minibatch.
-        batch_prompts: prompts of the whole batch, over all processes.
-    """
-    size = prompts or batch_prompts
+    """The rollouts that have a teacher, reduced to the turns that have one."""
     return [
-        [example for example in examples if start <= example.group < start + size]
-        for start in range(0, batch_prompts, size)
+        replace(example, turns=tuple(turn for turn in example.turns if turn.teacher_prompt is not None))
+        for example in examples
+        if example.has_teacher
     ]

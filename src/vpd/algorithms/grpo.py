@@ -6,20 +6,19 @@ leaving the initial model: the settings of VPD's baselines (arXiv 2605.15113).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Literal
 
-from vpd.algorithms.example import Example
-from vpd.algorithms.m_step import MStepResult
-from vpd.algorithms.policy_step import group_advantages, policy_step
-from vpd.config import GRPO
-from vpd.policy.learner import Learner
-from vpd.timing import Timer
+from vpd.algorithms.policy_step import PolicyGradientAlgorithm
+from vpd.config import PolicyGradientSettings
 
 
-def update(
-    learner: Learner, examples: Sequence[Example], settings: GRPO, batch_prompts: int, timer: Timer
-) -> MStepResult:
-    """One iteration's update."""
-    with timer("m_step"):
-        advantages = group_advantages(examples, settings.scale_rewards)
-        return policy_step(learner, examples, settings, batch_prompts, advantages)
+class GRPOSettings(PolicyGradientSettings):
+    """Group relative policy optimisation: rewards alone, no teacher."""
+
+    type: Literal["grpo"] = "grpo"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
+class GRPO(PolicyGradientAlgorithm[GRPOSettings]):
+    """The policy gradient with group-centred advantages."""
+
+    settings_class = GRPOSettings

@@ -9,27 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from vpd.algorithms.base import ExampleBatch, UpdateResult
 from vpd.algorithms.example import Example, student_view
-from vpd.algorithms.m_step import MStepResult
-from vpd.algorithms.policy_step import policy_step
-from vpd.config import OPSA
+from vpd.algorithms.policy_step import PolicyGradientAlgorithm, policy_step
+from vpd.config import PolicyGradientSettings
 from vpd.policy.architecture import head_of
 from vpd.policy.learner import Learner
 from vpd.policy.objectives import TokenLogProbs
-from vpd.timing import Timer
 
 
-def update(
-    learner: Learner, examples: Sequence[Example], settings: OPSA, batch_prompts: int, timer: Timer
-) -> MStepResult:
-    """One iteration's update."""
-    with timer("m_step"):
-        advantages = lowest_token_advantages(learner, examples, settings.token_share)
-        return policy_step(learner, examples, settings, batch_prompts, advantages)
+class OPSASettings(PolicyGradientSettings):
+    """A control without teacher and reward: it lowers the least likely of the tokens that were written."""
+
+    type: Literal["opsa"] = "opsa"  # pyright: ignore[reportIncompatibleVariableOverride]
+    token_share: float = Field(default=0.2, gt=0, le=1)
+    """The share of a batch's completion tokens that are lowered, those of the smallest probability."""
+
+
+class OPSA(PolicyGradientAlgorithm[OPSASettings]):
+    """The policy gradient with advantages from the student's own probabilities."""
+
+    settings_class = OPSASettings
+
+    def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
+        advantages = lowest_token_advantages(learner, batch.examples, self.settings.token_share)
+        return policy_step(learner, batch, self.settings, advantages)
 
 
 def lowest_token_advantages(learner: Learner, examples: Sequence[Example], share: float) -> dict[int, Tensor]:

@@ -7,30 +7,79 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from vpd.algorithms.example import Example, minibatches, student_view, teacher_view, with_teacher
-from vpd.algorithms.m_step import MStepResult, distilling_objective, split_by_rollout, token_weights
-from vpd.algorithms.teacher import borrows
+from vpd.algorithms.base import Algorithm, ExampleBatch, Passes, UpdateResult
+from vpd.algorithms.example import Example, student_view, teacher_view, with_teacher
+from vpd.algorithms.m_step import distilling, pack_both, token_numbers
+from vpd.algorithms.minibatches import (
+    Minibatch,
+    by_rollout,
+    plan_minibatches,
+    run_minibatches,
+    token_weights,
+    tokens_with_teacher,
+)
+from vpd.algorithms.teacher import Teacher, make_teacher
 from vpd.config import MStepSettings, PolicyGradientSettings
-from vpd.packing import PackedBatch
 from vpd.policy.copies import INITIAL
-from vpd.policy.learner import Learner
-from vpd.policy.objectives import Objective, Outputs, PolicyGradient, TokenLogProbs, WeightedSum
+from vpd.policy.learner import Learner, TrainingPass
+from vpd.policy.objectives import Objective, PolicyGradient, TokenLogProbs, WeightedSum
+from vpd.timing import Timer
 
-Shape = Callable[[Tensor, Tensor], Tensor]
-"""From advantages [S] and the teacher's lead log q - log pi [S] (0 where there is no teacher) to advantages [S]."""
+S = TypeVar("S", bound=PolicyGradientSettings)
 
-Distillation = tuple[float, float, MStepSettings]
-"""The weight of GRPO's loss, that of the M-step's, and the M-step's settings."""
+Shaping = Callable[[Tensor, Tensor], Tensor]
+"""From advantages [S] and the log-ratio log q - log pi [S] (0 where there is no teacher) to advantages [S]."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The M-step's loss as a second term.
+
+    Attributes:
+        reward_weight: The weight of GRPO's loss.
+        weight: The weight of the M-step's.
+        settings: The M-step's settings.
+    """
+
+    reward_weight: float
+    weight: float
+    settings: MStepSettings
+
+
+class PolicyGradientAlgorithm(Algorithm[S]):
+    """An algorithm whose update is one :func:`policy_step`."""
+
+    def weight_copies(self) -> Mapping[str, float]:
+        """The penalty for leaving the initial model needs that model."""
+        return {INITIAL: 0.0} if self.settings.beta > 0 else {}
+
+    def passes(self, prompts_per_step: int) -> Passes:
+        """Log-probabilities are read before the update, and once more under the initial model for the penalty."""
+        return Passes(student_reads=1.0 + (self.settings.beta > 0), teacher_reads=int(self.has_teacher))
+
+    def update(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
+        timer = Timer()
+        with timer("m_step"):
+            result = self.step(learner, batch)
+        result.seconds = dict(timer.seconds)
+        return result
+
+    def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
+        """The update, without its timing: GRPO's by default."""
+        advantages = group_advantages(batch.examples, self.settings.scale_rewards)
+        return policy_step(learner, batch, self.settings, advantages)
 
 
 def group_advantages(examples: Sequence[Example], scale_rewards: bool) -> dict[int, Tensor]:
     """The reward's distance from its group's mean at each completion token [T], by rollout index.
 
-    With ``scale_rewards`` divided by the group's standard deviation, plus 1e-4 as TRL has it.
+    With ``scale_rewards`` it is divided by the group's standard deviation, plus 1e-4 as TRL has it.
     """
     advantages = {}
     for _, members in itertools.groupby(examples, key=lambda example: example.group):
@@ -46,137 +95,109 @@ def group_advantages(examples: Sequence[Example], scale_rewards: bool) -> dict[i
 
 def policy_step(
     learner: Learner,
-    examples: Sequence[Example],
+    batch: ExampleBatch,
     settings: PolicyGradientSettings,
-    batch_prompts: int,
     advantages: Mapping[int, Tensor],
     *,
-    shape: Shape | None = None,
+    shaping: Shaping | None = None,
     distillation: Distillation | None = None,
-) -> MStepResult:
+) -> UpdateResult:
     """One optimizer step a minibatch on GRPO's objective.
 
     Args:
-        learner: the policy.
-        examples: this process's graded rollouts.
-        settings: aggregation, minibatch and clipping.
-        batch_prompts: prompts of the batch over all processes.
-        advantages: of each completion token [T], by rollout index.
-        shape: how the teacher changes them; None reads no teacher.
-        distillation: adds the M-step's loss.
+        learner: The policy.
+        batch: The rollouts, of which all graded ones take part.
+        settings: The aggregation, the minibatch and the clipping.
+        advantages: The advantage of each completion token [T], by rollout index.
+        shaping: How the teacher changes the advantages; None reads no teacher.
+        distillation: Adds the M-step's loss.
     """
-    old = _by_rollout(examples, learner.token_log_probs(examples, student_view))
-    reference = (
-        _by_rollout(examples, learner.token_log_probs(examples, student_view, learner.copies[INITIAL]))
-        if settings.beta
-        else None
+    examples = batch.examples
+    old = by_rollout(examples, learner.token_log_probs(examples, student_view))
+    reference = None
+    if settings.beta:
+        initial = learner.copies[INITIAL].module
+        reference = by_rollout(examples, learner.token_log_probs(examples, student_view, initial))
+    teacher = None if distillation is None else make_teacher(distillation.settings)
+    planned = plan_minibatches(
+        learner,
+        examples,
+        settings.m_minibatch_prompts,
+        batch.prompts,
+        scored=teacher_view if shaping is not None or teacher is not None else None,
+        conditioned=teacher is not None and teacher.reuses_keys(learner),
+        wants_layers=distillation is not None and distillation.settings.representation_weight > 0,
     )
-    result, steps, clipped_tokens, tokens = MStepResult({}), [], 0.0, 0
-    minibatch_prompts = settings.m_minibatch_prompts
-    is_whole = minibatch_prompts is None or minibatch_prompts >= batch_prompts
-    reads_teacher = shape is not None or distillation is not None
-    wants_layers = distillation is not None and distillation[2].representation_weight > 0
-    is_behind = shape is None and distillation is not None and borrows(learner, distillation[2])
-    for minibatch in minibatches(examples, settings.m_minibatch_prompts, batch_prompts):
-        counts = _counts(learner, minibatch)
-        if not counts[0]:
-            continue
+    # With one update a batch the student is the one that wrote the rollouts.
+    is_whole = settings.m_minibatch_prompts is None or settings.m_minibatch_prompts >= batch.prompts
 
-        def keep_numbers(part: list[Example], outputs: Outputs) -> None:
-            nonlocal clipped_tokens, tokens
-            clipped_tokens += float(outputs.values["is_clipped"].sum())
-            tokens += outputs.values["is_clipped"].numel()
-            if "divergence" in outputs.values:
-                result.tokens.update(split_by_rollout(with_teacher(part), outputs))
-
-        make_pass = _gradient_pass(learner, settings, counts, advantages, old, reference, shape, distillation, is_whole)
-        scored = teacher_view if reads_teacher else None
-        parts = learner.micro_batches(minibatch, student_view, scored, behind=is_behind, wants_layers=wants_layers)
-        steps.append(learner.optimise(parts, make_pass, keep_numbers))
-    if steps:
-        clipped, count = learner.total(clipped_tokens, tokens)
-        result.metrics = {
-            "m_loss": sum(step.loss for step in steps) / len(steps),
-            "grad_norm": sum(step.grad_norm for step in steps) / len(steps),
-            "clipped_share": sum(step.clipped for step in steps) / len(steps),
-            "ratio_clipped_share": clipped / count,
-        }
-    return result
-
-
-def _gradient_pass(
-    learner: Learner,
-    settings: PolicyGradientSettings,
-    counts: Sequence[float],
-    advantages: Mapping[int, Tensor],
-    old: Mapping[int, Tensor],
-    reference: Mapping[int, Tensor] | None,
-    shape: Shape | None,
-    distillation: Distillation | None,
-    is_whole: bool,
-) -> Callable[[list[Example]], tuple[PackedBatch, Objective]]:
-    tokens, sequences, taught_tokens, taught_sequences = counts
-
-    def make_pass(part: list[Example]) -> tuple[PackedBatch, Objective]:
+    def make_pass(part: list[Example], minibatch: Minibatch) -> TrainingPass:
         gradient = PolicyGradient(
             advantages=_of_tokens(part, advantages),
             old_log_probs=_of_tokens(part, old),
-            token_weights=token_weights(part, settings.loss_aggregation, tokens, sequences),
+            token_weights=token_weights(part, settings.loss_aggregation, minibatch.counts),
             temperature=learner.temperature,
             epsilon=settings.epsilon,
             epsilon_high=settings.epsilon_high,
-            shape=shape,
-            teacher_log_probs=None if shape is None else _teacher_log_probs(learner, part),
+            shaping=shaping,
+            teacher_log_probs=None if shaping is None else _teacher_log_probs(learner, part),
             reference_log_probs=None if reference is None else _of_tokens(part, reference),
             kl_weight=settings.beta,
         )
-        objective: Objective = gradient
-        taught = with_teacher(part)
-        lends = distillation is not None and bool(taught) and borrows(learner, distillation[2])
-        batch = learner.pack(part, student_view, lends=lends)
-        if distillation is not None:
-            reward_weight, weight, m_step = distillation
-            where = _tokens_with_teacher(part)
-            # With one update a batch the student is the one that wrote the rollouts.
-            weighs = None if is_whole else old
-            # Also where this process has none: a teacher's pass of its own is one that all processes make.
-            distil = distilling_objective(
-                learner, taught, batch, m_step, taught_tokens, taught_sequences, weighs, where
-            )
-            objective = WeightedSum([(reward_weight, gradient), *([(weight, distil)] if taught else [])])
-        return batch, objective
+        if distillation is None or teacher is None:
+            return TrainingPass(learner.pack(part, student_view), gradient)
+        return _with_distillation(learner, part, minibatch, gradient, distillation, teacher, None if is_whole else old)
 
-    return make_pass
+    results = run_minibatches(learner, planned, make_pass)
+    if not results.steps:
+        return UpdateResult({})
+    count = sum(values["is_clipped"].numel() for _, values in results.parts)
+    clipped, count = learner.total(results.sum_of("is_clipped"), count)
+    return UpdateResult(results.metrics() | {"ratio_clipped_share": clipped / count}, token_numbers(results))
 
 
-def _by_rollout(examples: Sequence[Example], values: Sequence[Tensor]) -> dict[int, Tensor]:
-    return {example.rollout: value for example, value in zip(examples, values, strict=True)}
+def _with_distillation(
+    learner: Learner,
+    part: list[Example],
+    minibatch: Minibatch,
+    gradient: Objective,
+    distillation: Distillation,
+    teacher: Teacher,
+    old: Mapping[int, Tensor] | None,
+) -> TrainingPass:
+    """GRPO's loss on a part, and the M-step's on those of its turns that have a teacher."""
+    taught = with_teacher(part)
+    # A teacher's pass of its own is one that all processes make, also where this one has no rollout for it.
+    states = None if teacher.reuses_keys(learner) else teacher.read(learner, taught)
+    batch, conditioned = pack_both(learner, part, taught, teacher)
+    where = tokens_with_teacher(part)
+    distil = distilling(
+        learner, taught, distillation.settings, minibatch.taught, states, _of_taught(part, old, where), where
+    )
+    terms = [(distillation.reward_weight, gradient), *([(distillation.weight, distil)] if taught else [])]
+    return TrainingPass(batch, WeightedSum(terms), conditioned)
 
 
-def _counts(learner: Learner, minibatch: Sequence[Example]) -> list[float]:
-    """Tokens and sequences of all rollouts and of those with a teacher, over all processes."""
-    taught = with_teacher(minibatch)
-    sizes = [(sum(len(example.completion) for example in part), len(part)) for part in (minibatch, taught)]
-    # A minibatch without any teacher has no distillation to divide.
-    tokens, sequences, taught_tokens, taught_sequences = learner.total(*sizes[0], *sizes[1])
-    return [tokens, sequences, max(taught_tokens, 1.0), max(taught_sequences, 1.0)]
+def _of_taught(
+    part: Sequence[Example], values: Mapping[int, Tensor] | None, where: Tensor
+) -> Mapping[int, Tensor] | None:
+    """Numbers of all tokens of rollouts [T] -> of the tokens of their turns with a teacher, by rollout index."""
+    if values is None or not part:
+        return values
+    taught = with_teacher(part)
+    lengths = [len(example.completion) for example in taught]
+    return by_rollout(taught, _of_tokens(part, values)[where].split(lengths))
 
 
 def _of_tokens(part: Sequence[Example], values: Mapping[int, Tensor]) -> Tensor:
     return torch.cat([values[example.rollout] for example in part]) if part else torch.zeros(0)
 
 
-def _tokens_with_teacher(part: Sequence[Example]) -> Tensor:
-    """Which of a part's completion tokens, in order, belong to rollouts with a teacher."""
-    flags = [example.has_teacher for example in part for _ in example.completion]
-    return torch.tensor(flags, dtype=torch.bool).nonzero()[:, 0]
-
-
 def _teacher_log_probs(learner: Learner, part: Sequence[Example]) -> Tensor:
-    """log q of each completion token of a part [S]; nan where the rollout has no teacher."""
+    """log q of each completion token of a part [S]; nan where the turn has no teacher."""
     taught = with_teacher(part)
     scored = learner.score(learner.pack(taught, teacher_view), TokenLogProbs(learner.temperature)).values
     values = torch.full((sum(len(example.completion) for example in part),), torch.nan)
     if taught:
-        values[_tokens_with_teacher(part)] = scored["log_probs"].float().cpu()
+        values[tokens_with_teacher(part)] = scored["log_probs"].float().cpu()
     return values

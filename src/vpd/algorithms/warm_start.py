@@ -21,16 +21,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vpd.algorithms.example import Sequenced, whole_view
+from vpd.algorithms.example import PromptedCompletion, imitated_view
 from vpd.config import ConfigError, WarmStartSettings
 from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
 from vpd.feedback import FeedbackSource, PromptBuilder, build_views
-from vpd.packing import PackedBatch
-from vpd.policy.learner import Learner
+from vpd.policy.learner import Learner, TrainingPass
 from vpd.policy.load import load_weights, save_policy
 from vpd.policy.model_cache import cache_dir
-from vpd.policy.objectives import Imitate, Objective
+from vpd.policy.objectives import Imitate
 from vpd.types import Demonstration, Rollout, Verdict
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def demonstration_sequences(
     count: int,
     success_threshold: float,
     sources: Sequence[FeedbackSource] | None = None,
-) -> list[Sequenced]:
+) -> list[PromptedCompletion]:
     """Plain and feedback-conditioned sequences of ``count`` demonstrations.
 
     Args:
@@ -93,9 +92,9 @@ def demonstration_sequences(
             raise ConfigError(f"The demonstration of task {demonstration.task.id} is not a success for its own judge.")
         # The tokenizer reads the answer by itself, as it reads a rollout behind a prompt.
         completion = prompts.completion(demonstration.completion, end_of_sequence)
-        sequences.append(Sequenced(rollouts[answer].prompt_ids, completion))
+        sequences.append(PromptedCompletion(rollouts[answer].prompt_ids, completion))
         if (view := views[attempt]) is not None:
-            sequences.append(Sequenced(view.prompt_ids, completion))
+            sequences.append(PromptedCompletion(view.prompt_ids, completion))
     return sequences
 
 
@@ -107,7 +106,7 @@ def _as_group(index: int, demonstration: Demonstration, prompts: PromptBuilder) 
 
 def warm_start(
     learner: Learner,
-    sequences: Sequence[Sequenced],
+    sequences: Sequence[PromptedCompletion],
     settings: WarmStartSettings,
     tokenizer: PreTrainedTokenizerBase,
 ) -> WarmStartResult:
@@ -133,7 +132,7 @@ def warm_start(
     return WarmStartResult(len(sequences), len(losses), losses[-1], time.perf_counter() - start, folder)
 
 
-def _train(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStartSettings) -> list[float]:
+def _train(learner: Learner, sequences: Sequence[PromptedCompletion], settings: WarmStartSettings) -> list[float]:
     parameters = [parameter for parameter in learner.policy.parameters() if parameter.requires_grad]
     supervised = Learner(
         policy=learner.policy,
@@ -152,10 +151,10 @@ def _train(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStart
             mine = order[first : first + settings.batch_size][process::processes]
             (token_count,) = supervised.total(sum(len(sequence.completion) for sequence in mine))
 
-            def make_pass(part: list[Sequenced], count: int = int(token_count)) -> tuple[PackedBatch, Objective]:
-                return supervised.pack(part, whole_view), Imitate(count)
+            def make_pass(part: list[PromptedCompletion], count: int = int(token_count)) -> TrainingPass:
+                return TrainingPass(supervised.pack(part, imitated_view), Imitate(count))
 
-            losses.append(supervised.optimise(supervised.micro_batches(mine, whole_view), make_pass).loss)
+            losses.append(supervised.optimise(supervised.micro_batches(mine, imitated_view), make_pass).loss)
             (out_of_time,) = supervised.total(
                 settings.max_seconds is not None and time.perf_counter() - start > settings.max_seconds
             )
@@ -164,7 +163,7 @@ def _train(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStart
     return losses
 
 
-def _key(learner: Learner, sequences: Sequence[Sequenced], settings: WarmStartSettings) -> str:
+def _key(learner: Learner, sequences: Sequence[PromptedCompletion], settings: WarmStartSettings) -> str:
     """A name for the result: the weights before, the data, and the settings that shape it."""
     digest = hashlib.sha256()
     for name, parameter in learner.module.model.named_parameters():

@@ -4,17 +4,12 @@ Names are those of ``transformers.TrainingArguments`` and of TRL where the meani
 """
 
 from vpd.config.algorithm import (
-    GRPO,
-    OPSA,
-    SDPO,
-    VPD,
     AlgorithmSettings,
-    Joint,
     MStepSettings,
     PolicyGradientSettings,
-    Reshape,
-    Reweight,
-    UpdateSettings,
+    algorithm_class,
+    bounded_importance,
+    register_algorithm,
 )
 from vpd.config.data import (
     CodeData,
@@ -51,10 +46,6 @@ from vpd.config.section import (
 )
 
 __all__ = [
-    "GRPO",
-    "OPSA",
-    "SDPO",
-    "VPD",
     "AlgorithmSettings",
     "CodeData",
     "ConfigError",
@@ -63,7 +54,6 @@ __all__ = [
     "EndpointSettings",
     "EvalSettings",
     "FeedbackSettings",
-    "Joint",
     "LoraSettings",
     "MStepSettings",
     "MathData",
@@ -74,17 +64,17 @@ __all__ = [
     "PromptData",
     "ReasoningGymData",
     "ReasoningGymPart",
-    "Reshape",
-    "Reweight",
     "RolloutSettings",
     "RubricData",
     "RunSettings",
     "Section",
     "Templates",
     "ToolUseData",
-    "UpdateSettings",
     "VPDConfig",
     "VerifiersData",
     "WarmStartSettings",
+    "algorithm_class",
+    "bounded_importance",
+    "register_algorithm",
     "sentences_of",
 ]

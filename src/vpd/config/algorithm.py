@@ -1,29 +1,50 @@
-"""Settings of the algorithms: one section each, told apart by ``type``, with its own vetted defaults."""
+"""What the settings of algorithms have in common, and where an algorithm is found by its name.
+
+Each algorithm's own settings stand beside it, in its file in :mod:`vpd.algorithms`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+import importlib
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from vpd.config.lora import LoraSettings
-from vpd.config.section import Section
+from vpd.config.section import ConfigError, Section
 
 
-class UpdateSettings(Section):
-    has_teacher: ClassVar[bool] = True
-    """Whether the algorithm reads feedback."""
+class AlgorithmSettings(Section):
+    """The settings that every algorithm has; ``type`` names the algorithm."""
 
+    type: str = ""
+    """A name from the list of algorithms, one that was registered in Python, or ``package.module:Class``."""
     loss_aggregation: Literal["token_mean", "sequence_mean", "sum"] = "token_mean"
+    """How the losses of tokens are put together: a mean over the completion tokens of the minibatch, a mean over each
+    rollout's tokens and then over rollouts, or a sum."""
     m_minibatch_prompts: int | None = Field(default=None, ge=1)
-    """Prompts, with all their rollouts, per optimizer step (of the M-step); the whole batch by default."""
+    """How many prompts, with all their rollouts, one optimizer step (of the M-step) takes; the whole batch by
+    default."""
     success_threshold: float = 1.0
-    """A rollout whose reward reaches it is a success."""
+    """The reward from which a rollout is a success."""
     truncated: Literal["failure", "mask"] = "failure"
-    """What a rollout is that the length limit ended: a failure that is told so, or left out of the losses."""
+    """What becomes of a rollout that the length limit ended: it is a failure and is told so, or it is left out of the
+    losses."""
+
+    @classmethod
+    def schema_named(cls, name: str) -> type[BaseModel] | None:
+        """The settings class of the algorithm of a name."""
+        try:
+            return algorithm_class(name).settings_class
+        except ValueError:
+            return None
 
 
-class MStepSettings(UpdateSettings):
+class MStepSettings(AlgorithmSettings):
+    """What is distilled, and how (VPD, arXiv 2605.15113, the M-step)."""
+
+    has_e_steps: ClassVar[bool] = False
+    """Whether E-steps may train an adapter of the teacher's own."""
+
     divergence: Literal["reverse_kl", "forward_kl", "js", "sampled"] = "reverse_kl"
     """Between student and teacher at each completion token; ``sampled`` estimates the reverse KL's gradient from the
     tokens that were written, without a sum over the vocabulary."""
@@ -64,7 +85,7 @@ class MStepSettings(UpdateSettings):
 
     @model_validator(mode="after")
     def _objective(self) -> MStepSettings:
-        if self.teacher == "lora" and not isinstance(self, VPD):
+        if self.teacher == "lora" and not self.has_e_steps:
             raise ValueError('algorithm.teacher = "lora" is trained by E-steps, which algorithm.type = "vpd" alone has')
         if self.top_k is not None and self.divergence == "sampled":
             raise ValueError('algorithm.top_k does nothing with divergence = "sampled": leave one of them out')
@@ -91,48 +112,12 @@ class MStepSettings(UpdateSettings):
         return self
 
 
-class VPD(MStepSettings):
-    """Variational Policy Distillation: the teacher is refined on outcomes every F batches, then distilled."""
-
-    type: Literal["vpd"] = "vpd"
-    teacher_lora: LoraSettings = Field(default_factory=LoraSettings)
-    """With ``lora``: its adapter."""
-    e_step_every: int = Field(default=5, ge=1)
-    """F: one E-step every F rollout batches, the first batch included."""
-    bco_beta: float = Field(default=0.1, gt=0)
-    """Temperature of the implicit reward."""
-    e_minibatch_prompts: int | None = Field(default=None, ge=1)
-    """Prompts, with all their rollouts, per optimizer step of the E-step; the whole batch by default."""
-    e_epochs: int = Field(default=1, ge=1)
-    """Passes over the batch in one E-step."""
-    prior: Literal["dynamic", "fixed"] = "dynamic"
-    """What the teacher is held to: the student at the start of each E-step, or the initial model."""
-    length_reference: float | None = Field(default=None, gt=0)
-    """Multiply ``bco_beta`` by this many tokens over a completion's length, so that long ones weigh no more; None
-    leaves the sums over tokens as in the paper."""
-    shift_momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the last E-step's shift in this one's; 0 as in the paper's algorithm."""
-    e_learning_rate_factor: float = Field(default=1.0, ge=0)
-    """The E-step's learning rate is the run's times this; it also holds for what momentum carries into M-steps."""
-
-
-def _sdpo_clip(settings: dict[str, Any]) -> float | None:
+def bounded_importance(settings: dict[str, Any]) -> float | None:
+    """The default of ``importance_clip`` where SDPO's code has 2; the sampled divergence has no bound."""
     return None if settings.get("divergence") == "sampled" else 2.0
 
 
-class SDPO(MStepSettings):
-    """Self-distillation policy optimisation: the same loop without E-steps."""
-
-    type: Literal["sdpo"] = "sdpo"
-    teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "ema"
-    """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps (with ``importance_clip`` 0,
-    where a batch has several M-minibatches)."""
-    importance_clip: float | None = Field(default_factory=_sdpo_clip, ge=0)
-    """2 as in SDPO's code, where tokens weigh something else than 1: with several M-minibatches. With ``sampled`` no
-    bound."""
-
-
-class PolicyGradientSettings(UpdateSettings):
+class PolicyGradientSettings(AlgorithmSettings):
     """GRPO's objective, alone or mixed with a teacher."""
 
     epsilon: float = Field(default=0.2, ge=0)
@@ -145,58 +130,48 @@ class PolicyGradientSettings(UpdateSettings):
     """Weight of the penalty for leaving the initial model, as TRL's."""
 
 
-class GRPO(PolicyGradientSettings):
-    """Group relative policy optimisation: rewards alone, no teacher."""
-
-    has_teacher: ClassVar[bool] = False
-    type: Literal["grpo"] = "grpo"
-
-
-class Joint(PolicyGradientSettings, MStepSettings):
-    """The sum of the distillation loss and GRPO's."""
-
-    type: Literal["joint"] = "joint"
-    distillation_weight: float = Field(default=1.0, ge=0)
-    reward_weight: float = Field(default=1.0, ge=0)
-    importance_clip: float | None = Field(default_factory=_sdpo_clip, ge=0)
-    """Of the distillation's tokens, as in SDPO."""
-
-    @model_validator(mode="after")
-    def _teacher(self) -> Joint:
-        if self.teacher == "frozen":
-            raise ValueError('algorithm.teacher = "frozen" is not offered with joint: take "live" or "ema"')
-        return self
+_ALGORITHMS: dict[str, str | type[Any]] = {
+    name: f"vpd.algorithms.{name}:{class_name}"
+    for name, class_name in {
+        "vpd": "VPD",
+        "sdpo": "SDPO",
+        "grpo": "GRPO",
+        "joint": "Joint",
+        "reshape": "Reshape",
+        "reweight": "Reweight",
+        "opsa": "OPSA",
+    }.items()
+}
+"""Algorithms by name: classes, or where to import them from, since they need torch and settings do not."""
 
 
-class Reshape(PolicyGradientSettings):
-    """GRPO with log q - log pi of each token added to its advantage."""
+def register_algorithm(name: str, algorithm: type[Any]) -> None:
+    """Let ``algorithm.type`` name a class of your own, a :class:`vpd.algorithms.Algorithm`.
 
-    type: Literal["reshape"] = "reshape"
-    distillation_weight: float = Field(default=1.0, ge=0)
-    reward_weight: float = Field(default=1.0, ge=0)
-
-
-class Reweight(PolicyGradientSettings):
-    """GRPO whose advantages weigh more at tokens where the teacher agrees with their sign."""
-
-    type: Literal["reweight"] = "reweight"
-    weight_epsilon: float = Field(default=0.2, ge=0, lt=1)
-    """A token's weight stays between 1 - weight_epsilon and 1 + weight_epsilon."""
-    mixing: float = Field(default=1.0, ge=0, le=1)
-    """Share of the weighted advantage in the first batch; it falls linearly."""
-    mixing_steps: int = Field(default=100, ge=1)
-    """Rollout batches until it is zero."""
+    Raises:
+        ConfigError: The name is taken by another class.
+    """
+    if _ALGORITHMS.get(name, algorithm) is not algorithm:
+        raise ConfigError(f"There is an algorithm {name!r} already: choose another name.")
+    _ALGORITHMS[name] = algorithm
 
 
-class OPSA(PolicyGradientSettings):
-    """A control without teacher and reward: it lowers the least likely of the tokens that were written."""
+def algorithm_class(name: str) -> type[Any]:
+    """The :class:`vpd.algorithms.Algorithm` of a name, or of ``package.module:Class``.
 
-    has_teacher: ClassVar[bool] = False
-    type: Literal["opsa"] = "opsa"
-    token_share: float = Field(default=0.2, gt=0, le=1)
-    """Share of a batch's completion tokens that are lowered, those of the smallest probability."""
-
-
-AlgorithmSettings: TypeAlias = Annotated[
-    VPD | SDPO | GRPO | Joint | Reshape | Reweight | OPSA, Field(discriminator="type")
-]
+    Raises:
+        ValueError: There is no such algorithm, or it cannot be imported.
+    """
+    found = _ALGORITHMS.get(name, name)
+    if not isinstance(found, str):
+        return found
+    module, _, attribute = found.partition(":")
+    if not attribute:
+        raise ValueError(
+            f"there is no algorithm {name!r}; there are {', '.join(_ALGORITHMS)}, and classes of your own as "
+            "package.module:Class"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the algorithm {name!r} cannot be imported: {error}") from error

@@ -6,9 +6,10 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
-from vpd.config.algorithm import VPD, AlgorithmSettings
+from vpd.config.algorithm import AlgorithmSettings, algorithm_class
 from vpd.config.data import DataSettings
 from vpd.config.feedback import FeedbackSettings, RolloutSettings
 from vpd.config.lora import LoraSettings
@@ -139,33 +140,44 @@ class VPDConfig(Section):
     """None where Python code brings the environment or the dataset itself."""
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     feedback: FeedbackSettings = Field(default_factory=FeedbackSettings)
-    algorithm: AlgorithmSettings = Field(default_factory=VPD)
+    algorithm: SerializeAsAny[AlgorithmSettings] = Field(default={"type": "vpd"})  # pyright: ignore
+    """The section of the algorithm that ``type`` names."""
     warm_start: WarmStartSettings = Field(default_factory=WarmStartSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
     eval: EvalSettings = Field(default_factory=EvalSettings)
     run: RunSettings = Field(default_factory=RunSettings)
 
-    @model_validator(mode="before")
+    @field_validator("algorithm", mode="before")
     @classmethod
-    def _default_algorithm_type(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("algorithm"), dict):
-            values = {**values, "algorithm": {"type": "vpd", **values["algorithm"]}}
-        return values
+    def _settings_of_the_algorithm(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        name = values.get("type", "vpd")
+        schema = algorithm_class(name).settings_class
+        try:
+            return schema.model_validate({**values, "type": name})
+        except ValidationError as error:
+            # The name in the place of the error, so that the message tells whose setting it is.
+            errors: Any = [
+                InitErrorDetails(
+                    type=item["type"], loc=(name, *item["loc"]), input=item["input"], ctx=item.get("ctx", {})
+                )
+                for item in error.errors()
+            ]
+            raise ValidationError.from_exception_data(schema.__name__, errors) from None
 
     @model_validator(mode="after")
-    def _sampling(self) -> VPDConfig:
-        rollout = self.rollout
-        is_cut = rollout.top_p < 1.0 or rollout.top_k > 0 or rollout.min_p > 0.0
-        if is_cut and getattr(self.algorithm, "divergence", None) == "sampled":
-            raise ValueError(
-                'algorithm.divergence = "sampled" needs untruncated sampling, since a token that is never drawn has no '
-                "part in its estimate: leave rollout.top_p, top_k and min_p at their defaults"
-            )
+    def _algorithm_fits(self) -> VPDConfig:
+        self.make_algorithm().check(self)
         return self
+
+    def make_algorithm(self) -> Any:
+        """The :class:`vpd.algorithms.Algorithm` that the settings name."""
+        return algorithm_class(self.algorithm.type)(self.algorithm)
 
     @model_validator(mode="after")
     def _preflight(self) -> VPDConfig:
-        measures = self.eval.preflight_tasks > 0 and self.algorithm.has_teacher
+        measures = self.eval.preflight_tasks > 0 and self.make_algorithm().has_teacher
         wanted = {"no_gap": measures, "template_only": measures and self.eval.preflight_permuted}
         for name in self.run.stop_on:
             if not wanted.get(name, True):
@@ -188,13 +200,6 @@ class VPDConfig(Section):
                 'feedback.sources = ["sibling"] needs another rollout of the same prompt: '
                 'set rollout.num_generations to 2 or more, or add the source "environment"'
             )
-        for name in ("m_minibatch_prompts", "e_minibatch_prompts"):
-            size = getattr(self.algorithm, name, None)
-            if size is not None and size > self.rollout.prompts_per_step:
-                raise ValueError(
-                    f"algorithm.{name} = {size} is more than the batch holds "
-                    f"(rollout.prompts_per_step = {self.rollout.prompts_per_step}): lower it or leave it out"
-                )
         if self.eval.k > 1 and self.eval.temperature == 0:
             raise ValueError(
                 f"eval.k = {self.eval.k} greedy completions would be the same: set eval.temperature (0.6, say), "

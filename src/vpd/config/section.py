@@ -12,7 +12,14 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """A section of settings: unknown keys are errors, and the docstring of each field describes it."""
+
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def schema_named(cls, name: str) -> type[BaseModel] | None:
+        """The schema that a section takes under a name, such as an algorithm's; None where names choose nothing."""
+        return None
 
 
 def sentences_of(error: ValidationError, origin: str, schema: type[BaseModel]) -> list[str]:
@@ -46,6 +53,8 @@ def _known_keys(location: tuple[int | str, ...], schema: type[BaseModel]) -> str
         for model in models:
             if part in model.model_fields:
                 found += _models_in(model.model_fields[str(part)].annotation)
+            elif issubclass(model, Section) and (named := model.schema_named(str(part))) is not None:
+                found.append(named)
             elif any(part in _tags(field) for field in model.model_fields.values()):
                 found.append(model)
         models = found or models

@@ -7,7 +7,7 @@ products round their factors where the device offers it (bfloat16, TF32), as all
 everything made from them stay in fp32.
 """
 
-from vpd.losses.bco import bco_loss, implicit_rewards
+from vpd.losses.bco import Margin, bco_loss, implicit_rewards, measure_margin
 from vpd.losses.divergence import DivergenceKind, TokenLoss, divergence
 from vpd.losses.head import DEFAULT_CHUNK_SIZE, Head
 from vpd.losses.log_probs import token_log_probs
@@ -19,12 +19,14 @@ __all__ = [
     "Correction",
     "DivergenceKind",
     "Head",
+    "Margin",
     "Support",
     "TokenLoss",
     "bco_loss",
     "clipped_policy_gradient",
     "divergence",
     "implicit_rewards",
+    "measure_margin",
     "reference_kl",
     "sampled_divergence",
     "token_log_probs",

@@ -9,6 +9,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,6 +30,54 @@ def implicit_rewards(teacher_log_probs: Tensor, prior_log_probs: Tensor, beta: f
         [B].
     """
     return beta * (teacher_log_probs.float() - prior_log_probs.detach().float())
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The mean implicit reward of each class over one set of rollouts.
+
+    Attributes:
+        success, failure: The mean r~ of each class; nan where the class is empty.
+        success_count, failure_count: The classes' sizes.
+    """
+
+    success: float
+    failure: float
+    success_count: int
+    failure_count: int
+
+    @property
+    def margin(self) -> float:
+        """By how much the teacher prefers successes."""
+        return self.success - self.failure
+
+    @property
+    def reward_shift(self) -> float:
+        """delta, the middle between the two means."""
+        return 0.5 * (self.success + self.failure)
+
+
+def measure_margin(total: Callable[..., list[float]], implicit_rewards: Tensor, is_success: Tensor) -> Margin:
+    """The mean implicit reward of successes and failures, over all processes.
+
+    Args:
+        total: Sums numbers over all processes.
+        implicit_rewards: [B], those of this process.
+        is_success: [B], bool.
+    """
+    rewards = implicit_rewards.double()
+    success_sum, failure_sum, success_count, failure_count = total(
+        float(rewards[is_success].sum()),
+        float(rewards[~is_success].sum()),
+        int(is_success.sum()),
+        int((~is_success).sum()),
+    )
+    return Margin(
+        success_sum / success_count if success_count else math.nan,
+        failure_sum / failure_count if failure_count else math.nan,
+        int(success_count),
+        int(failure_count),
+    )
 
 
 def bco_loss(

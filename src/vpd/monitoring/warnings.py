@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vpd.config import VPD, VPDConfig
-
 
 def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] | None) -> dict[str, str]:
     """Warnings, name to text, for the metrics of one training step.
@@ -52,19 +50,6 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] |
             "optim.learning_rate alone. Lower it if the reward falls."
         )
     return warnings
-
-
-def settings_warnings(settings: VPDConfig) -> dict[str, str]:
-    """What works against itself in a run's settings, though it is not a mistake: by name."""
-    algorithm = settings.algorithm
-    if isinstance(algorithm, VPD) and algorithm.teacher == "ema":
-        return {
-            "averaged_teacher": (
-                "With a running average as the teacher, an E-step moves what the M-step distils by "
-                f'{algorithm.ema_rate:.0%} only, from the next batch on: algorithm.teacher = "live" keeps it.'
-            )
-        }
-    return {}
 
 
 def template_warning(low: float) -> str | None:

@@ -42,9 +42,9 @@ class PackedBatch:
         position_ids: [T] position of each token in its sequences.
         targets: [S] ids of the completion tokens, sequence after sequence.
         predictor: [S] packed index of the token whose hidden state predicts the target.
-        sequence: [S] which of the given sequences the target belongs to, ascending.
+        rollout: [S] the rollout that the target belongs to, ascending; a rollout may have several sequences.
         layout: what packed attention needs.
-        sequence_count: how many sequences were given.
+        rollout_count: how many rollouts were given.
         padded_token_count: what a padded batch would compute: sequences times the longest one's tokens.
         row_lengths: lengths of the sequences laid end to end if prefixes are not shared, else None.
         as_teacher: whether the teacher's own adapter is on in the pass, where the model has one.
@@ -55,9 +55,9 @@ class PackedBatch:
     position_ids: Tensor
     targets: Tensor
     predictor: Tensor
-    sequence: Tensor
+    rollout: Tensor
     layout: PackedLayout
-    sequence_count: int
+    rollout_count: int
     padded_token_count: int
     row_lengths: tuple[int, ...] | None = None
     as_teacher: bool = False
@@ -75,7 +75,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch with its tensors on the device. The layout is shared; its masks are made where the model is."""
-        names = ("input_ids", "position_ids", "targets", "predictor", "sequence")
+        names = ("input_ids", "position_ids", "targets", "predictor", "rollout")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def model_inputs(self) -> dict[str, Any]:
@@ -111,28 +111,36 @@ def pack(
     sequences: Sequence[Tokens],
     completion_starts: Sequence[int],
     *,
+    rollouts: Sequence[int] | None = None,
     share_prefixes: bool = True,
-    lends: bool = False,
-    behind: PackedBatch | None = None,
+    keeps_keys: bool = False,
+    conditioned_on: PackedBatch | None = None,
 ) -> PackedBatch:
     """Pack prompt-and-completion sequences into one batch, on the CPU.
 
     Args:
         sequences: token ids, prompt and completion; they may belong to different groups.
         completion_starts: index of each sequence's first completion token, from 1 to its length (no completion).
-        share_prefixes: compute each distinct prefix once; False lays the sequences end to end, for models that cannot
-            be packed.
-        lends: whether a batch packed ``behind`` this one will ask for its keys and values. They are kept without their
-            gradient when the batch is run by the block kernel, until ``layout.forget()``.
-        behind: a batch that lends. What prompts have in common with its sequences is not computed again: the same
-            network, with the same weights and without dropout, must have run it before it runs this one.
+        rollouts: For each sequence the index of its rollout, ascending from 0: the turns of a conversation are several
+            sequences of one rollout. By default every sequence is a rollout of its own.
+        share_prefixes: Whether each distinct prefix is computed once. Without it the sequences lie end to end, for
+            models that cannot be packed.
+        keeps_keys: Whether a batch that is conditioned on this one will ask for its keys and values. They are kept
+            without their gradient when the batch is run by the block kernel, until ``layout.forget()``.
+        conditioned_on: A batch that keeps its keys and values. The prefixes that prompts have in common with its
+            sequences are not computed again (KV reuse): the same network, with the same weights and without dropout,
+            must have run that batch before it runs this one.
 
     Raises:
-        ValueError: a completion starts before the second token or after the sequence's end, or a batch that does not
+        ValueError: A completion starts before the second token or after the sequence's end, or a batch that does not
             share prefixes is to share them with another.
     """
-    if not share_prefixes and (lends or behind is not None):
-        raise ValueError("A batch without shared prefixes can neither lend nor stand behind another.")
+    if not share_prefixes and (keeps_keys or conditioned_on is not None):
+        raise ValueError(
+            "A batch without shared prefixes can neither keep its keys and values nor be conditioned on another batch. "
+            "Leave share_prefixes on."
+        )
+    owners = list(range(len(sequences))) if rollouts is None else list(rollouts)
     for i, (sequence, start) in enumerate(zip(sequences, completion_starts, strict=True)):
         if not 1 <= start <= len(sequence):
             raise ValueError(
@@ -144,10 +152,12 @@ def pack(
     trie = build_trie([arrays[i][:-1] for i in scored], share_prefixes=share_prefixes)
     counts = [len(arrays[i]) - completion_starts[i] for i in scored]
     predictors = [path[completion_starts[i] - 1 :] for i, path in zip(scored, trie.paths, strict=True)]
-    source = np.full(len(trie.tokens), -1) if behind is None else _sources(trie, predictors, behind.layout)
+    source = (
+        np.full(len(trie.tokens), -1) if conditioned_on is None else _sources(trie, predictors, conditioned_on.layout)
+    )
     padding = _padding(int((source < 0).sum())) if share_prefixes else 0
     trie, source = padded(trie, padding), np.append(source, np.full(padding, -1))
-    known = None if behind is None else _known(source, behind.layout)
+    known = None if conditioned_on is None else _known(source, conditioned_on.layout)
     computed = source < 0
     places = np.cumsum(computed) - 1
     predictor = _concatenate([places[path] for path in predictors])
@@ -157,9 +167,9 @@ def pack(
         position_ids=torch.from_numpy(trie.depth[computed]),
         targets=_concatenate([arrays[i][completion_starts[i] :] for i in scored]),
         predictor=predictor,
-        sequence=torch.from_numpy(np.repeat(np.asarray(scored, dtype=np.int64), counts)),
-        layout=PackedLayout(trie, known, lends, scored=read if len(read) < computed.sum() else None),
-        sequence_count=len(sequences),
+        rollout=torch.from_numpy(np.repeat(np.asarray([owners[i] for i in scored], dtype=np.int64), counts)),
+        layout=PackedLayout(trie, known, keeps_keys, scored=read if len(read) < computed.sum() else None),
+        rollout_count=max(owners, default=-1) + 1,
         padded_token_count=len(sequences) * max((len(sequence) for sequence in sequences), default=0),
         row_lengths=None if share_prefixes else tuple(len(path) for path in trie.paths),
         padding=padding,

@@ -9,12 +9,12 @@ from vpd.packing.trie import PrefixCounter, Tokens
 
 
 def plan_micro_batches(
-    views: Sequence[Sequence[Tokens | None]],
+    views: Sequence[Sequence[Sequence[Tokens]]],
     max_tokens: int | Sequence[int],
     *,
     groups: Sequence[Hashable] | None = None,
     share_prefixes: bool = True,
-    behind: bool = False,
+    conditioned: bool = False,
 ) -> list[list[int]]:
     """Indices of rollouts for each micro-batch, in the given order.
 
@@ -25,12 +25,13 @@ def plan_micro_batches(
     rollout that alone is above the budget gets a micro-batch of its own.
 
     Args:
-        views: for each rollout its sequences, for example the student's and the teacher's; None where it lacks one.
+        views: For each rollout its views, for example the student's and the teacher's, and for each view the sequences
+            of the rollout's turns; none where the rollout lacks the view.
         max_tokens: the budget of one view, or of each.
         groups: for each rollout the name of its group; rollouts of a group stand next to each other.
         share_prefixes: whether the batches will share prefixes; False counts every token.
-        behind: whether the passes of all views but the first take its keys and values, so that only tokens that it
-            lacks count for them. (That pass also computes anew what predicts a completion's first token.)
+        conditioned: Whether the passes of all views but the first take its keys and values, so that only tokens that
+            it lacks count for them. (Such a pass also computes what predicts a completion's first token anew.)
 
     Raises:
         ValueError: a budget is not positive, there is not one for each view, or rollouts differ in their number of
@@ -43,14 +44,14 @@ def plan_micro_batches(
     if min(budgets) < 1:
         raise ValueError(f"max_tokens is {max_tokens}; a micro-batch needs a budget of at least 1 token.")
     if any(len(rollout) != view_count for rollout in views):
-        raise ValueError("Every rollout must have the same number of views; write None where it lacks one.")
+        raise ValueError("Every rollout must have the same number of views; give an empty list where it lacks one.")
     names = range(len(views)) if groups is None else groups
     runs = [
         [i for i, _ in run] for _, run in groupby(zip(range(len(views)), names, strict=True), key=lambda pair: pair[1])
     ]
 
     def start() -> _MicroBatch:
-        return _MicroBatch(budgets[:view_count], share_prefixes, behind)
+        return _MicroBatch(budgets[:view_count], share_prefixes, conditioned)
 
     plan: list[list[int]] = []
     current = start()
@@ -72,32 +73,31 @@ def plan_micro_batches(
 class _MicroBatch:
     """The rollouts of one micro-batch and the packed tokens of each of their views."""
 
-    def __init__(self, budgets: Sequence[int], share_prefixes: bool, behind: bool) -> None:
+    def __init__(self, budgets: Sequence[int], share_prefixes: bool, conditioned: bool) -> None:
         self.rollouts: list[int] = []
         self._budgets = budgets
-        self._behind = behind
-        # Behind the first view, the others' counters hold its tokens too.
+        self._conditioned = conditioned
+        # Where views are conditioned on the first one, their counters hold its tokens, too.
         self._counters = [PrefixCounter(share_prefixes=share_prefixes) for _ in budgets]
 
     def copy(self) -> _MicroBatch:
-        duplicate = _MicroBatch(self._budgets, True, self._behind)
+        duplicate = _MicroBatch(self._budgets, True, self._conditioned)
         duplicate.rollouts = list(self.rollouts)
         duplicate._counters = [counter.copy() for counter in self._counters]
         return duplicate
 
-    def add(self, index: int, rollout: Sequence[Tokens | None]) -> bool:
+    def add(self, index: int, rollout: Sequence[Sequence[Tokens]]) -> bool:
         """Put a rollout in; whether all fit in the budget now."""
         self.rollouts.append(index)
-        for number, (counter, sequence) in enumerate(zip(self._counters, rollout, strict=True)):
-            first = rollout[0] if self._behind and number else None
-            for tokens in (first, sequence):
-                if tokens is not None:
-                    counter.add(tokens[:-1])
+        for number, (counter, sequences) in enumerate(zip(self._counters, rollout, strict=True)):
+            first = rollout[0] if self._conditioned and number else []
+            for tokens in (*first, *sequences):
+                counter.add(tokens[:-1])
         counts = [counter.count for counter in self._counters]
-        if self._behind:
+        if self._conditioned:
             counts[1:] = [count - counts[0] for count in counts[1:]]
         return all(count <= budget for count, budget in zip(counts, self._budgets, strict=True))
 
-    def extend(self, indices: list[int], views: Sequence[Sequence[Tokens | None]]) -> bool:
+    def extend(self, indices: list[int], views: Sequence[Sequence[Sequence[Tokens]]]) -> bool:
         """Put rollouts in up to the first that does not fit; whether all did."""
         return all(self.add(i, views[i]) for i in indices)

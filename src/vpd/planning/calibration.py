@@ -91,7 +91,7 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
     ).train()
     batch = _micro_batch(settings, lengths, text.vocab_size, policy.share_prefixes).to(device)
     tokens = len(batch.targets)
-    flops, head = pass_flops(shape, lengths, batch.sequence_count, batch.token_count)
+    flops, head = pass_flops(shape, lengths, batch.rollout_count, batch.token_count)
 
     def run(objective: Objective, learns: bool) -> None:
         with torch.set_grad_enabled(learns), torch.autocast(device.type, torch.bfloat16, enabled=half):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from vpd.config import VPD, ConfigError, PolicyGradientSettings, VPDConfig
+from vpd.config import ConfigError, VPDConfig
 
 _ACTIVATION_BYTES = 34
 """Of one layer and hidden unit for each token, in 2-byte precision (arXiv 2205.05198, eq. 1, without the attention's
@@ -150,40 +150,28 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     """
     prompts, group = settings.rollout.prompts_per_step, settings.rollout.num_generations
     rollouts = prompts * group
-    has_teacher = settings.algorithm.has_teacher
+    algorithm = settings.make_algorithm()
+    has_teacher, passes = algorithm.has_teacher, algorithm.passes(prompts)
     student = prompts * (lengths.prompt + group * lengths.completion)
     # A sibling's answer is the same text for all of a group but its own author.
     own_texts = 2 if settings.feedback.sources[0] == "sibling" else group
     teacher = prompts * (lengths.prompt + own_texts * lengths.feedback + group * lengths.completion) * has_teacher
-    e_share = 1 / settings.algorithm.e_step_every if isinstance(settings.algorithm, VPD) else 0.0
-    is_whole = getattr(settings.algorithm, "e_minibatch_prompts", None) in (None, prompts)
-    fits = is_whole and teacher <= settings.optim.micro_batch_tokens
-    epochs = getattr(settings.algorithm, "e_epochs", 1)
-    # A policy gradient and a penalty for leaving the initial model read log-probabilities first; so does an M-step that
-    # weighs tokens, where an update comes between.
-    is_gradient = isinstance(settings.algorithm, PolicyGradientSettings)
-    reads = float(is_gradient)
-    if not is_gradient and getattr(settings.algorithm, "weighs_tokens", False):
-        minibatch = settings.algorithm.m_minibatch_prompts
-        reads = 1.0 if minibatch is not None and minibatch < prompts else e_share
-    reads += getattr(settings.algorithm, "beta", 0.0) > 0
-    teacher_kind = getattr(settings.algorithm, "teacher", "live" if has_teacher else "")
-    teachers = has_teacher * (2 if teacher_kind == "trust_region" else 1)
-    # In the M-step a live teacher stands behind the questions of the student's pass.
+    e_share, epochs, reads, teachers = passes.e_steps, passes.e_epochs, passes.student_reads, passes.teacher_reads
+    fits = passes.e_is_whole and teacher <= settings.optim.micro_batch_tokens
+    # The M-step's teacher may take the questions' keys and values from the student's pass.
     has_dropout = settings.model.lora is not None and settings.model.lora.lora_dropout > 0
-    lends = settings.model.packed_attention == "blocks" and not has_dropout
-    is_read_behind = lends and getattr(settings.algorithm, "teacher", "") == "live"
-    m_teacher = teacher - is_read_behind * prompts * lengths.prompt
-    # And the E-step's prior behind those of the teacher's, where that is one pass.
-    is_dynamic = getattr(settings.algorithm, "prior", "") == "dynamic" and teacher_kind != "lora"
-    known_to_prior = lengths.prompt if lends and fits and is_dynamic else 0
+    reuses_keys = settings.model.packed_attention == "blocks" and not has_dropout
+    is_conditioned = reuses_keys and passes.teacher_reuses_keys
+    m_teacher = teacher - is_conditioned * prompts * lengths.prompt
+    # The E-step's prior may take them from the teacher's, where that is one pass.
+    known_to_prior = lengths.prompt if reuses_keys and fits and passes.prior_reuses_keys else 0
     prior = student - prompts * known_to_prior
     scored = rollouts * lengths.completion
 
     backward = 2 + settings.model.gradient_checkpointing
     student_pass, head = pass_flops(shape, replace(lengths, feedback=0), rollouts, student)
     teacher_pass, _ = pass_flops(shape, lengths, rollouts, teacher)
-    m_teacher_pass, _ = pass_flops(shape, lengths, rollouts, m_teacher, is_read_behind * lengths.prompt)
+    m_teacher_pass, _ = pass_flops(shape, lengths, rollouts, m_teacher, is_conditioned * lengths.prompt)
     prior_pass, _ = pass_flops(shape, replace(lengths, feedback=0), rollouts, prior, known_to_prior)
     prefill, _ = pass_flops(shape, Lengths(lengths.prompt, 0, 0), prompts, prompts * lengths.prompt)
     flops = Step(
@@ -211,8 +199,7 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     width = 2 if settings.model.dtype == "bfloat16" else 4
     # Adapters have gradients and moments of their own alone, which are next to nothing.
     trained = 0 if settings.model.lora is not None else width
-    copies = (teacher_kind in ("ema", "trust_region")) + (getattr(settings.algorithm, "beta", 0.0) > 0)
-    copies += (getattr(settings.algorithm, "prior", "") == "fixed") + settings.optim.extrapolation
+    copies = len(algorithm.weight_copies()) + settings.optim.extrapolation
     train, score = hardware.flops * hardware.train_share, hardware.flops * hardware.score_share
     batches = -(-rollouts // settings.rollout.batch_size)
     rows = min(rollouts, settings.rollout.batch_size)
@@ -237,7 +224,7 @@ def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardw
     activations = held * shape.layers * shape.hidden * kept_layers
     if settings.model.gradient_checkpointing:
         # Keys and values that are lent; without checkpointing they are held for the backward pass anyway.
-        lent = max(student * is_read_behind, teacher * (known_to_prior > 0) * (e_share > 0))
+        lent = max(student * is_conditioned, teacher * (known_to_prior > 0) * (e_share > 0))
         activations += cache_bytes(shape) * min(settings.optim.micro_batch_tokens, lent)
     # The copy that samples and its cache are freed before the update.
     sampling = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion)

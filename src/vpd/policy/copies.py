@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from vpd.config import AlgorithmSettings
 from vpd.losses import Head
 from vpd.policy.architecture import head_of
 from vpd.policy.module import PolicyModule
 
 INITIAL, AVERAGE, PREVIOUS = "initial", "average", "previous"
-"""Names of the copies: the policy as it was before training, its running average, and as it was at the last attempt to
-extrapolate."""
+"""The names of the copies: the policy as it was before training, its running average, and the policy as it was when it
+was last extrapolated."""
 
 
-def make_copies(policy: PolicyModule, settings: AlgorithmSettings, extrapolates: bool = False) -> dict[str, WeightCopy]:
-    """The copies that an algorithm's settings ask for, and extrapolation; most ask for none."""
-    teacher = getattr(settings, "teacher", None)
-    copies = {}
-    penalised = getattr(settings, "beta", 0.0) > 0
-    if teacher == "trust_region" or getattr(settings, "prior", None) == "fixed" or penalised:
-        copies[INITIAL] = WeightCopy(policy)
-    if teacher == "ema":
-        copies[AVERAGE] = WeightCopy(policy, settings.ema_rate)  # pyright: ignore[reportAttributeAccessIssue]
-    if extrapolates:
-        copies[PREVIOUS] = WeightCopy(policy)
-    return copies
+def make_copies(policy: PolicyModule, rates: Mapping[str, float]) -> dict[str, WeightCopy]:
+    """The copies of some names, each with the rate at which every rollout batch pulls it towards the policy."""
+    return {name: WeightCopy(policy, rate) for name, rate in rates.items()}
 
 
 class WeightCopy:

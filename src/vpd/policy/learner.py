@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,46 +28,79 @@ from vpd.policy.optimizer import make_moments
 T = TypeVar("T")
 
 SCORED_BUDGETS = 4
-"""Budgets of tokens that a pass without gradient may have where one with a gradient keeps all activations: it holds
-those of one layer at a time."""
+"""How many budgets of tokens a pass without gradient may have. A pass with a gradient keeps all activations, and one
+without holds those of one layer at a time."""
 
 
 @dataclass(frozen=True)
 class View(Generic[T]):
-    """From an item to one of its token sequences, and the index in it of the first completion token.
+    """Gives the token sequences of an item, one for each turn, with the index of the first completion token in each.
 
     Attributes:
-        of: gives both.
-        as_teacher: whether a pass over it is the teacher's.
+        of: Gives the sequences and the indices.
+        as_teacher: Whether a pass over them is the teacher's.
     """
 
-    of: Callable[[T], tuple[list[int], int]]
+    of: Callable[[T], list[tuple[list[int], int]]]
     as_teacher: bool = False
 
-    def __call__(self, item: T) -> tuple[list[int], int]:
+    def __call__(self, item: T) -> list[tuple[list[int], int]]:
         return self.of(item)
 
+    def completion_length(self, item: T) -> int:
+        """The number of the item's completion tokens."""
+        return sum(len(sequence) - start for sequence, start in self(item))
 
-@dataclass
+
+@dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of sequences in training passes: how many were computed, and how many padded batches would have held."""
+    """Tokens of sequences in training passes.
+
+    Attributes:
+        computed: How many were computed.
+        padded: How many a padded batch would have held.
+    """
 
     computed: int = 0
     padded: int = 0
 
-    def count(self, batch: PackedBatch) -> None:
-        """Add a pass over ``batch``."""
-        self.computed += batch.token_count
-        self.padded += batch.padded_token_count
+    def __add__(self, batch: PackedBatch) -> TokenCounts:
+        return TokenCounts(self.computed + batch.token_count, self.padded + batch.padded_token_count)
+
+    def __sub__(self, before: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.computed - before.computed, self.padded - before.padded)
 
 
-@dataclass
+@dataclass(frozen=True)
+class TrainingPass:
+    """What one forward with a gradient takes.
+
+    Attributes:
+        batch: The tokens.
+        objective: The loss.
+        conditioned: A second batch that takes keys and values from the first; see :meth:`PolicyModule.forward`.
+    """
+
+    batch: PackedBatch
+    objective: Objective
+    conditioned: PackedBatch | None = None
+
+
+@dataclass(frozen=True)
 class OptimizerStep:
-    """What one optimizer step did: its loss (summed over micro-batches and processes) and the gradient's norm."""
+    """What one optimizer step did.
+
+    Attributes:
+        loss: The loss, summed over micro-batches and processes.
+        grad_norm: The gradient's norm before it was clipped.
+        clipped: Whether it was clipped.
+        values: For each part of this process the objective's numbers; none for an empty part.
+    """
 
     loss: float
     grad_norm: float
     clipped: bool
+    values: list[dict[str, Tensor]]
 
 
 @dataclass
@@ -75,11 +108,13 @@ class Learner:
     """The prepared policy with its optimizer.
 
     Attributes:
-        policy: the accelerator's wrapping of a :class:`PolicyModule`.
-        optimizer: one for both steps.
-        temperature: of student and teacher in every loss.
-        tokens: counts of training passes.
-        copies: other weights that settings ask for: :func:`vpd.policy.copies.make_copies`.
+        policy: What the accelerator made of a :class:`PolicyModule`.
+        optimizer: The one optimizer of both steps.
+        accelerator: Knows the processes and the precision.
+        settings: The optimizer's settings.
+        temperature: The temperature of student and teacher in every loss.
+        counts: The tokens of all passes so far.
+        copies: Other sets of weights that an algorithm asks for: :func:`vpd.policy.copies.make_copies`.
     """
 
     policy: torch.nn.Module
@@ -87,11 +122,12 @@ class Learner:
     accelerator: Accelerator
     settings: OptimSettings
     temperature: float
-    tokens: TokenCounts = field(default_factory=TokenCounts)
+    counts: TokenCounts = field(default_factory=TokenCounts)
     copies: dict[str, WeightCopy] = field(default_factory=dict)
 
     @property
     def module(self) -> PolicyModule:
+        """The policy without the accelerator's wrapping."""
         module = self.accelerator.unwrap_model(self.policy)
         assert isinstance(module, PolicyModule)
         return module
@@ -102,7 +138,7 @@ class Learner:
         return self.accelerator.reduce(tensor, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
 
     def largest(self, value: float) -> float:
-        """The largest of a number over all processes."""
+        """The largest value of a number over all processes."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
         return float(torch.as_tensor(self.accelerator.gather(tensor)).max())
 
@@ -117,13 +153,18 @@ class Learner:
         gathered = torch.as_tensor(self.accelerator.gather(padded)).cpu()
         return gathered[gathered.isfinite()]
 
+    @property
+    def reuses_keys(self) -> bool:
+        """Whether a second pass may be conditioned on the keys and values of a training pass."""
+        return self.module.can_reuse_keys
+
     def micro_batches(
         self,
         items: Sequence[T],
         trained: View[T] | None,
         scored: View[T] | None = None,
         *,
-        behind: bool = False,
+        conditioned: bool = False,
         wants_layers: bool = False,
     ) -> list[list[T]]:
         """Split items so that each part stays within the token budget.
@@ -131,12 +172,12 @@ class Learner:
         Every process gets the same number of parts; those without items left get empty ones.
 
         Args:
-            items: to be divided.
-            trained: the view of the passes with a gradient.
-            scored: that of passes without one, which have :data:`SCORED_BUDGETS` budgets; one with gradient
-                checkpointing, where training passes keep little too.
-            behind: whether the scored view is for :meth:`score_behind`.
-            wants_layers: whether scoring keeps the states of layers before the last, and has one budget for that.
+            items: What is divided.
+            trained: The view of the passes with a gradient.
+            scored: The view of the passes without one, which have :data:`SCORED_BUDGETS` budgets. They have one under
+                gradient checkpointing, where training passes keep little, too.
+            conditioned: Whether the scored view is conditioned on the trained one's keys and values.
+            wants_layers: Whether scoring keeps the states of layers before the last, and so has one budget.
         """
         budget = self.settings.micro_batch_tokens
         keeps_little = getattr(causal_lm_of(self.module.model), "is_activation_checkpointing", False)
@@ -144,89 +185,65 @@ class Learner:
         views = [(trained, budget), (scored, budgets * budget)]
         given = [(view, limit) for view, limit in views if view is not None]
         parts = plan_micro_batches(
-            [[view(item)[0] for view, _ in given] for item in items],
+            [[[sequence for sequence, _ in view(item)] for view, _ in given] for item in items],
             [limit for _, limit in given],
             share_prefixes=self.module.share_prefixes,
-            behind=behind,
+            conditioned=conditioned,
         )
         most = int(self.largest(len(parts)))
         return [[items[index] for index in part] for part in parts] + [[] for _ in range(most - len(parts))]
 
-    @property
-    def lends_keys(self) -> bool:
-        """Whether :meth:`score_behind` may be used."""
-        # Processes with nothing left make no pass within their own, which sharded weights would wait for.
-        is_whole = self.accelerator.distributed_type in (
-            DistributedType.NO,
-            DistributedType.MULTI_CPU,
-            DistributedType.MULTI_GPU,
-        )
-        return self.module.can_lend_keys and is_whole
-
     def pack(
-        self, items: Sequence[T], view: View[T], *, lends: bool = False, behind: PackedBatch | None = None
+        self,
+        items: Sequence[T],
+        view: View[T],
+        *,
+        keeps_keys: bool = False,
+        conditioned_on: PackedBatch | None = None,
+        network: PolicyModule | None = None,
     ) -> PackedBatch:
-        """Pack one view of some items for a forward pass; see :func:`vpd.packing.pack`."""
-        sequences, starts = [], []
-        for item in items:
-            sequence, start = view(item)
-            sequences.append(sequence)
-            starts.append(start)
-        batch = pack(sequences, starts, share_prefixes=self.module.share_prefixes, lends=lends, behind=behind)
+        """Pack one view of some items for a forward of the policy, or of another network; see :func:`pack`."""
+        turns = [(index, *turn) for index, item in enumerate(items) for turn in view(item)]
+        batch = pack(
+            [sequence for _, sequence, _ in turns],
+            [start for _, _, start in turns],
+            rollouts=[index for index, _, _ in turns],
+            share_prefixes=(network or self.module).share_prefixes,
+            keeps_keys=keeps_keys,
+            conditioned_on=conditioned_on,
+        )
         return replace(batch, as_teacher=view.as_teacher).to(self.accelerator.device)
 
     @torch.no_grad()
-    def score(self, batch: PackedBatch, objective: Objective, weights: WeightCopy | None = None) -> Outputs:
-        """One pass without gradient, dropout off; of the policy, or of a copy of it."""
-        self.tokens.count(batch)
-        if weights is not None:
+    def score(self, batch: PackedBatch, objective: Objective, network: PolicyModule | None = None) -> Outputs:
+        """One pass without gradient and dropout, of the policy or of another network."""
+        self.counts += batch
+        if network is not None:
             with self.accelerator.autocast():
-                return weights.module(batch, objective)
+                return network(batch, objective)
         self.policy.eval()
         return self.policy(batch, objective)
 
-    @torch.no_grad()
-    def score_behind(self, items: Sequence[T], view: View[T], lender: PackedBatch, objective: Objective) -> Outputs:
-        """Score another view of items within the forward of ``lender``, whose keys and values it takes: once, for they
-        are forgotten then."""
-        # Not the wrapped forward: autocast is on already, and its wrapper does not nest.
-        batch = self.pack(items, view, behind=lender)
-        self.tokens.count(batch)
-        module = self.module
-        was_training = module.training
-        module.eval()
-        try:
-            return module.compute(batch, objective)
-        finally:
-            module.train(was_training)
-            lender.layout.forget()
-
-    def sequence_log_probs_behind(self, items: Sequence[T], view: View[T], lender: PackedBatch) -> Tensor:
-        """:meth:`sequence_log_probs` by :meth:`score_behind`."""
-        found = self.score_behind(items, view, lender, TokenLogProbs(self.temperature)).values["log_probs"]
-        lengths = [len(sequence) - start for sequence, start in map(view, items)]
-        return torch.stack([values.sum() for values in found.float().cpu().split(lengths)])
-
-    def sequence_log_probs(self, items: Sequence[T], view: View[T], weights: WeightCopy | None = None) -> Tensor:
-        """log pi(y|.) of each completion behind one view's prompt, summed over tokens: [B], on the CPU."""
-        token_log_probs = self.token_log_probs(items, view, weights)
+    def sequence_log_probs(self, items: Sequence[T], view: View[T], network: PolicyModule | None = None) -> Tensor:
+        """log pi(y|.) of each item under one view, summed over the completion tokens of all turns: [B], on the CPU."""
+        token_log_probs = self.token_log_probs(items, view, network)
         return torch.stack([values.sum() for values in token_log_probs]) if items else torch.zeros(0)
 
-    def token_log_probs(self, items: Sequence[T], view: View[T], weights: WeightCopy | None = None) -> list[Tensor]:
-        """log pi(y_t|.) of each item's completion tokens behind one view's prompt: one [T] an item, on the CPU."""
+    def token_log_probs(self, items: Sequence[T], view: View[T], network: PolicyModule | None = None) -> list[Tensor]:
+        """log pi(y_t|.) of each item's completion tokens under one view: one [T] an item, on the CPU."""
         objective = TokenLogProbs(self.temperature)
-        return [values["log_probs"] for values in self.token_values(items, view, objective, weights)]
+        return [values["log_probs"] for values in self.token_values(items, view, objective, network)]
 
     def token_values(
-        self, items: Sequence[T], view: View[T], objective: Objective, weights: WeightCopy | None = None
+        self, items: Sequence[T], view: View[T], objective: Objective, network: PolicyModule | None = None
     ) -> list[dict[str, Tensor]]:
-        """What an objective says of each completion token [S]: by name, one [T] an item, on the CPU, in fp32."""
+        """An objective's numbers for the completion tokens [S]: by name, one [T] an item, on the CPU, in fp32."""
         results: list[dict[str, Tensor]] = []
         for part in self.micro_batches(items, None, view):
-            outputs = self.score(self.pack(part, view), objective, weights)
+            outputs = self.score(self.pack(part, view, network=network), objective, network)
             if not part:
                 continue
-            lengths = [len(sequence) - start for sequence, start in map(view, part)]
+            lengths = [view.completion_length(item) for item in part]
             columns = {name: values.float().cpu().split(lengths) for name, values in outputs.values.items()}
             results += [{name: column[i] for name, column in columns.items()} for i in range(len(part))]
         return results
@@ -234,33 +251,33 @@ class Learner:
     def optimise(
         self,
         parts: Sequence[list[T]],
-        make_pass: Callable[[list[T]], tuple[PackedBatch, Objective]],
-        on_outputs: Callable[[list[T], Outputs], None] | None = None,
+        make_pass: Callable[[list[T]], TrainingPass],
         factor: float = 1.0,
     ) -> OptimizerStep:
-        """One optimizer step from the gradients of all parts.
+        """Make one optimizer step from the gradients of all parts.
 
         Args:
-            parts: from :meth:`micro_batches`.
-            make_pass: called with each part, an empty one too, right before its pass.
-            on_outputs: called with each part that is not empty and what came out.
-            factor: of the learning rate in this step. The clipped gradient is scaled too: what the optimizer's momentum
-                keeps of it moves the weights in the steps to come, at their full rate, and by far the most of it.
+            parts: From :meth:`micro_batches`.
+            make_pass: Is called with each part, an empty one too, right before its pass.
+            factor: Multiplies the learning rate in this step. The clipped gradient is scaled, too: what the optimizer's
+                momentum keeps of it moves the weights in the steps to come, at their full rate, and by far the most.
         """
         make_moments(self.optimizer)
         loss = 0.0
+        found: list[dict[str, Tensor]] = []
         for index, part in enumerate(parts):
-            batch, objective = make_pass(part)
-            self.tokens.count(batch)
+            taken = make_pass(part)
+            for batch in (taken.batch, taken.conditioned):
+                if batch is not None:
+                    self.counts += batch
             self.policy.train()
             with self._synchronised(last=index == len(parts) - 1):
-                outputs = self.policy(batch, objective)
+                outputs = self.policy(taken.batch, taken.objective, taken.conditioned)
                 assert outputs.loss is not None
                 # DDP averages gradients over processes, while the losses are already divided by global counts.
                 self.accelerator.backward(outputs.loss * self.accelerator.num_processes)
             loss += float(outputs.loss.detach())
-            if part and on_outputs is not None:
-                on_outputs(part, outputs)
+            found.append({name: value.detach() for name, value in outputs.values.items()})
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         norm = float("nan") if grad_norm is None else float(grad_norm)
         if factor != 1.0:
@@ -270,7 +287,7 @@ class Learner:
         with self._scaled_learning_rate(factor):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm)
+        return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm, found)
 
     @contextlib.contextmanager
     def _scaled_learning_rate(self, factor: float) -> Iterator[None]:

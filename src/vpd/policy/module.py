@@ -1,6 +1,8 @@
-"""The policy: a causal language model whose forward takes a packed batch and what to compute from it.
+"""The policy: a causal language model whose forward takes packed batches and computes one objective from them.
 
-Losses are computed inside this forward, so that the hooks of DDP and the sharding of FSDP see all uses of the weights.
+The loss is computed inside this forward, so that the hooks of DDP and the sharding of FSDP see every use of the
+weights. A forward goes one way: the pass over the batch, then the pass that is conditioned on its keys and values where
+there is one, then the objective, which is a plain function of what the two passes gave.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vpd.losses import DEFAULT_CHUNK_SIZE
 from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidden_states
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.architecture import backbone_of, causal_lm_of, head_of
 from vpd.policy.cpu.recompute import remaking
-from vpd.policy.objectives import Objective, Outputs
+from vpd.policy.objectives import Forward, Objective, Outputs, ScoredStates, scored_states
 
 _IS_RANDOM = re.compile("drop|jitter")
 _OF_OTHER_HEADS = re.compile("classifier|summary")
@@ -38,12 +40,13 @@ class PolicyModule(nn.Module):
     """Wraps the language model that plays student and teacher.
 
     Args:
-        model: a causal language model, PEFT-wrapped or not.
-        share_prefixes: run batches packed; off for architectures that carry state across tokens, whose sequences are
-            then run one by one.
-        kernel: how packed attention is computed.
-        remakes: keep less of a training pass for its backward pass: :mod:`vpd.policy.cpu.recompute`.
-        chunk_size: tokens whose logits a loss holds at a time.
+        model: A causal language model, PEFT-wrapped or not.
+        share_prefixes: Whether batches are packed. It is off for architectures that carry state across tokens, whose
+            sequences run one by one.
+        kernel: How packed attention is computed.
+        recomputes: Whether a training pass keeps less for its backward pass and recomputes the rest
+            (:mod:`vpd.policy.cpu.recompute`).
+        chunk_size: How many tokens' logits a loss holds at a time.
     """
 
     def __init__(
@@ -52,14 +55,14 @@ class PolicyModule(nn.Module):
         share_prefixes: bool = True,
         kernel: PackedKernel = "blocks",
         *,
-        remakes: bool = False,
+        recomputes: bool = False,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
     ) -> None:
         super().__init__()
         self.model = model
         self.share_prefixes = share_prefixes
         self.kernel: PackedKernel = kernel
-        self.remakes = remakes
+        self.recomputes = recomputes
         self.chunk_size = chunk_size
         self.has_teacher_adapter = has_teacher_adapter(model)
         if share_prefixes:
@@ -67,17 +70,19 @@ class PolicyModule(nn.Module):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether a training pass may give other numbers than a scoring pass, by the modules or by the config, since
-        dropout, dropped layers and jitter of routers may be functions."""
+        """Whether a training pass may give other numbers than a scoring pass.
+
+        Modules and config are both asked, since dropout, dropped layers and the jitter of routers may be functions.
+        """
         in_modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
         return in_modules or _is_random(causal_lm_of(self.model).config.get_text_config().to_dict())
 
     @property
-    def can_lend_keys(self) -> bool:
-        """Whether a scoring pass may take the keys and values of a training pass over the same beginnings.
+    def can_reuse_keys(self) -> bool:
+        """Whether a second pass may be conditioned on the keys and values of a training pass over the same prefixes.
 
-        Not where training drops some, where the student's network is not the teacher's, where the kernel cannot, or
-        where rotary positions depend on how long the pass's longest sequence is.
+        It may not where training drops activations, where the student's network is not the teacher's, where the kernel
+        cannot do it, or where rotary positions depend on the length of the longest sequence in a pass.
         """
         rotary = getattr(causal_lm_of(self.model).config.get_text_config(), "rope_parameters", None) or {}
         kinds = {nested.get("rope_type") for nested in (rotary, *rotary.values()) if isinstance(nested, Mapping)}
@@ -85,29 +90,46 @@ class PolicyModule(nn.Module):
         is_same = not (self.has_dropout or self.has_teacher_adapter)
         return self.share_prefixes and self.kernel == "blocks" and is_same and is_fixed
 
-    def forward(self, batch: PackedBatch, objective: Objective) -> Outputs:
-        """:meth:`compute`, in whatever accelerate wraps around it."""
-        return self.compute(batch, objective)
+    def forward(self, batch: PackedBatch, objective: Objective, conditioned: PackedBatch | None = None) -> Outputs:
+        """Compute ``objective`` from a pass over ``batch``, and from one over ``conditioned`` where it is given.
 
-    def compute(self, batch: PackedBatch, objective: Objective) -> Outputs:
-        """Compute ``objective`` on ``batch``.
+        Every process makes the same passes, whether or not it has rollouts left: an empty batch runs a single token,
+        whose zero loss is joined to every weight, and an empty ``conditioned`` runs a single token, too.
 
-        An empty batch runs one token and returns a zero loss joined to every weight: in a distributed run each process
-        makes the same number of passes, whether or not it has rollouts left.
+        Args:
+            batch: The tokens of the first pass, which has a gradient where gradients are on. It must have been packed
+                with ``keeps_keys`` if ``conditioned`` holds tokens.
+            objective: What to compute.
+            conditioned: A batch that was packed with ``conditioned_on=batch``. Its pass has no gradient and takes keys
+                and values from the first one (KV reuse), which are forgotten afterwards.
         """
+        layers = self._layers(objective)
+        head = head_of(self.model)
+        with remaking() if self.recomputes and torch.is_grad_enabled() else nullcontext():
+            hidden = self._states(batch, layers)
+        scored: ScoredStates | None = None
+        if conditioned is not None:
+            with torch.no_grad():
+                found = self._states(conditioned, layers)
+                scored = None if conditioned.is_empty else scored_states(found, conditioned)
+            batch.layout.forget()
+        if batch.is_empty:
+            bias = 0.0 if head.bias is None else head.bias.sum()
+            return Outputs(loss=0.0 * (hidden.sum() + head.weight.sum() + bias))
+        return objective(Forward(hidden, head, batch, scored, self.chunk_size))
+
+    def _states(self, batch: PackedBatch, layers: Sequence[int]) -> Tensor:
+        """The last hidden states [T, H] of a batch, with those of ``layers`` side by side; [1, H] for an empty one."""
         if self.has_teacher_adapter:
             switch_teacher_adapter(self.model, on=batch.as_teacher)
-        backbone, head = backbone_of(self.model), head_of(self.model)
+        backbone = backbone_of(self.model)
         if batch.is_empty:
-            token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
-            hidden = backbone(input_ids=token, use_cache=False).last_hidden_state
-            zero = 0.0 * (hidden.sum() + head.weight.sum() + (0.0 if head.bias is None else head.bias.sum()))
-            return Outputs(loss=zero)
-        with remaking() if self.remakes and torch.is_grad_enabled() else nullcontext():
-            hidden = hidden_states(backbone, batch, self._layers(objective))
-        return objective(hidden, head, batch, self.chunk_size)
+            token = torch.zeros(1, 1, dtype=torch.long, device=batch.input_ids.device)
+            return backbone(input_ids=token, use_cache=False).last_hidden_state[0]
+        return hidden_states(backbone, batch, layers)
 
     def _layers(self, objective: Objective) -> Sequence[int]:
-        """The layers whose states the objective wants behind the last ones; None stands for all."""
-        layers = getattr(objective, "layers", ())
-        return range(1, causal_lm_of(self.model).config.num_hidden_layers + 1) if layers is None else layers
+        """The layers whose states the objective wants beside the last ones."""
+        if objective.layers is None:
+            return range(1, causal_lm_of(self.model).config.num_hidden_layers + 1)
+        return objective.layers

@@ -1,15 +1,15 @@
-"""What to compute from a packed batch's hidden states, inside the policy module's forward.
+"""What the policy module computes from its passes: losses and numbers of tokens.
 
-Each objective is called with the hidden states [T, H] of the packed tokens, the model's head, the batch, and how many
-tokens' logits may exist at a time, and returns :class:`Outputs`. Scored tokens (S of them) that share a packed row are
-computed once, since completions of a group often begin alike.
+An objective is a plain function of :class:`Forward`: the hidden states [T, H] of the packed tokens, the model's head,
+and what the conditioned pass gave where there is one. Scored tokens (S of them) that share a packed row are computed
+once, since completions of a group often begin alike.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from vpd.losses import (
     clipped_policy_gradient,
     divergence,
     implicit_rewards,
+    measure_margin,
     reference_kl,
     sampled_divergence,
     token_log_probs,
@@ -31,20 +32,25 @@ from vpd.packing import PackedBatch
 
 @dataclass(slots=True)
 class Outputs:
-    """Result of an objective: a scalar ``loss`` where there is one, and detached numbers by name."""
+    """The result of an objective.
+
+    Attributes:
+        loss: A scalar, where the objective has one.
+        values: Detached numbers by name.
+    """
 
     loss: Tensor | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class TeacherStates:
-    """What the teacher predicts at the completion tokens of some rollouts, before its head.
+class ScoredStates:
+    """The hidden states that predict the completion tokens of some rollouts, before the head.
 
     Attributes:
-        hidden: [U, H'], distinct ones only.
-        rows: [S], which of them predicts each completion token.
-        head: maps them to logits; None for the student's.
+        hidden: [U, H'], the distinct ones.
+        rows: [S], the index among them that predicts each completion token.
+        head: The head that maps them to logits; None for the policy's own.
     """
 
     hidden: Tensor
@@ -52,8 +58,43 @@ class TeacherStates:
     head: Head | None = None
 
 
-class Objective(Protocol):
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs: ...
+@dataclass(frozen=True)
+class Forward:
+    """What the passes of one forward gave.
+
+    Attributes:
+        hidden: [T, H'], the hidden states of the batch's packed tokens.
+        head: The policy's head.
+        batch: What was run.
+        conditioned: The states of the pass without gradient that was conditioned on the batch's keys and values; None
+            where there was none, or where it held no tokens.
+        chunk_size: How many tokens' logits may exist at a time.
+    """
+
+    hidden: Tensor
+    head: Head
+    batch: PackedBatch
+    conditioned: ScoredStates | None
+    chunk_size: int
+
+
+class Objective(ABC):
+    """What to compute from a forward.
+
+    Attributes:
+        layers: The layers whose outputs stand beside the last hidden states, counted from 1; None for all.
+    """
+
+    layers: Sequence[int] | None = ()
+
+    @abstractmethod
+    def __call__(self, forward: Forward) -> Outputs: ...
+
+
+def scored_states(hidden: Tensor, batch: PackedBatch) -> ScoredStates:
+    """Pick the states that predict the batch's completion tokens from all of its hidden states [T, H']."""
+    (rows,), inverse = _distinct(batch.predictor)
+    return ScoredStates(hidden.index_select(0, rows), inverse)
 
 
 def _distinct(*columns: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -67,111 +108,167 @@ def _distinct(*columns: Tensor) -> tuple[list[Tensor], Tensor]:
     return [column[first] for column in columns], inverse
 
 
-def _log_probs(hidden: Tensor, head: Head, batch: PackedBatch, temperature: float, chunk_size: int) -> Tensor:
-    """Log-probability [S] of every completion token."""
-    (rows, targets), inverse = _distinct(batch.predictor, batch.targets)
-    states = hidden.index_select(0, rows)
-    return token_log_probs(states, head, targets, temperature=temperature, chunk_size=chunk_size)[inverse]
+def _log_probs(
+    hidden: Tensor, rows: Tensor, head: Head, targets: Tensor, temperature: float, chunk_size: int
+) -> Tensor:
+    """The log-probability [S] of each target [S], which ``hidden[rows]`` [S, H] predicts."""
+    (distinct_rows, distinct_targets), inverse = _distinct(rows, targets)
+    states = hidden.index_select(0, distinct_rows)
+    return token_log_probs(states, head, distinct_targets, temperature=temperature, chunk_size=chunk_size)[inverse]
 
 
-def _per_sequence(values: Tensor, batch: PackedBatch) -> Tensor:
-    """Sum token values [S] within each sequence: [B]."""
-    return values.new_zeros(batch.sequence_count).index_add(0, batch.sequence, values)
+def _batch_log_probs(forward: Forward, temperature: float) -> Tensor:
+    """The log-probability [S] of every completion token of the batch."""
+    batch = forward.batch
+    return _log_probs(forward.hidden, batch.predictor, forward.head, batch.targets, temperature, forward.chunk_size)
+
+
+def _per_rollout(values: Tensor, batch: PackedBatch) -> Tensor:
+    """Token values [S] summed over each rollout's completion tokens, those of all its turns: [B]."""
+    return values.new_zeros(batch.rollout_count).index_add(0, batch.rollout, values)
 
 
 @dataclass(frozen=True)
-class TokenLogProbs:
+class TokenLogProbs(Objective):
     """``values["log_probs"]`` [S] of the completion tokens, and with ``entropy`` also ``values["entropy"]`` [S]."""
 
     temperature: float
     entropy: bool = False
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        values = {"log_probs": _log_probs(hidden, head, batch, self.temperature, chunk_size)}
+    def __call__(self, forward: Forward) -> Outputs:
+        values = {"log_probs": _batch_log_probs(forward, self.temperature)}
         if self.entropy:
-            (rows,), inverse = _distinct(batch.predictor)
-            states = hidden.index_select(0, rows)
-            same = divergence(states, states, head, temperature=self.temperature, chunk_size=chunk_size)
-            values["entropy"] = same.entropy[inverse]
+            scored = scored_states(forward.hidden, forward.batch)
+            same = divergence(
+                scored.hidden,
+                scored.hidden,
+                forward.head,
+                temperature=self.temperature,
+                chunk_size=forward.chunk_size,
+            )
+            values["entropy"] = same.entropy[scored.rows]
         return Outputs(values=values)
 
 
 @dataclass(frozen=True)
-class PredictorStates:
-    """The hidden states that predict completion tokens: ``values["hidden"]`` [U, H], distinct ones only, and
-    ``values["rows"]`` [S], which of them predicts each completion token.
+class ReadStates(Objective):
+    """The states that predict the completion tokens: ``values["hidden"]`` [U, H'] and ``values["rows"]`` [S].
 
     Attributes:
-        layers: whose outputs to put behind the last states; None for all.
+        layers: The layers whose outputs stand beside the last states; None for all.
     """
 
     layers: Sequence[int] | None = ()
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        (rows,), inverse = _distinct(batch.predictor)
-        return Outputs(values={"hidden": hidden.index_select(0, rows), "rows": inverse})
+    def __call__(self, forward: Forward) -> Outputs:
+        scored = scored_states(forward.hidden, forward.batch)
+        return Outputs(values={"hidden": scored.hidden, "rows": scored.rows})
 
 
 @dataclass(frozen=True)
-class Imitate:
-    """Negative log-likelihood of the completions, each token divided by ``token_count``, the minibatch's number."""
+class Imitate(Objective):
+    """The negative log-likelihood of the completions.
+
+    Attributes:
+        token_count: The number of completion tokens of the minibatch, over all processes, which divides each token.
+    """
 
     token_count: int
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        log_probs = _log_probs(hidden, head, batch, temperature=1.0, chunk_size=chunk_size)
-        return Outputs(loss=-log_probs.sum() / self.token_count)
+    def __call__(self, forward: Forward) -> Outputs:
+        return Outputs(loss=-_batch_log_probs(forward, temperature=1.0).sum() / self.token_count)
 
 
 @dataclass(frozen=True)
-class Refine:
-    """The E-step's loss: BCO on the implicit rewards of teacher sequences (VPD, Algorithm 1).
+class ShiftRule:
+    """How delta follows from the implicit rewards of a whole E-batch (VPD, Algorithm 1, line 12).
 
     Attributes:
-        prior_log_probs: [B], log pi_prior(y|x), without gradient, or what reads it once the pass has been made.
-        is_success: [B] bool.
-        shift_from: gives delta, a constant of the E-step, from the implicit rewards [B] of this pass, which only the
-            first pass of an E-step needs.
-        success_count, failure_count: over the whole E-batch, all processes.
-        betas: [B], the implicit reward's temperature.
+        total: Sums numbers over all processes. It is the one place where a loss needs them: delta is a mean over the
+            E-batch, which may be known only once the first pass of the E-step has been made.
+        momentum: The share of the previous delta that stays.
+        previous: The previous E-step's delta; None where there was none.
     """
 
-    prior_log_probs: Tensor | Callable[[], Tensor]
+    total: Callable[..., list[float]]
+    momentum: float = 0.0
+    previous: float | None = None
+
+    def __call__(self, rewards: Tensor, is_success: Tensor) -> float:
+        """delta from the implicit rewards [B] of all of this process's rollouts."""
+        shift = measure_margin(self.total, rewards.detach().float().cpu(), is_success).reward_shift
+        return shift if self.previous is None else shift + self.momentum * (self.previous - shift)
+
+
+@dataclass(frozen=True)
+class Refine(Objective):
+    """The E-step's loss: BCO on the implicit rewards of teacher sequences (VPD, Algorithm 1).
+
+    ``values`` hold ``rewards`` [B], the implicit rewards, ``prior`` [B], log pi_prior(y|x), and ``shift`` [], delta.
+
+    Attributes:
+        prior_log_probs: [B], log pi_prior(y|x), without gradient. None takes it from the conditioned pass, which then
+            is the student's.
+        is_success: [B] bool.
+        shift: delta, a constant of the E-step. Its rule stands here where it is not known yet: then this pass must hold
+            the whole E-batch of each process.
+        success_count, failure_count: The classes' sizes in the whole E-batch, over all processes.
+        betas: [B], the temperature of each rollout's implicit reward.
+        temperature: The temperature of the distributions.
+    """
+
+    prior_log_probs: Tensor | None
     is_success: Tensor
-    shift_from: Callable[[Tensor], float]
+    shift: float | ShiftRule
     success_count: int
     failure_count: int
     betas: Tensor
     temperature: float
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        log_probs = _per_sequence(_log_probs(hidden, head, batch, self.temperature, chunk_size), batch)
-        prior = self.prior_log_probs if isinstance(self.prior_log_probs, Tensor) else self.prior_log_probs()
+    def __call__(self, forward: Forward) -> Outputs:
+        log_probs = _per_rollout(_batch_log_probs(forward, self.temperature), forward.batch)
+        prior = self._conditioned_prior(forward) if self.prior_log_probs is None else self.prior_log_probs
         rewards = implicit_rewards(log_probs, prior.to(log_probs.device), self.betas.to(log_probs.device))
+        shift = self.shift(rewards, self.is_success) if isinstance(self.shift, ShiftRule) else self.shift
         loss = bco_loss(
             rewards,
             self.is_success.to(log_probs.device),
-            self.shift_from(rewards),
+            shift,
             success_count=self.success_count,
             failure_count=self.failure_count,
         )
-        return Outputs(loss=loss)
+        values = {"rewards": rewards.float(), "prior": prior, "shift": torch.tensor(shift, dtype=torch.float64)}
+        return Outputs(loss=loss, values=values)
+
+    @torch.no_grad()
+    def _conditioned_prior(self, forward: Forward) -> Tensor:
+        """log pi_prior(y|x) [B] from the conditioned pass, whose completion tokens are those of the batch."""
+        states, targets = forward.conditioned, forward.batch.targets
+        assert states is not None
+        found = _log_probs(states.hidden, states.rows, forward.head, targets, self.temperature, forward.chunk_size)
+        lengths = torch.bincount(forward.batch.rollout, minlength=forward.batch.rollout_count)
+        return torch.stack([values.sum() for values in found.float().cpu().split(lengths.tolist())])
 
 
 @dataclass(frozen=True)
-class Distil:
-    """The M-step's loss: divergence between student and stop-gradient teacher at the completion tokens that have one.
+class Distil(Objective):
+    """The M-step's loss: the divergence between student and stop-gradient teacher at completion tokens.
+
+    ``values`` hold, for each of the S tokens: ``divergence``, ``entropy`` (the student's), ``student_log_probs``,
+    ``teacher_log_probs``, and ``representation`` where hidden states are matched, too.
 
     Attributes:
-        teacher: what it predicts for the same completions behind its own prompts, or a function that reads it once the
-            student's pass has been made.
-        token_weights: [S], the loss's weight of each completion token.
-        settings: which divergence.
-        tokens: which of the batch's completion tokens have a teacher, S of them; None for all.
-        old_log_probs: [S], of the policy that wrote the tokens; None where it is the student as it is.
+        teacher: What the teacher predicts for the same completion tokens; None takes the conditioned pass, which then
+            is the teacher's.
+        token_weights: [S], the weight of each completion token in the loss.
+        settings: The divergence and its options.
+        temperature: The temperature of both distributions.
+        tokens: [S], the indices of the batch's completion tokens that have a teacher; None for all.
+        old_log_probs: [S], the log-probabilities under the policy that wrote the tokens; None where it is the student
+            as it is.
     """
 
-    teacher: TeacherStates | Callable[[], TeacherStates]
+    teacher: ScoredStates | None
     token_weights: Tensor
     settings: MStepSettings
     temperature: float
@@ -179,41 +276,27 @@ class Distil:
     old_log_probs: Tensor | None = None
 
     @property
-    def layers(self) -> Sequence[int] | None:
+    def layers(self) -> Sequence[int] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The layers whose states are matched; None for all."""
         return self.settings.representation_layers if self.settings.representation_weight else ()
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        teacher = self.teacher if isinstance(self.teacher, TeacherStates) else self.teacher()
-        columns = (batch.predictor, batch.targets)
-        if self.tokens is not None:
-            columns = tuple(column[self.tokens.to(column.device)] for column in columns)
-        (rows, teacher_rows, targets), inverse = _distinct(columns[0], teacher.rows, columns[1])
-        weights = self.token_weights.to(hidden.device)
-        weights = weights.new_zeros(rows.numel()).index_add(0, inverse, weights)
-        states, teacher_states = hidden.index_select(0, rows), teacher.hidden.index_select(0, teacher_rows)
-        matching = self._representation(states, teacher_states, weights, head)
+    def __call__(self, forward: Forward) -> Outputs:
+        aligned = self._align(forward)
+        matching = self._match_representations(aligned)
+        states, teacher_states = aligned.states, aligned.teacher_states
         if matching is not None:
-            width = head.weight.shape[1]
-            states, teacher_states = states[:, :width], teacher_states[:, :width]
+            states, teacher_states = states[:, : aligned.head_width], teacher_states[:, : aligned.head_width]
         is_sampled = self.settings.divergence == "sampled"
-        old = self.old_log_probs if self.settings.weighs_tokens else None
-        old = None if old is None else old.to(hidden.device)
-        distinct_old = None
-        if old is not None and not is_sampled:
-            places = torch.arange(len(old), device=old.device)
-            first = places.new_full(rows.shape, len(old)).scatter_reduce(0, inverse, places, "amin")
-            distinct_old = old[first]
         kind: DivergenceKind = "reverse_kl" if self.settings.divergence == "sampled" else self.settings.divergence
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_sampled):
             result = divergence(
                 states,
                 teacher_states,
-                head,
-                teacher.head,
-                token_weights=weights,
-                targets=targets,
-                old_log_probs=distinct_old,
+                forward.head,
+                aligned.teacher_head,
+                token_weights=aligned.weights,
+                targets=aligned.targets,
+                old_log_probs=None if is_sampled else aligned.distinct(aligned.old),
                 importance_clip=self.settings.importance_clip,
                 teacher_share=self.settings.teacher_share,
                 kind=kind,
@@ -222,7 +305,7 @@ class Distil:
                 top_k=self.settings.top_k,
                 support=self.settings.support,
                 correction=self.settings.correction,
-                chunk_size=chunk_size,
+                chunk_size=forward.chunk_size,
             )
         values = {
             "divergence": result.per_token,
@@ -230,45 +313,102 @@ class Distil:
             "student_log_probs": result.student_log_probs,
             "teacher_log_probs": result.teacher_log_probs,
         }
-        values = {name: value[inverse] for name, value in values.items()}
+        values = {name: value[aligned.inverse] for name, value in values.items()}
         if matching is not None:
-            values["representation"] = matching[1][inverse]
+            values["representation"] = matching[1][aligned.inverse]
         addition = 0.0 if matching is None else self.settings.representation_weight * matching[0]
-        if not is_sampled:
-            return Outputs(loss=result.total + addition, values=values)
-        loss = sampled_divergence(
-            token_log_probs(states, head, targets, temperature=self.temperature, chunk_size=chunk_size)[inverse],
+        loss = self._sampled(forward, aligned, states, values) if is_sampled else result.total
+        return Outputs(loss=loss + addition, values=values)
+
+    def _align(self, forward: Forward) -> _Aligned:
+        """Bring the student's and the teacher's states of the same tokens together, each distinct pair once."""
+        teacher = forward.conditioned if self.teacher is None else self.teacher
+        assert teacher is not None
+        columns = (forward.batch.predictor, forward.batch.targets)
+        if self.tokens is not None:
+            columns = tuple(column[self.tokens.to(column.device)] for column in columns)
+        (rows, teacher_rows, targets), inverse = _distinct(columns[0], teacher.rows, columns[1])
+        weights = self.token_weights.to(forward.hidden.device)
+        old = self.old_log_probs if self.settings.weighs_tokens else None
+        return _Aligned(
+            states=forward.hidden.index_select(0, rows),
+            teacher_states=teacher.hidden.index_select(0, teacher_rows),
+            teacher_head=teacher.head,
+            weights=weights.new_zeros(rows.numel()).index_add(0, inverse, weights),
+            targets=targets,
+            inverse=inverse,
+            old=None if old is None else old.to(forward.hidden.device),
+            head_width=forward.head.weight.shape[1],
+        )
+
+    def _sampled(self, forward: Forward, aligned: _Aligned, states: Tensor, values: dict[str, Tensor]) -> Tensor:
+        """The policy-gradient estimate from the tokens that were written."""
+        log_probs = token_log_probs(
+            states, forward.head, aligned.targets, temperature=self.temperature, chunk_size=forward.chunk_size
+        )
+        return sampled_divergence(
+            log_probs[aligned.inverse],
             values["teacher_log_probs"],
-            self.token_weights.to(hidden.device),
-            old_log_probs=old,
+            self.token_weights.to(forward.hidden.device),
+            old_log_probs=aligned.old,
             baseline=values["divergence"] if self.settings.control_variate else None,
             importance_clip=self.settings.importance_clip,
         )
-        return Outputs(loss=loss + addition, values=values)
 
-    def _representation(
-        self, states: Tensor, teacher_states: Tensor, weights: Tensor, head: Head
-    ) -> tuple[Tensor, Tensor] | None:
-        """The squared distance of the layers' states, a mean over layers and H: weighted sum, and of each token."""
+    def _match_representations(self, aligned: _Aligned) -> tuple[Tensor, Tensor] | None:
+        """The squared distance of the layers' states, a mean over layers and H: its weighted sum, and each token's."""
         if not self.settings.representation_weight:
             return None
-        width = head.weight.shape[1]
-        distance = states[:, width:].float() - teacher_states[:, width:].float()
+        width = aligned.head_width
+        distance = aligned.states[:, width:].float() - aligned.teacher_states[:, width:].float()
         per_token = distance.square().mean(-1)
-        return torch.dot(weights, per_token), per_token.detach()
+        return torch.dot(aligned.weights, per_token), per_token.detach()
 
 
 @dataclass(frozen=True)
-class PolicyGradient:
-    """GRPO's clipped loss on the completion tokens.
+class _Aligned:
+    """The distinct triples (student's row, teacher's row, target) of S tokens, D of them.
 
     Attributes:
-        advantages, old_log_probs, token_weights: [S].
-        shape: makes the advantages [S] from the given ones and the teacher's lead, log q - log pi; None leaves them.
-        teacher_log_probs: [S], log q of each token for ``shape``; nan where there is no teacher (a lead of 0).
-        epsilon, epsilon_high: bounds of the ratio.
-        reference_log_probs: [S], of the initial model; None for no penalty.
-        kl_weight: of the penalty for leaving it.
+        states, teacher_states: [D, H'] each.
+        teacher_head: The teacher's head; None for the student's.
+        weights: [D], summed over the tokens of each triple.
+        targets: [D].
+        inverse: [S], each token's triple.
+        old: [S], old log-probabilities, or None.
+        head_width: H, the width of the last hidden states, behind which those of layers stand.
+    """
+
+    states: Tensor
+    teacher_states: Tensor
+    teacher_head: Head | None
+    weights: Tensor
+    targets: Tensor
+    inverse: Tensor
+    old: Tensor | None
+    head_width: int
+
+    def distinct(self, values: Tensor | None) -> Tensor | None:
+        """Token values [S] as values of triples [D]: each triple takes its first token's."""
+        if values is None:
+            return None
+        places = torch.arange(len(values), device=values.device)
+        first = places.new_full((len(self.targets),), len(values))
+        return values[first.scatter_reduce(0, self.inverse, places, "amin")]
+
+
+@dataclass(frozen=True)
+class PolicyGradient(Objective):
+    """GRPO's clipped loss on the completion tokens; ``values["is_clipped"]`` [S] says where the ratio stopped counting.
+
+    Attributes:
+        advantages, old_log_probs, token_weights: [S] each.
+        temperature: The temperature of the distribution.
+        epsilon, epsilon_high: The bounds of the ratio.
+        shaping: Makes the advantages [S] from the given ones and the log-ratio log q - log pi [S]; None leaves them.
+        teacher_log_probs: [S], log q of each token for ``shaping``; nan where there is no teacher (a log-ratio of 0).
+        reference_log_probs: [S], the log-probabilities under the initial model; None for no penalty.
+        kl_weight: The weight of the penalty for leaving the initial model.
     """
 
     advantages: Tensor
@@ -277,51 +417,48 @@ class PolicyGradient:
     temperature: float
     epsilon: float
     epsilon_high: float
-    shape: Callable[[Tensor, Tensor], Tensor] | None = None
+    shaping: Callable[[Tensor, Tensor], Tensor] | None = None
     teacher_log_probs: Tensor | None = None
     reference_log_probs: Tensor | None = None
     kl_weight: float = 0.0
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        log_probs = _log_probs(hidden, head, batch, self.temperature, chunk_size)
-        current, old = log_probs.detach(), self.old_log_probs.to(hidden.device)
-        advantages = self.advantages.to(hidden.device)
-        if self.shape is not None and self.teacher_log_probs is not None:
-            lead = (self.teacher_log_probs.to(hidden.device) - current).nan_to_num(nan=0.0)
-            advantages = self.shape(advantages, lead)
+    def __call__(self, forward: Forward) -> Outputs:
+        device = forward.hidden.device
+        log_probs = _batch_log_probs(forward, self.temperature)
+        current, old = log_probs.detach(), self.old_log_probs.to(device)
+        advantages, weights = self.advantages.to(device), self.token_weights.to(device)
+        if self.shaping is not None and self.teacher_log_probs is not None:
+            log_ratio = (self.teacher_log_probs.to(device) - current).nan_to_num(nan=0.0)
+            advantages = self.shaping(advantages, log_ratio)
         loss = clipped_policy_gradient(
-            log_probs,
-            advantages,
-            old,
-            self.token_weights.to(hidden.device),
-            clip_low=self.epsilon,
-            clip_high=self.epsilon_high,
+            log_probs, advantages, old, weights, clip_low=self.epsilon, clip_high=self.epsilon_high
         )
         if self.reference_log_probs is not None:
-            reference = self.reference_log_probs.to(hidden.device)
-            loss = loss + self.kl_weight * reference_kl(log_probs, reference, self.token_weights.to(hidden.device))
+            reference = self.reference_log_probs.to(device)
+            loss = loss + self.kl_weight * reference_kl(log_probs, reference, weights)
         ratio = torch.exp(current - old)
         outside = torch.where(advantages > 0, ratio > 1 + self.epsilon_high, ratio < 1 - self.epsilon)
         return Outputs(loss=loss, values={"is_clipped": outside & (advantages != 0)})
 
 
 @dataclass(frozen=True)
-class WeightedSum:
-    """Several losses on the same tokens, each times its weight."""
+class WeightedSum(Objective):
+    """Several losses on the same tokens, each times its weight.
+
+    Attributes:
+        terms: The weights and the objectives; at most one of them may want layers.
+    """
 
     terms: Sequence[tuple[float, Objective]]
 
     @property
-    def layers(self) -> Sequence[int] | None:
+    def layers(self) -> Sequence[int] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The layers whose states one of the terms wants; None for all."""
-        return next((wanted for _, term in self.terms if (wanted := getattr(term, "layers", ())) != ()), ())
+        return next((term.layers for _, term in self.terms if term.layers != ()), ())
 
-    def __call__(self, hidden: Tensor, head: Head, batch: PackedBatch, chunk_size: int) -> Outputs:
-        last = hidden[:, : head.weight.shape[1]]
-        outputs = [
-            (weight, term(last if getattr(term, "layers", ()) == () else hidden, head, batch, chunk_size))
-            for weight, term in self.terms
-        ]
+    def __call__(self, forward: Forward) -> Outputs:
+        last = replace(forward, hidden=forward.hidden[:, : forward.head.weight.shape[1]])
+        outputs = [(weight, term(last if term.layers == () else forward)) for weight, term in self.terms]
         losses = [weight * output.loss for weight, output in outputs if output.loss is not None]
         values = {name: value for _, output in outputs for name, value in output.values.items()}
         return Outputs(loss=torch.stack(losses).sum(), values=values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vpd.config import AlgorithmSettings, ConfigError, LoraSettings, ModelSettings, VPDConfig
+from vpd.config import ConfigError, LoraSettings, ModelSettings, VPDConfig
 from vpd.packing import PackedKernel, check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.architecture import backbone_of, causal_lm_of, verify_head
@@ -89,13 +90,13 @@ def prepare_policy(
         network,
         share_prefixes=may_share_prefixes(network, settings.packed_attention),
         kernel=settings.packed_attention,
-        remakes=remakes(settings),
+        recomputes=recomputes(settings),
         chunk_size=settings.logits_chunk_tokens,
     )
     return policy, tokenizer
 
 
-def remakes(settings: ModelSettings) -> bool:
+def recomputes(settings: ModelSettings) -> bool:
     """Whether training passes make again what they need not keep: a matter of processors, as fused layers are."""
     return settings.fused_layers and not torch.accelerator.is_available()
 
@@ -129,10 +130,10 @@ def _small_group(causal_lm: PreTrainedModel) -> tuple[list[list[int]], list[int]
     return [prompt + completion for completion in completions], [length] * len(completions)
 
 
-def check_layers(policy: PolicyModule, settings: AlgorithmSettings) -> None:
+def check_layers(policy: PolicyModule, layers: Sequence[int]) -> None:
     """Raise ConfigError where hidden states of layers are to be matched that the model does not have."""
     count = causal_lm_of(policy.model).config.num_hidden_layers
-    for layer in getattr(settings, "representation_layers", None) or ():
+    for layer in layers:
         if not 1 <= layer <= count:
             raise ConfigError(
                 f"algorithm.representation_layers names {layer}, but the model has {count} layers, counted from 1."
@@ -145,8 +146,12 @@ def autocasts(settings: ModelSettings, device: torch.device) -> bool:
     return wanted and settings.dtype == "float32"
 
 
-def make_accelerator(args: VPDConfig) -> Accelerator:
+def make_accelerator(args: VPDConfig, has_teacher_adapter: bool = False) -> Accelerator:
     """The accelerator with the settings' mixed precision and trackers.
+
+    Args:
+        args: The run's settings.
+        has_teacher_adapter: Whether the two steps train different parameters.
 
     Raises:
         ConfigError: a tracker is not installed; accelerate would leave it out without a word.
@@ -165,9 +170,9 @@ def make_accelerator(args: VPDConfig) -> Accelerator:
             DistributedDataParallelKwargs(
                 broadcast_buffers=False,
                 # Each of the two steps leaves the other's parameters out.
-                find_unused_parameters=getattr(args.algorithm, "teacher", None) == "lora",
+                find_unused_parameters=has_teacher_adapter,
             ),
             # Casts are kept by nobody where the backward pass makes them again.
-            AutocastKwargs(cache_enabled=not remakes(args.model)),
+            AutocastKwargs(cache_enabled=not recomputes(args.model)),
         ],
     )

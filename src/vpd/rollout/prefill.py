@@ -168,7 +168,7 @@ def packed(network: nn.Module, prompts: Sequence[Sequence[int]], cache: Prealloc
     """
     device = next(network.parameters()).device
     # Without its last token, which stands for the first one to be sampled, a sequence is the prompt.
-    batch = pack([(*prompt, 0) for prompt in prompts], [len(prompt) for prompt in prompts], lends=True)
+    batch = pack([(*prompt, 0) for prompt in prompts], [len(prompt) for prompt in prompts], keeps_keys=True)
     batch = batch.to(device)
     output = network(**batch.model_inputs(), logits_to_keep=batch.predictor)
     longest = max(map(len, prompts))

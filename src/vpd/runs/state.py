@@ -16,7 +16,6 @@ class TrainingState:
         skipped_e_steps: E-iterations whose batch held one class only.
         stage: of the curriculum, from 0.
         stage_start: rollout batches that were done before it began.
-        memory: what the algorithm keeps from one batch to the next.
         history: what :func:`vpd.monitoring.drift.drift_warnings` keeps.
         best_step, best_accuracy: of the best evaluation on the selection split; -1 before there is one.
         stale_evaluations: since then.
@@ -29,7 +28,6 @@ class TrainingState:
     skipped_e_steps: int = 0
     stage: int = 0
     stage_start: int = 0
-    memory: dict[str, float] = field(default_factory=dict)
     history: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     best_accuracy: float = -1.0

@@ -120,9 +120,9 @@ def test_a_model_under_autocast_is_near_itself_in_float32(name, calls):
 
     def run(half):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            lender = pack(sequences, starts, lends=True)
+            lender = pack(sequences, starts, keeps_keys=True)
             states = hidden_states(model.model, lender)[lender.predictor].float()
-            behind = pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, behind=lender)
+            behind = pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=lender)
             with torch.no_grad():
                 others = hidden_states(model.model, behind)[behind.predictor].float()
         weights = [weight for weight in model.model.parameters() if weight.requires_grad]

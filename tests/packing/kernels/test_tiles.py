@@ -24,9 +24,9 @@ HEADS = 6
 @few
 @given(sequence_lists, sequence_lists, windows, st.sampled_from([(1, 1), (8, 512)]), st.integers(1, 2000))
 def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(lent, sequences, window, costs, cap):
-    lender = pack([[*tokens, 9] for tokens in lent], [len(tokens) + 1 for tokens in lent], lends=True)
+    lender = pack([[*tokens, 9] for tokens in lent], [len(tokens) + 1 for tokens in lent], keeps_keys=True)
     sequences = [[*tokens, 9, 9] for tokens in sequences]
-    packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], behind=lender).layout
+    packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], conditioned_on=lender).layout
     heads, key_heads = 4, 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "KEY_COST", costs[0])

@@ -47,10 +47,10 @@ def test_scored_states_and_gradients_are_those_of_the_whole_layer(name, checkpoi
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-        lender = pack(sequences, starts, lends=True)
+        lender = pack(sequences, starts, keeps_keys=True)
         states = _states(model, lender)
         with torch.no_grad():
-            behind = _states(model, pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, behind=lender))
+            behind = _states(model, pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=lender))
         lender.layout.forget()
         weights = [weight for weight in model.model.parameters() if weight.requires_grad]
         gradients = torch.autograd.grad(states.square().sum(), weights, allow_unused=True)
