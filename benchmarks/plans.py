@@ -46,10 +46,10 @@ def measured(path: Path) -> None:
         for found in result["sides"]:
             if found["side"]["library"] != "ours":
                 continue
-            algorithm = found["side"]["algorithm"]
-            run = settings(Side("ours", algorithm), workload, "runs")
+            side = Side(**found["side"])
+            run = settings(side, workload, "runs")
             lengths = Lengths(workload.prompt_tokens, workload.completion_tokens, _FEEDBACK_TOKENS)
-            network = config_of(found["side"]["model"])
+            network = config_of(side.model)
             hardware = this_machine(run, network, lengths)
             expected = predict(run, shape_of_config(network), lengths, hardware).seconds
             # The harness reports E-steps apart.
@@ -59,7 +59,10 @@ def measured(path: Path) -> None:
             }
             for part, (seconds, predicted) in rows.items():
                 difference = f"{predicted / seconds - 1:+.0%}"
-                print(f"| {name} | {algorithm} | {part} | {seconds:.2f} | {predicted:.2f} | {difference} |", flush=True)
+                print(
+                    f"| {name} | {side.algorithm} | {part} | {seconds:.2f} | {predicted:.2f} | {difference} |",
+                    flush=True,
+                )
 
 
 def paper(hardware: Hardware) -> None:
