@@ -136,6 +136,7 @@ class VPDTrainer:
             self.args.rollout.temperature,
             copies=copies,
         )
+        self.algorithm.prepare(self.learner, self.tokenizer, self.args.model)
         self.model = self.learner.module.model
         self.prompts = PromptBuilder(
             self.tokenizer,
@@ -292,7 +293,7 @@ class VPDTrainer:
         """Stop a run whose judge is broken, which would go on to learn from what little it grades."""
         ungraded, count = self.learner.total(sum(rollout.verdict is None for rollout in rollouts), len(rollouts))
         limit = self.args.rollout.max_ungraded_share
-        if ungraded > limit * count:
+        if self.algorithm.needs_verdicts and ungraded > limit * count:
             raise RunError(
                 f"The judge failed on {ungraded / count:.0%} of the rollouts of step {step}, more than "
                 f"rollout.max_ungraded_share = {limit:g} allows. The last reason: {self.sampler.last_judge_error}"
@@ -364,7 +365,8 @@ class VPDTrainer:
 
     def _examples(self, batch: Batch) -> list[Example]:
         masks = self.args.algorithm.truncated == "mask"
-        return make_examples(batch.rollouts, batch.is_success, batch.views, mask_truncated=masks)
+        graded = self.algorithm.needs_verdicts
+        return make_examples(batch.rollouts, batch.is_success, batch.views, masks, graded)
 
     def _is_finished(self, guard: InterruptGuard) -> bool:
         """Whether to stop; every process answers alike, since a signal or the clock may reach one alone."""

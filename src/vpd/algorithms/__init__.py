@@ -4,6 +4,7 @@ from vpd.algorithms.base import Algorithm, ExampleBatch, Passes, TokenNumbers, U
 from vpd.algorithms.example import Example, ExampleTurn, make_examples, with_teacher
 from vpd.algorithms.grpo import GRPO, GRPOSettings
 from vpd.algorithms.joint import Joint, JointSettings
+from vpd.algorithms.opd import OPD, OPDSettings, TeacherModelSettings
 from vpd.algorithms.opsa import OPSA, OPSASettings
 from vpd.algorithms.reshape import Reshape, ReshapeSettings
 from vpd.algorithms.reweight import Reweight, ReweightSettings
@@ -12,6 +13,7 @@ from vpd.algorithms.vpd import VPD, VPDSettings
 
 __all__ = [
     "GRPO",
+    "OPD",
     "OPSA",
     "SDPO",
     "VPD",
@@ -22,6 +24,7 @@ __all__ = [
     "GRPOSettings",
     "Joint",
     "JointSettings",
+    "OPDSettings",
     "OPSASettings",
     "Passes",
     "Reshape",
@@ -29,6 +32,7 @@ __all__ = [
     "Reweight",
     "ReweightSettings",
     "SDPOSettings",
+    "TeacherModelSettings",
     "TokenNumbers",
     "UpdateResult",
     "VPDSettings",

@@ -21,8 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from transformers import PreTrainedTokenizerBase
+
 from vpd.algorithms.example import Example
-from vpd.config import AlgorithmSettings, LoraSettings
+from vpd.config import AlgorithmSettings, LoraSettings, ModelSettings
 from vpd.policy.learner import Learner
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ class Passes:
     Attributes:
         student_reads: Passes without gradient over the student's sequences in an average step.
         teacher_reads: Passes without gradient over the teacher's sequences.
+        teacher_reads_feedback: Whether these sequences hold feedback; else they are the student's.
+        teacher_model: The name of the network that makes them; None for the policy's own.
         teacher_reuses_keys: Whether the teacher's pass may take keys and values from the student's.
         e_steps: The share of steps that begin with an E-step.
         e_epochs: Passes with gradient over the teacher's sequences in an E-step.
@@ -91,6 +95,8 @@ class Passes:
 
     student_reads: float = 0.0
     teacher_reads: int = 0
+    teacher_reads_feedback: bool = True
+    teacher_model: str | None = None
     teacher_reuses_keys: bool = False
     e_steps: float = 0.0
     e_epochs: int = 1
@@ -107,16 +113,27 @@ class Algorithm(ABC, Generic[S]):
         settings_class: The section of settings that ``algorithm.type`` chooses with the algorithm.
         has_teacher: Whether feedback is read: only then are teacher's prompts built and the gap measured.
         needs_feedback: Whether a batch without any feedback teaches nothing.
+        needs_verdicts: Whether a rollout must have been judged to take part.
         memory: Numbers that are kept from one batch to the next; they are saved with the run.
     """
 
     settings_class: ClassVar[type[Any]]
-    has_teacher: ClassVar[bool] = False
-    needs_feedback: ClassVar[bool] = False
+    has_teacher: bool = False
+    needs_feedback: bool = False
+    needs_verdicts: bool = True
 
     def __init__(self, settings: S) -> None:
         self.settings = settings
         self.memory: dict[str, float] = {}
+
+    def prepare(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, model: ModelSettings) -> None:
+        """Get ready, once before training: load another network, for example.
+
+        Args:
+            learner: The policy.
+            tokenizer: The policy's.
+            model: The settings of the policy's network.
+        """
 
     @abstractmethod
     def update(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:

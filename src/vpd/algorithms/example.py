@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -89,22 +90,30 @@ def make_examples(
     is_success: Sequence[bool],
     views: Sequence[TeacherView | None],
     mask_truncated: bool = False,
+    graded_only: bool = True,
 ) -> list[Example]:
-    """The graded rollouts with at least one completion token; the others take no part in any loss.
+    """The rollouts that take part in a loss: those with a verdict and at least one completion token.
 
-    With ``mask_truncated`` those that the length limit ended are left out, too.
+    Args:
+        rollouts: B rollouts.
+        is_success: B flags.
+        views: B teacher's prompts; None where a rollout has no feedback.
+        mask_truncated: Whether those that the length limit ended are left out, too.
+        graded_only: Whether a verdict is needed; without one the reward is nan.
     """
     return [
         Example(
             rollout=index,
             group=rollout.group,
             turns=(ExampleTurn(rollout.prompt_ids, None if view is None else view.prompt_ids, rollout.completion_ids),),
-            reward=rollout.verdict.reward,
+            reward=math.nan if rollout.verdict is None else rollout.verdict.reward,
             is_success=success,
             source=None if view is None else view.source,
         )
         for index, (rollout, success, view) in enumerate(zip(rollouts, is_success, views, strict=True))
-        if rollout.verdict is not None and rollout.completion_ids and not (mask_truncated and rollout.truncated)
+        if rollout.completion_ids
+        and not (graded_only and rollout.verdict is None)
+        and not (mask_truncated and rollout.truncated)
     ]
 
 

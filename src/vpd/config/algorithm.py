@@ -140,6 +140,7 @@ _ALGORITHMS: dict[str, str | type[Any]] = {
         "reshape": "Reshape",
         "reweight": "Reweight",
         "opsa": "OPSA",
+        "opd": "OPD",
     }.items()
 }
 """Algorithms by name: classes, or where to import them from, since they need torch and settings do not."""

@@ -64,6 +64,12 @@ class Head:
     def vocabulary_size(self) -> int:
         return self.weight.shape[0]
 
+    def first(self, count: int) -> Head:
+        """The head over the first ``count`` tokens of the vocabulary alone; gradients reach the same parameters."""
+        if count == self.vocabulary_size:
+            return self
+        return replace(self, weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
+
     def detached_float32(self) -> Head:
         """The same head as constants in fp32; copies nothing where the weights are fp32 already."""
         bias = None if self.bias is None else self.bias.detach().float()

@@ -283,7 +283,7 @@ class Distil(Objective):
     def __call__(self, forward: Forward) -> Outputs:
         aligned = self._align(forward)
         matching = self._match_representations(aligned)
-        states, teacher_states = aligned.states, aligned.teacher_states
+        head, states, teacher_states = aligned.head, aligned.states, aligned.teacher_states
         if matching is not None:
             states, teacher_states = states[:, : aligned.head_width], teacher_states[:, : aligned.head_width]
         is_sampled = self.settings.divergence == "sampled"
@@ -292,7 +292,7 @@ class Distil(Objective):
             result = divergence(
                 states,
                 teacher_states,
-                forward.head,
+                head,
                 aligned.teacher_head,
                 token_weights=aligned.weights,
                 targets=aligned.targets,
@@ -329,12 +329,16 @@ class Distil(Objective):
             columns = tuple(column[self.tokens.to(column.device)] for column in columns)
         (rows, teacher_rows, targets), inverse = _distinct(columns[0], teacher.rows, columns[1])
         weights = self.token_weights.to(forward.hidden.device)
+        weights = weights.new_zeros(rows.numel()).index_add(0, inverse, weights)
+        # Another network's vocabulary may be padded otherwise.
+        head = forward.head if teacher.head is None else forward.head.first(teacher.head.vocabulary_size)
         old = self.old_log_probs if self.settings.weighs_tokens else None
         return _Aligned(
+            head=head,
             states=forward.hidden.index_select(0, rows),
             teacher_states=teacher.hidden.index_select(0, teacher_rows),
             teacher_head=teacher.head,
-            weights=weights.new_zeros(rows.numel()).index_add(0, inverse, weights),
+            weights=weights,
             targets=targets,
             inverse=inverse,
             old=None if old is None else old.to(forward.hidden.device),
@@ -344,7 +348,7 @@ class Distil(Objective):
     def _sampled(self, forward: Forward, aligned: _Aligned, states: Tensor, values: dict[str, Tensor]) -> Tensor:
         """The policy-gradient estimate from the tokens that were written."""
         log_probs = token_log_probs(
-            states, forward.head, aligned.targets, temperature=self.temperature, chunk_size=forward.chunk_size
+            states, aligned.head, aligned.targets, temperature=self.temperature, chunk_size=forward.chunk_size
         )
         return sampled_divergence(
             log_probs[aligned.inverse],
@@ -370,6 +374,7 @@ class _Aligned:
     """The distinct triples (student's row, teacher's row, target) of S tokens, D of them.
 
     Attributes:
+        head: The student's head, over the tokens that the teacher's head has, too.
         states, teacher_states: [D, H'] each.
         teacher_head: The teacher's head; None for the student's.
         weights: [D], summed over the tokens of each triple.
@@ -379,6 +384,7 @@ class _Aligned:
         head_width: H, the width of the last hidden states, behind which those of layers stand.
     """
 
+    head: Head
     states: Tensor
     teacher_states: Tensor
     teacher_head: Head | None

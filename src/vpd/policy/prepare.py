@@ -79,6 +79,15 @@ def prepare_policy(
         causal_lm_of(network).activation_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
+    return make_module(network, settings), tokenizer
+
+
+def make_module(network: torch.nn.Module, settings: ModelSettings) -> PolicyModule:
+    """Check a network's head, let it compute its layers as the settings say, and wrap it.
+
+    Raises:
+        ConfigError: The network's logits are made in a way that is not known here.
+    """
     verify_head(network)
     if settings.fused_layers:
         fuse_norms(network)
@@ -86,14 +95,13 @@ def prepare_policy(
         trim_last_layer(network)
         fuse_mlps(network)
         fuse_embedding(network)
-    policy = PolicyModule(
+    return PolicyModule(
         network,
         share_prefixes=may_share_prefixes(network, settings.packed_attention),
         kernel=settings.packed_attention,
         recomputes=recomputes(settings),
         chunk_size=settings.logits_chunk_tokens,
     )
-    return policy, tokenizer
 
 
 def recomputes(settings: ModelSettings) -> bool:
