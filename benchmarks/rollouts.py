@@ -23,7 +23,7 @@ import torch
 from benchmarks.step import models
 from benchmarks.step.specs import WORKLOADS, Workload
 from benchmarks.step.tasks import STEPS_OF_TASKS, ImposedVerdicts
-from vpd.rollout.local import LocalEngine
+from vpd.rollout import LocalEngine, SamplingParameters
 
 Prompts = list[list[int]]
 
@@ -103,12 +103,10 @@ def main() -> None:
     engine = LocalEngine(models.network("smollm2-135m-instruct", "float32"), tokenizer, dtype="bfloat16")
 
     def ours(prompts: Prompts) -> int:
-        samples = engine.generate(
-            prompts,
-            num_generations=workload.num_generations,
-            max_new_tokens=workload.completion_tokens,
-            eos_token_ids=[],
+        parameters = SamplingParameters(
+            max_new_tokens=workload.completion_tokens, num_generations=workload.num_generations
         )
+        samples = engine.generate(prompts, parameters, seed=0)
         return sum(len(sample.token_ids) for group in samples for sample in group)
 
     sides: dict[str, Callable[[Prompts], int]] = {

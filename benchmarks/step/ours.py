@@ -16,8 +16,7 @@ from benchmarks.step import memory, models
 from benchmarks.step.specs import LEARNING_RATE, Side, SideInfo, StepRecord, Workload
 from benchmarks.step.tasks import ImposedVerdicts, needed_tokens
 from vpd.config import VPDConfig
-from vpd.rollout.local import Sample
-from vpd.rollout.sampler import RolloutSampler
+from vpd.rollout import RolloutSampler, Sample
 from vpd.timing import Timer
 from vpd.trainer import Batch, VPDTrainer
 from vpd.types import Rollout, Task
@@ -84,8 +83,7 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
     memory.reset_peak()
     start = time.perf_counter()
     set_seed(step)
-    timer = trainer.sampler.timer = Timer()
-    trainer.sampler.sampled_tokens, before = 0, trainer.learner.counts
+    timer, before = Timer(), trainer.learner.counts
     batch = trainer.sample(step)
     sampled_at = time.perf_counter()
     metrics, result = trainer.update(batch, step)
@@ -96,7 +94,7 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
         trainer.sampler.engine.sync()
     seconds = time.perf_counter() - start
 
-    phases = dict(timer.seconds)
+    phases = dict(timer.seconds | batch.seconds)
     phases["contexts"] = sampled_at - start - phases["rollout"] - phases["judge"]
     has_teacher = trainer.algorithm.has_teacher
     needed, needed_jointly = _needed(batch, has_teacher)
@@ -107,7 +105,7 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
         tokens_computed=(trainer.learner.counts - before).computed,
         tokens_needed=needed,
         tokens_needed_jointly=needed_jointly,
-        tokens_sampled=trainer.sampler.sampled_tokens,
+        tokens_sampled=batch.token_count,
         rollouts=len(result.tokens) if has_teacher else len(batch.rollouts),
         divergence=metrics.get("divergence"),
         e_step=metrics.get("e_step") == 1.0,

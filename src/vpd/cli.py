@@ -95,7 +95,7 @@ def evaluate_model(
         settings = VPDConfig.from_overrides([f"data.environment={env}", *changes])
     from transformers.utils.logging import disable_progress_bar
 
-    from vpd.evaluation.standalone import evaluate_standalone
+    from vpd.evaluation import evaluate_standalone
 
     disable_progress_bar()
     evaluation = evaluate_standalone(settings, split, tasks)

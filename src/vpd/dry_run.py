@@ -1,4 +1,4 @@
-"""``vpd train --dry-run``: one group, as student and teacher see it."""
+"""Shows one group as student and teacher see it, for ``vpd train --dry-run``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def show_one_group(trainer: VPDTrainer, console: Console) -> None:
 
     trainer.sampler.engine.sync()
     task = trainer.tasks_of_step(1)[0]
-    rollouts = trainer.sampler.sample([task], trainer.args.rollout.num_generations, seed=trainer.args.run.seed)
-    batch = trainer.with_feedback(rollouts)
-    student = rollouts[0].prompt_ids
+    sampled = trainer.sampler.sample([task], trainer.args.rollout.num_generations, seed=trainer.args.run.seed)
+    batch = trainer.with_feedback(sampled)
+    student = batch.rollouts[0].prompt_ids
     show(f"student's prompt, {len(student)} tokens", str(trainer.tokenizer.decode(student)))
     show("as tokens", str(trainer.tokenizer.convert_ids_to_tokens(student)))
-    for index, (rollout, success, view) in enumerate(zip(rollouts, batch.is_success, batch.views, strict=True)):
+    for index, (rollout, success, view) in enumerate(zip(batch.rollouts, batch.is_success, batch.views, strict=True)):
         verdict = rollout.verdict
         outcome = "ungraded" if verdict is None else f"reward {verdict.reward:g}, {'success' if success else 'failure'}"
         show(f"rollout {index + 1}, {len(rollout.completion_ids)} tokens: {outcome}", rollout.text)

@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible address: a judge, or a critic."""
+"""Asks a chat model behind an OpenAI-compatible address, which is a judge or a critic."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vpd.types import Messages
 class Endpoint:
     """Asks a chat model, with a limit on how many questions are on their way at a time.
 
-    The client is openai's own: it tries again after 408, 409, 429 and 5xx answers and lost connections, waiting longer
-    each time or as long as the server asks for.
+    The client is openai's own. It tries again after answers with status 408, 409, 429 or 5xx and after lost
+    connections; it waits longer each time, or as long as the server asks for.
 
     Args:
-        settings: address, model and limits.
+        settings: The address, the model and the limits.
 
     Raises:
-        ConfigError: the package openai or the key is missing.
+        ConfigError: The package openai or the key is missing.
     """
 
     def __init__(self, settings: EndpointSettings) -> None:
@@ -41,11 +41,11 @@ class Endpoint:
         self._free = asyncio.Semaphore(settings.concurrency)
 
     async def ask(self, messages: Messages) -> str:
-        """The model's answer to a chat.
+        """Ask for the model's answer to a chat.
 
         Raises:
-            openai.OpenAIError: it could not be had, after all retries.
-            ValueError: it is empty.
+            openai.OpenAIError: All tries have failed.
+            ValueError: The answer is empty.
         """
         options = {"temperature": self.settings.temperature, "max_tokens": self.settings.max_tokens}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}

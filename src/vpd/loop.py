@@ -1,4 +1,4 @@
-"""Async work from plain code, wherever that runs."""
+"""Runs async work from plain code, on a loop of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def run_all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
-    """The results of all, in their order; the first exception of any."""
+    """Wait for all awaitables and return their results in order; raises the first exception of any of them."""
 
     async def gather() -> list[T]:
         return list(await asyncio.gather(*awaitables))
@@ -22,7 +22,7 @@ def run_all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine, which is cancelled where the waiting is interrupted."""
+    """Wait for a coroutine and return its result; an interruption of the waiting cancels the coroutine."""
     future = asyncio.run_coroutine_threadsafe(coroutine, event_loop())
     try:
         return future.result()
@@ -33,9 +33,10 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 @functools.cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """One loop on a thread of its own for the whole process.
+    """Start one loop for the whole process, on a thread of its own.
 
-    A notebook's loop is already running, and network clients that a judge keeps belong to the loop of their first use.
+    A notebook's own loop is already running, and network clients that a judge keeps belong to the loop of their first
+    use, so that neither a new loop each time nor the caller's loop would do.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="vpd-judges", daemon=True)

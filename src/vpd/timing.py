@@ -1,4 +1,4 @@
-"""Seconds of each phase of an iteration."""
+"""Times the phases of an iteration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from collections.abc import Iterator
 
 
 class Timer:
-    """Adds up wall-clock seconds by phase: ``with timer("rollout"): ...``."""
+    """Adds up wall-clock seconds by phase: ``with timer("rollout"): ...``.
+
+    Attributes:
+        seconds: The seconds of each phase so far; 0 for a phase that has not been timed.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ from vpd.policy.load import end_of_turn, eos_token_ids, save_policy
 from vpd.policy.optimizer import make_optimizer, make_scheduler
 from vpd.policy.prepare import check_layers, make_accelerator, prepare_policy
 from vpd.report import write_report
-from vpd.rollout.local import LocalEngine
-from vpd.rollout.sampler import RolloutSampler
+from vpd.rollout import RolloutSampler, Sampled, make_engine
 from vpd.runs.best_weights import BestWeights
 from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder
@@ -65,11 +65,23 @@ from vpd.types import Rollout, Task, TeacherView
 
 @dataclass
 class Batch:
-    """The rollouts of one iteration on this process, with what the teacher reads."""
+    """The rollouts of one iteration on this process, with the teacher's prompts and what it took to make them.
+
+    Attributes:
+        rollouts: The judged rollouts.
+        is_success: Whether each rollout has succeeded.
+        views: The teacher's prompt of each rollout, None where it has no feedback.
+        counts: What the feedback sources have counted, by metric.
+        token_count: How many tokens were sampled.
+        seconds: Wall-clock seconds by phase.
+    """
 
     rollouts: list[Rollout]
     is_success: list[bool]
     views: list[TeacherView | None]
+    counts: Mapping[str, float]
+    token_count: int
+    seconds: dict[str, float]
 
 
 class VPDTrainer:
@@ -145,7 +157,7 @@ class VPDTrainer:
             self.args.model.chat_template_kwargs,
         )
         eos = eos_token_ids(self.model, self.tokenizer)  # pyright: ignore[reportArgumentType]
-        engine = LocalEngine(self.model, self.tokenizer, self.args.rollout.dtype, self.args.rollout.batch_size)
+        engine = make_engine(self.model, self.tokenizer, self.args.rollout)
         self.sampler = RolloutSampler(
             engine,
             self.tokenizer,
@@ -182,7 +194,7 @@ class VPDTrainer:
             return None
         if settings.critique.endpoint is not None:
             return EndpointCritic(settings.critique)
-        return SelfCritic(lambda chats: self.sampler.answer(chats, settings.critique))
+        return SelfCritic(lambda chats, seed: self.sampler.answer(chats, settings.critique, seed))
 
     def train(self, resume_from_checkpoint: bool = False) -> dict[str, Any]:
         """Run everything: warm start, pre-flight, the EM loop, the final evaluation.
@@ -236,8 +248,7 @@ class VPDTrainer:
         start = time.perf_counter()
         step = self.state.step + 1
         set_seed(mix(self.args.run.seed, step, self.accelerator.process_index))
-        timer = self.sampler.timer = Timer()
-        self.sampler.sampled_tokens, computed_before = 0, self.learner.counts
+        timer, computed_before = Timer(), self.learner.counts
         self.callbacks.step_begin()
 
         batch = self.sample(step)
@@ -255,7 +266,7 @@ class VPDTrainer:
         self.state.step = step
         self.state.train_seconds += seconds
         self.state.skipped_e_steps += metrics.get("e_step") == 0
-        metrics |= self._speed(timer, seconds, self.learner.counts - computed_before)
+        metrics |= self._speed(timer, batch, seconds, self.learner.counts - computed_before)
         self._log_step(step, metrics, batch, result.tokens)
         self._advance_stage(metrics["success_rate"])
         self.callbacks.step_end(step)
@@ -275,40 +286,42 @@ class VPDTrainer:
 
     def sample(self, step: int) -> Batch:
         """Sample and judge this process's share of rollout batch ``step``, and build the teacher's prompts."""
-        for source in self.sources:
-            source.counts()  # What measurements in between have asked for is no part of the batch.
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         tasks = self.tasks_of_step(step)[process::processes]
-        rollouts = self.sampler.sample(
+        sampled = self.sampler.sample(
             tasks,
             self.args.rollout.num_generations,
             seed=mix(self.args.run.seed, step, process),
             first_group=process,
             group_stride=processes,
         )
-        self._check_graded(rollouts, step)
-        return self.with_feedback(rollouts)
+        self._check_graded(sampled, step)
+        return self.with_feedback(sampled)
 
-    def _check_graded(self, rollouts: list[Rollout], step: int) -> None:
+    def _check_graded(self, sampled: Sampled, step: int) -> None:
         """Stop a run whose judge is broken, which would go on to learn from what little it grades."""
-        ungraded, count = self.learner.total(sum(rollout.verdict is None for rollout in rollouts), len(rollouts))
+        ungraded, count = self.learner.total(len(sampled.judge_errors), len(sampled.rollouts))
         limit = self.args.rollout.max_ungraded_share
         if self.algorithm.needs_verdicts and ungraded > limit * count:
+            reason = sampled.judge_errors[-1] if sampled.judge_errors else "told by another process"
             raise RunError(
                 f"The judge failed on {ungraded / count:.0%} of the rollouts of step {step}, more than "
-                f"rollout.max_ungraded_share = {limit:g} allows. The last reason: {self.sampler.last_judge_error}"
+                f"rollout.max_ungraded_share = {limit:g} allows. The last reason: {reason}"
             )
 
-    def with_feedback(self, rollouts: list[Rollout]) -> Batch:
+    def with_feedback(self, sampled: Sampled) -> Batch:
         """Decide successes and build the teacher's prompts of judged rollouts."""
-        threshold = self.args.algorithm.success_threshold
+        rollouts, threshold = sampled.rollouts, self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
-        views = build_views(
-            rollouts, is_success, self.prompts, sources=self.sources, permute=self.args.feedback.permute
+        permute = self.args.feedback.permute
+        feedback = build_views(
+            rollouts, is_success, self.prompts, seed=sampled.seed, sources=self.sources, permute=permute
         )
+        views, tally = feedback.views, feedback.tally
         if self.args.algorithm.truncated == "mask":
             views = [None if r.truncated else view for r, view in zip(rollouts, views, strict=True)]
-        return Batch(rollouts, is_success, views)
+        seconds = sampled.seconds | {phase: value for phase, value in tally.seconds.items() if value}
+        return Batch(rollouts, is_success, views, tally.counts, sampled.token_count + tally.token_count, seconds)
 
     def update(self, batch: Batch, step: int) -> tuple[dict[str, Any], UpdateResult]:
         """The algorithm's updates on one batch: the batch's metrics, and what the algorithm did."""
@@ -317,9 +330,9 @@ class VPDTrainer:
             batch.rollouts, batch.is_success, batch.views, self.learner.total, self.learner.largest
         )
         self.sampler.engine.release()
-        counts = {name: value for source in self.sources for name, value in source.counts().items()}
-        statistics |= dict(zip(counts, self.learner.total(*counts.values()), strict=True)) if counts else {}
-        fresh = self._sampler_of_fresh_examples(step) if self.args.eval.margin_tasks else None
+        if batch.counts:
+            statistics |= dict(zip(batch.counts, self.learner.total(*batch.counts.values()), strict=True))
+        fresh = self._sampler_of_fresh_examples(batch, step) if self.args.eval.margin_tasks else None
         prompts = self.args.rollout.prompts_per_step
         result = self.algorithm.update(self.learner, ExampleBatch(examples, step, prompts, fresh))
         for weights in self.learner.copies.values():
@@ -352,14 +365,18 @@ class VPDTrainer:
         self.journal.log(self.state.step, "stage", {"stage": self.state.stage, "success_rate": success_rate})
         self.journal.say(f"Stage {self.state.stage + 1} of {len(self.stages)} begins: {success_rate:.0%} succeeded.")
 
-    def _sampler_of_fresh_examples(self, step: int) -> Callable[[], list[Example]]:
+    def _sampler_of_fresh_examples(self, batch: Batch, step: int) -> Callable[[], list[Example]]:
+        """Samples held-out rollouts; the time and the tokens that they take count as the batch's."""
+
         def sample_fresh() -> list[Example]:
             process, processes = self.accelerator.process_index, self.accelerator.num_processes
             tasks = list(self.environment.tasks("selection"))[: self.args.eval.margin_tasks][process::processes]
             seed = mix(self.args.run.seed, -step, process)
-            batch = self.with_feedback(self.sampler.sample(tasks, self.args.rollout.num_generations, seed=seed))
+            fresh = self.with_feedback(self.sampler.sample(tasks, self.args.rollout.num_generations, seed=seed))
+            batch.token_count += fresh.token_count
+            batch.seconds = dict(Counter(batch.seconds) + Counter(fresh.seconds))
             self.sampler.engine.release()
-            return with_teacher(self._examples(batch))
+            return with_teacher(self._examples(fresh))
 
         return sample_fresh
 
@@ -385,7 +402,7 @@ class VPDTrainer:
             eos = end_of_turn(self.tokenizer)
             sources = [s for s in self.sources if settings.feedback and not isinstance(s, CritiqueSource)]
             sequences = demonstration_sequences(
-                self.environment, self.prompts, eos, settings.demonstrations, threshold, sources
+                self.environment, self.prompts, eos, settings.demonstrations, threshold, settings.seed, sources
             )
             self.sampler.engine.release()
             result = warm_start(self.learner, sequences, settings, self.tokenizer)
@@ -497,9 +514,9 @@ class VPDTrainer:
             ]
             self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])
 
-    def _speed(self, timer: Timer, seconds: float, counts: TokenCounts) -> dict[str, float]:
-        sampled, computed, padded = self.learner.total(self.sampler.sampled_tokens, counts.computed, counts.padded)
-        phases = timer.seconds
+    def _speed(self, timer: Timer, batch: Batch, seconds: float, counts: TokenCounts) -> dict[str, float]:
+        sampled, computed, padded = self.learner.total(batch.token_count, counts.computed, counts.padded)
+        phases = timer.seconds | batch.seconds
         training = phases["e_step"] + phases["m_step"]
         return {
             "tokens_rollout": sampled,

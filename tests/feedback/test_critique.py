@@ -9,9 +9,20 @@ from tiny import tokenizer
 from toy import toy_trainer
 
 from vpd.config import ConfigError, CritiqueSettings, EndpointSettings, FeedbackSettings
-from vpd.feedback import EndpointCritic, FeedbackTexts, Group, PromptBuilder, build_views, choose_texts, make_sources
+from vpd.feedback import (
+    Answers,
+    EndpointCritic,
+    FeedbackTexts,
+    Group,
+    PromptBuilder,
+    Tally,
+    build_views,
+    choose_texts,
+    make_sources,
+)
 from vpd.feedback.critique import request
 from vpd.runs.folder import read_metrics
+from vpd.seeds import mix
 from vpd.types import Task
 
 
@@ -22,15 +33,15 @@ class Recorder:
         self.asked = []
         self.texts = texts
 
-    def write(self, rollouts):
+    def write(self, rollouts, seed):
         self.asked += [rollout.text for rollout in rollouts]
-        return list(self.texts) or [f"critique of {rollout.text}" for rollout in rollouts]
+        return Answers(list(self.texts) or [f"critique of {rollout.text}" for rollout in rollouts], 5, 0.5)
 
 
 def views(rollouts, critic, **settings):
     flags = [rollout.verdict is not None and rollout.verdict.reward == 1 for rollout in rollouts]
     prompts = PromptBuilder(tokenizer(), FeedbackSettings(**settings), 1000)
-    return build_views(rollouts, flags, prompts, sources=make_sources(prompts.settings, critic))
+    return build_views(rollouts, flags, prompts, seed=0, sources=make_sources(prompts.settings, critic)).views
 
 
 def test_failures_get_a_critique_and_successes_the_environments_text():
@@ -45,8 +56,19 @@ def test_failures_get_a_critique_and_successes_the_environments_text():
     sources = make_sources(settings, Recorder(None, None))
     (texts,) = choose_texts([attempts], sources)
     assert [text and text.source for text in texts] == ["environment"] * 3
-    assert sources[0].counts() == {"critiques": 2, "critiques_missing": 2}
-    assert sources[0].counts() == {"critiques": 0, "critiques_missing": 0}
+    assert sources[0].tally() == Tally({"critiques": 2, "critiques_missing": 2}, {"critique": 0.5}, 5)
+
+
+def test_a_batch_is_told_what_its_own_critiques_took():
+    settings = FeedbackSettings(sources=["critique"])
+    sources = make_sources(settings, Recorder("too short", None))
+    prompts = PromptBuilder(tokenizer(), settings, 1000)
+    for rollouts, critiques, missing in ((group(0, 1, 0), 2, 1), (group(1, 1), 0, 0), (group(0, 0), 2, 1)):
+        flags = [rollout.verdict.reward == 1 for rollout in rollouts]
+        tally = build_views(rollouts, flags, prompts, seed=0, sources=sources).tally
+        assert tally.counts == {"critiques": critiques, "critiques_missing": missing}
+        asked = critiques > 0
+        assert (tally.token_count, tally.seconds.get("critique", 0)) == (5 * asked, 0.5 * asked)
 
 
 def test_only_failures_of_groups_that_no_earlier_source_serves_are_critiqued():
@@ -99,10 +121,11 @@ def test_the_network_criticises_itself_within_its_budget(tmp_path):
     asked = []
     engine, generate = trainer.sampler.engine, trainer.sampler.engine.generate
 
-    def watched(prompts, **settings):
-        if settings["max_new_tokens"] == 7:
-            asked.append(len(prompts))
-        return generate(prompts, **settings)
+    def watched(prompts, parameters, *, seed, **how):
+        samples = generate(prompts, parameters, seed=seed, **how)
+        if parameters.max_new_tokens == 7:
+            asked.append((len(prompts), seed, sum(len(sample.token_ids) for (sample,) in samples)))
+        return samples
 
     engine.generate = watched
     result = trainer.train()
@@ -111,6 +134,12 @@ def test_the_network_criticises_itself_within_its_budget(tmp_path):
     # One batch of critiques a step, and one for each measured gap; each of all failures.
     assert len(asked) == 4
     assert all(line["seconds_critique"] > 0 for line in lines)
+    # Seeds are those of the batch, and of either gap the same.
+    run_seed = trainer.args.run.seed
+    assert [seed for _, seed, _ in asked] == [mix(mix(run_seed, step, 0), 1) for step in (0, 1, 2, 0)]
+    for line, (count, _, tokens) in zip(lines, asked[1:3], strict=True):
+        assert line["critiques"] == count
+        assert line["tokens_rollout"] == 8 * line["length_mean"] + tokens
     assert "margin_before_critique" in lines[0]
     again = toy_trainer(tmp_path / "again", feedback=feedback, algorithm={"type": "vpd", "e_step_every": 1})
     again.train()
@@ -134,8 +163,8 @@ def settings_of(server, **changes):
 def test_an_endpoint_criticises_and_what_fails_has_no_critique(server, caplog):
     server.answers = [500, 500, 401]
     critic = EndpointCritic(settings_of(server, concurrency=1))
-    written = critic.write(group(0, 0, 0))
-    assert written == [None, None, "Look at the sign again."]
+    written = critic.write(group(0, 0, 0), seed=0)
+    assert written == Answers([None, None, "Look at the sign again."])
     assert [request["max_tokens"] for request in server.requests] == [33] * 4
     assert "The critic failed: InternalServerError" in caplog.text
     found = views(group(0, 0, 0), critic, sources=["critique"])

@@ -8,7 +8,7 @@ from toy import toy_trainer
 
 from vpd import ConfigError
 from vpd.config import FeedbackSettings
-from vpd.feedback import FeedbackSource, FeedbackTexts, Group, choose_texts, make_sources
+from vpd.feedback import FeedbackSource, FeedbackTexts, Group, Tally, choose_texts, make_sources
 from vpd.runs.folder import read_metrics
 
 
@@ -17,14 +17,17 @@ class Hint(FeedbackSource):
 
     name = "hint"
 
+    def __init__(self):
+        self.hints = 0
+
     def texts(self, groups):
         return [
             [None if any(g.is_success) else FeedbackTexts(self.name, False, feedback="Try again.") for _ in g.rollouts]
             for g in groups
         ]
 
-    def counts(self):
-        return {"hints": 2.0}
+    def tally(self):
+        return Tally({"hints": self.hints})
 
 
 def test_it_takes_its_place_in_the_order():
@@ -37,13 +40,16 @@ def test_it_takes_its_place_in_the_order():
 def test_its_numbers_and_margins_are_among_the_metrics(tmp_path):
     class Always(Hint):
         def texts(self, groups):
+            self.hints += sum(len(g.rollouts) for g in groups)
             return [[FeedbackTexts(self.name, s, feedback=f"{i}") for i, s in enumerate(g.is_success)] for g in groups]
 
-    trainer = toy_trainer(tmp_path, run={"max_steps": 1}, feedback_sources=[Always()])
-    trainer.train()
-    (line,) = [line for line in read_metrics(tmp_path) if line["event"] == "train"]
-    assert line["hints"] == 2
-    assert line["margin_before_hint"] == line["margin_before"]
+    source = Always()
+    toy_trainer(tmp_path, eval={"preflight_tasks": 2, "margin_tasks": 2}, feedback_sources=[source]).train()
+    lines = [line for line in read_metrics(tmp_path) if line["event"] == "train"]
+    # Hints for the batch's two prompts of four rollouts, and none of those for measurements before and in between.
+    assert [line["hints"] for line in lines] == [8, 8]
+    assert source.hints > 16
+    assert lines[0]["margin_before_hint"] == lines[0]["margin_before"]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_thinking_is_removed_from_a_sibling():
 def test_ungraded_rollouts_have_no_view_and_are_nobodys_sibling():
     prompts = PromptBuilder(tokenizer(), FeedbackSettings(sources=["sibling"]), 100)
     rollouts = group(None, 1, 0)
-    views = build_views(rollouts, [False, True, False], prompts)
+    views = build_views(rollouts, [False, True, False], prompts, seed=0).views
     assert views[0] is None
     assert "answer 1" in views[2].text
 
@@ -90,7 +90,7 @@ def test_student_and_teacher_score_identical_completion_ids():
     prompts = PromptBuilder(tokenizer(), FeedbackSettings(), 100)
     rollouts = group(0, 1, 1, 0)
     flags = [rollout.verdict.reward == 1 for rollout in rollouts]
-    examples = make_examples(rollouts, flags, build_views(rollouts, flags, prompts))
+    examples = make_examples(rollouts, flags, build_views(rollouts, flags, prompts, seed=0).views)
     assert len(examples) == 4
     for example in examples:
         (student, student_start), (teacher, teacher_start) = student_view(example), teacher_view(example)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engines import generate
 from toy import toy_trainer
 
 from vpd import ConfigError
@@ -87,21 +88,19 @@ def test_rollouts_are_the_students_and_the_gap_is_measured_with_the_teacher(tmp_
     trainer, _ = case(tmp_path)
     prompts = [[5, 6, 7], [8, 9]]
     settings = {"max_new_tokens": 8, "eos_token_ids": (), "temperature": 0.0}
-    plain = trainer.sampler.engine.generate(prompts, **settings)
+
+    def sampled(**which):
+        return [s.token_ids for (s,) in generate(trainer.sampler.engine, prompts, **which, **settings)]
+
+    plain = sampled()
     with torch.no_grad():
         for name, parameter in trainer.learner.module.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=5.0)
     trainer.sampler.engine.sync()
-    assert [s.token_ids for (s,) in trainer.sampler.engine.generate(prompts, **settings)] == [
-        s.token_ids for (s,) in plain
-    ]
-    with trainer.sampler.engine.as_teacher():
-        adapted = trainer.sampler.engine.generate(prompts, **settings)
-    assert [s.token_ids for (s,) in adapted] != [s.token_ids for (s,) in plain]
-    assert [s.token_ids for (s,) in trainer.sampler.engine.generate(prompts, **settings)] == [
-        s.token_ids for (s,) in plain
-    ]
+    assert sampled() == plain
+    assert sampled(as_teacher=True) != plain
+    assert sampled() == plain
 
 
 def test_a_run_saves_the_student_and_goes_on_with_the_adapter(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import generate
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -56,6 +57,6 @@ def test_a_step_of_decoding_without_padding_is_computed_in_rows(make_model, toke
 
     engine = LocalEngine(make_model("llama"), tokenizer, dtype="float32")
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    engine.generate([[5, 6, 7], [8, 9, 10]], max_new_tokens=3, eos_token_ids=())
+    generate(engine, [[5, 6, 7], [8, 9, 10]], max_new_tokens=3, eos_token_ids=())
     # Two layers: the prompts, packed in one block, then two steps with 2 key heads of 2 query heads each.
     assert shapes == [((2, 12), False)] * 2 + [((2, 2), False)] * 4

@@ -48,7 +48,7 @@ def test_rows_expand_and_drop_as_an_index_would_select_them():
     cache.update(layer_keys, layer_values, 0)
     rows = torch.tensor([1, 0, 0, 1, 1])
     cache.expand(rows)
-    order = cache.drop([1, 3, 4], torch.device("cpu"))
+    order = cache.keep_rows([1, 3, 4], torch.device("cpu"))
     assert sorted(order) == [1, 3, 4]
     new_keys, new_values = states(3, 1), states(3, 1)
     keys, values = cache.update(new_keys, new_values, 0)

@@ -5,17 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from engines import generate
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from vpd.packing import PackedLayout
 from vpd.packing.trie import build_trie
-from vpd.rollout import LocalEngine, groups, prefill
+from vpd.rollout import LocalEngine, prefill, prompt_groups
 from vpd.rollout import decode_attention as attention
-from vpd.rollout.groups import PromptGroups
+from vpd.rollout.inference_copy import copy_for_inference
 from vpd.rollout.kv_cache import PreallocatedLayer, make_cache
-from vpd.rollout.local import make_twin
-from vpd.rollout.prefill import Prefill, mask_of, packed, padded
+from vpd.rollout.prefill import Prefill, padding_mask, prefill_packed, prefill_padded
+from vpd.rollout.prompt_groups import PromptGroups
 
 PROMPTS = [(5, 6, 7, 8, 9, 10), (20, 21, 22), (5, 6, 7, 30), (5, 6), (40,)]
 PACKED = {"llama", "qwen3", "gemma3"}
@@ -23,13 +24,13 @@ SHARED = {"llama", "qwen3"}
 
 
 def network(make_model, name, bfloat16=False):
-    return make_twin(make_model(name), bfloat16=bfloat16)
+    return copy_for_inference(make_model(name), bfloat16=bfloat16)
 
 
 def counted_tokens(engine):
     """Shapes of what the engine's network computes, from now on."""
     shapes = []
-    engine._twin.register_forward_pre_hook(
+    engine._copy.network.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     return shapes
@@ -51,9 +52,9 @@ def test_packed_prompts_give_the_logits_and_the_cache_of_padded_ones(make_model,
     prompts = [*PROMPTS, tuple(range(50, 70))]
     caches = [make_cache(subject.config, max_length=40) for _ in range(2)]
     torch.testing.assert_close(
-        packed(subject, prompts, caches[0]), padded(subject, prompts, caches[1]), atol=1e-4, rtol=1e-4
+        prefill_packed(subject, prompts, caches[0]), prefill_padded(subject, prompts, caches[1]), atol=1e-4, rtol=1e-4
     )
-    mask = mask_of(prompts, torch.device("cpu"))
+    mask = padding_mask(prompts, torch.device("cpu"))
     assert mask.sum(1).tolist() == [len(prompt) for prompt in prompts]
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         assert [layer.get_seq_length() for layer in layers] == [20, 20]
@@ -65,7 +66,7 @@ def test_packed_prompts_give_the_logits_and_the_cache_of_padded_ones(make_model,
 def test_what_prompts_begin_with_is_computed_once_and_nothing_is_padded(make_model, tokenizer):
     engine = LocalEngine(make_model("llama"), tokenizer, dtype="float32")
     shapes = counted_tokens(engine)
-    engine.generate([*PROMPTS, PROMPTS[0]], num_generations=2, max_new_tokens=2, eos_token_ids=())
+    generate(engine, [*PROMPTS, PROMPTS[0]], num_generations=2, max_new_tokens=2, eos_token_ids=())
     # (5, 6, 7, 8, 9, 10), (20, 21, 22), 30 behind (5, 6, 7), nothing for (5, 6), and (40,).
     assert shapes == [(1, 6 + 3 + 1 + 0 + 1), (12, 1)]
 
@@ -98,14 +99,14 @@ def test_a_network_whose_window_is_not_heeded_is_not_packed(make_model, monkeypa
 @pytest.mark.parametrize("changed", ["logits", "keys", "values"])
 def test_what_differs_is_not_packed(make_model, monkeypatch, changed):
     def with_something_else(network, prompts, cache):
-        logits = packed(network, prompts, cache)
+        logits = prefill_packed(network, prompts, cache)
         if changed == "logits":
             return logits.flip(0)
         states = getattr(cache.layers[1], changed)
         states[1, 0, -1] *= 2.0
         return logits
 
-    monkeypatch.setattr(prefill, "packed", with_something_else)
+    monkeypatch.setattr(prefill, "prefill_packed", with_something_else)
     assert not Prefill(network(make_model, "llama")).packs
 
 
@@ -128,12 +129,12 @@ def test_layers_without_a_place_of_their_own_in_the_cache_are_not_packed(make_mo
     monkeypatch.undo()
     assert Prefill(subject).packs
     full = make_cache(subject.config, max_length=8)
-    packed(subject, PROMPTS, full)
+    prefill_packed(subject, PROMPTS, full)
     with pytest.raises(ValueError, match="no place of its own"):
-        packed(subject, PROMPTS, full)
+        prefill_packed(subject, PROMPTS, full)
     subject.model.layers[1].self_attn.layer_idx = 7
     with pytest.raises(ValueError, match="no place of its own"):
-        packed(subject, PROMPTS, make_cache(subject.config, max_length=8))
+        prefill_packed(subject, PROMPTS, make_cache(subject.config, max_length=8))
 
 
 @pytest.mark.parametrize("name", ["keys", "values"])
@@ -166,7 +167,7 @@ def test_nor_behind_a_window_that_the_trial_does_not_reach(make_model):
 def test_a_vocabulary_of_three_words_is_enough(make_model):
     config = make_model("llama").config
     config.vocab_size = 3
-    found = Prefill(make_twin(AutoModelForCausalLM.from_config(config), bfloat16=False))
+    found = Prefill(copy_for_inference(AutoModelForCausalLM.from_config(config), bfloat16=False))
     assert found.packs
     assert found.shares
 
@@ -182,7 +183,7 @@ def test_nothing_is_tried_elsewhere_than_on_a_processor(make_model, caplog):
 def test_an_attention_that_is_not_ours_neither_packs_nor_shares(make_model):
     model = make_model("llama")
     model._supports_attention_backend = False
-    found = Prefill(make_twin(model, bfloat16=False))
+    found = Prefill(copy_for_inference(model, bfloat16=False))
     assert not found.packs
     assert not found.shares
 
@@ -192,7 +193,7 @@ def test_a_model_with_adapters_is_packed_too(make_model, tokenizer):
     model = get_peft_model(make_model("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     engine = LocalEngine(model, tokenizer, dtype="float32")
     shapes = counted_tokens(engine)
-    engine.generate(PROMPTS, max_new_tokens=1, eos_token_ids=())
+    generate(engine, PROMPTS, max_new_tokens=1, eos_token_ids=())
     assert shapes == [(1, 11)]
 
 
@@ -221,10 +222,10 @@ def test_the_log_says_what_the_description_tells(make_model, caplog):
 @pytest.mark.parametrize("name", ["deepseek_v3", "nemotron", "doge", "gemma3n"])
 def test_architectures_of_other_kinds_sample_as_before(make_model, tokenizer, monkeypatch, name):
     """Whatever is found out about them, and with prompts shared wherever that was found to work."""
-    monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
+    monkeypatch.setattr(prompt_groups, "MINIMUM_SAVING", 1)
     model = make_model(name).eval()
     engine = LocalEngine(model, tokenizer, dtype="float32")
-    found = engine.generate(PROMPTS, num_generations=2, max_new_tokens=6, temperature=0, eos_token_ids=())
+    found = generate(engine, PROMPTS, num_generations=2, max_new_tokens=6, temperature=0, eos_token_ids=())
     for prompt, samples in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
             expected = model.generate(

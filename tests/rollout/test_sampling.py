@@ -3,7 +3,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vpd.rollout.sampling import BLOCK, Sampler, inverse_cdf, sequence_uniforms
+from vpd.rollout.sampling import BLOCK, TokenSampler, inverse_cdf, sequence_uniforms
 
 
 def draws(sampler, logits, count=20_000):
@@ -17,7 +17,7 @@ def test_frequencies_match_probabilities(size, temperature):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(size, generator=generator)
     count = 20_000
-    tokens, _ = draws(Sampler(temperature), logits, count)
+    tokens, _ = draws(TokenSampler(temperature), logits, count)
     expected = count * (logits / temperature).softmax(dim=-1)
     # Pool what is rare: the chi-square approximation needs a few expected draws per cell.
     common = expected > 10
@@ -53,7 +53,7 @@ def test_log_probs_are_those_before_the_cuts():
     logits = torch.tensor([3.0, 2.0, 1.0, -1.0, -4.0])
     expected = (logits / 0.7).log_softmax(dim=-1)
     for cuts in ({}, {"top_k": 2}, {"top_p": 0.8}, {"min_p": 0.2}):
-        tokens, log_probs = draws(Sampler(0.7, **cuts), logits, 200)
+        tokens, log_probs = draws(TokenSampler(0.7, **cuts), logits, 200)
         torch.testing.assert_close(log_probs, expected[tokens])
 
 
@@ -69,20 +69,20 @@ def test_log_probs_are_those_before_the_cuts():
 )
 def test_cuts_restrict_the_support(cuts, support):
     logits = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
-    tokens, _ = draws(Sampler(1.0, **cuts), logits, 5000)
+    tokens, _ = draws(TokenSampler(1.0, **cuts), logits, 5000)
     assert set(tokens.tolist()) == support
 
 
 def test_greedy_takes_the_most_likely_and_reports_its_log_prob_at_temperature_one():
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]], dtype=torch.bfloat16)
-    tokens, log_probs = Sampler(temperature=0)(logits, torch.zeros(2, dtype=torch.float64))
+    tokens, log_probs = TokenSampler(temperature=0)(logits, torch.zeros(2, dtype=torch.float64))
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(log_probs, logits.float().log_softmax(dim=-1)[[0, 1], tokens])
 
 
 def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(FloatingPointError, match="not finite"):
-        Sampler()(torch.tensor([[0.0, float("nan")]]), torch.zeros(1, dtype=torch.float64))
+        TokenSampler()(torch.tensor([[0.0, float("nan")]]), torch.zeros(1, dtype=torch.float64))
 
 
 def test_uniforms_depend_on_each_argument_and_on_nothing_else():

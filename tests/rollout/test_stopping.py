@@ -55,8 +55,3 @@ def test_few_tokens_are_decoded(tokenizer, monkeypatch):
     )
     assert end(condition, token_ids) is None
     assert sum(decoded) <= 2 * len(set(token_ids))
-
-
-def test_an_empty_stop_string_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="empty string"):
-        StopCondition(tokenizer, [], ["", "a"])

@@ -16,7 +16,7 @@ from vpd.losses import Head
 from vpd.packing import batch, pack
 from vpd.policy import learner
 from vpd.policy.module import PolicyModule
-from vpd.rollout import groups, prefill
+from vpd.rollout import prefill, prompt_groups
 from vpd.rollout.kv_cache import PreallocatedCache
 from vpd.rollout.prefill import Prefill
 
@@ -39,8 +39,8 @@ def expected(tmp_path_factory):
     """The curve with all of them; toy prompts are too short for generations to share them by default."""
     packed, may_share, shared = [], [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(groups, "SHARED_NUMBERS", 1)
-        call, share = Prefill.__call__, PreallocatedCache.share
+        patch.setattr(prompt_groups, "MINIMUM_SAVING", 1)
+        call, share = Prefill.__call__, PreallocatedCache.share_prompts
 
         def watched(self, *args):
             packed.append(self.packs)
@@ -49,7 +49,7 @@ def expected(tmp_path_factory):
 
         patch.setattr(Prefill, "__call__", watched)
         patch.setattr(
-            PreallocatedCache, "share", lambda *args, **how: (shared.append(share(*args, **how)), shared[-1])[1]
+            PreallocatedCache, "share_prompts", lambda *args, **how: (shared.append(share(*args, **how)), shared[-1])[1]
         )
         found = curve(tmp_path_factory.mktemp("optimised") / "run")
     assert len(packed) >= STEPS
@@ -91,7 +91,7 @@ def test_every_prompt_read_from_its_beginning(tmp_path, monkeypatch, expected):
 
 
 def test_every_generation_with_its_own_prompt(tmp_path, monkeypatch, expected):
-    monkeypatch.setattr(groups, "SHARED_NUMBERS", 10**9)
+    monkeypatch.setattr(prompt_groups, "MINIMUM_SAVING", 10**9)
     assert_the_same(curve(tmp_path / "run"), expected)
 
 

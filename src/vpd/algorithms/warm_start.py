@@ -52,6 +52,7 @@ def demonstration_sequences(
     end_of_sequence: int,
     count: int,
     success_threshold: float,
+    seed: int,
     sources: Sequence[FeedbackSource] | None = None,
 ) -> list[PromptedCompletion]:
     """Plain and feedback-conditioned sequences of ``count`` demonstrations.
@@ -62,6 +63,7 @@ def demonstration_sequences(
         end_of_sequence: closes an answer.
         count: of demonstrations.
         success_threshold: the reward from which an answer succeeds.
+        seed: The seed for whatever sources of feedback draw.
         sources: of feedback; those of the prompts' settings by default, and none makes plain sequences alone.
 
     Raises:
@@ -80,10 +82,11 @@ def demonstration_sequences(
     ):
         rollout.verdict = verdict if isinstance(verdict, Verdict) else None
     is_success = [r.verdict is not None and r.verdict.reward >= success_threshold for r in rollouts]
-    views = build_views(rollouts, is_success, prompts, sources=sources)
+    views = build_views(rollouts, is_success, prompts, seed=seed, sources=sources).views
     failed = [2 * index for index, demonstration in enumerate(demonstrations) if index % 2 and demonstration.attempt]
-    alone = build_views([rollouts[i] for i in failed], [False] * len(failed), prompts, sources=sources)
-    for index, view in zip(failed, alone, strict=True):
+    attempts = [rollouts[i] for i in failed]
+    alone = build_views(attempts, [False] * len(failed), prompts, seed=seed, sources=sources)
+    for index, view in zip(failed, alone.views, strict=True):
         views[index] = view or views[index]
     sequences = []
     for index, demonstration in enumerate(demonstrations):

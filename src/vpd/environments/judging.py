@@ -1,4 +1,4 @@
-"""Judging many completions, with plain and async judges alike, also where some of them fail or hang."""
+"""Judges many completions, with plain and async judges alike, also where some of them fail or hang."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from vpd.loop import run
 from vpd.types import Task, Verdict
 
 Outcome: TypeAlias = Verdict | Exception
-"""A verdict, or what the judge itself failed with: that rollout is then ungraded."""
+"""A verdict, or the error that the judge itself failed with, which leaves the rollout ungraded."""
 
 
 def judge_all(
     environment: Environment, pairs: Sequence[tuple[Task, str]], seconds: float | None = None
 ) -> list[Outcome]:
-    """The outcome of each (task, completion), in their order; async judges run concurrently.
+    """Judge each (task, completion) and return the outcomes in order; async judges run concurrently.
 
-    A judge that raises, or whose reward is not a finite number, is broken for that completion alone.
+    A judge that raises, or whose reward is not a finite number, has failed for that completion alone.
 
     Args:
-        environment: the judge.
-        pairs: what to judge.
-        seconds: how long to wait for a judgement. Async judges may wait for each other, as for a free worker of the
-            sandbox, so that they hang only when none of them has finished for so long. A plain judge that hangs cannot
-            be ended: its thread is left behind. One that must run on the main thread is waited for without limit.
+        environment: The judge.
+        pairs: The tasks and completions to judge.
+        seconds: How long to wait for a judgement; None waits without limit. Async judges may wait for each other, for
+            instance for a free worker of the sandbox, so that they hang only if none of them has finished for so long.
+            A plain judge that hangs cannot be ended, and its thread is left behind. A judge that must run on the main
+            thread is waited for without limit.
     """
     results = _attempt_all(environment, pairs, seconds)
     waiting = {index: result for index, result in enumerate(results) if inspect.isawaitable(result)}
@@ -42,7 +43,7 @@ def judge_all(
 
 
 def _attempt_all(environment: Environment, pairs: Sequence[tuple[Task, str]], seconds: float | None) -> list[object]:
-    """What each call of the judge gives, one after the other, on a thread that may be given up."""
+    """Call the judge for one pair after the other, on a thread that may be given up, and return what it gives."""
     if seconds is None or environment.judges_on_main_thread:
         return [_attempt(environment, task, completion) for task, completion in pairs]
     results: list[object] = []
@@ -89,7 +90,7 @@ def _checked(result: object) -> Outcome:
     if not finite:
         return ValueError(f"The judge's reward must be a finite number, but is {result.reward!r}.")
     if result.feedback is not None:
-        # Half of a surrogate pair, quoted from a completion, is no text that a tokenizer would take.
+        # A judge may quote half of a surrogate pair from a completion, which no tokenizer takes as text.
         return replace(result, feedback=result.feedback.encode("utf-8", "replace").decode())
     return result
 

@@ -1,4 +1,4 @@
-"""avg@k on a set of tasks."""
+"""Measures accuracy on a set of tasks, averaged over k completions of each (avg@k)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 from vpd.config import EvalSettings
 from vpd.evaluation.intervals import bootstrap_interval, wilson_interval
-from vpd.rollout.sampler import RolloutSampler
+from vpd.rollout import RolloutSampler
 from vpd.types import Task
 
 
@@ -19,12 +19,13 @@ class Evaluation:
     """Accuracy over a set of tasks.
 
     Attributes:
-        accuracy: mean share of successes among a task's k completions (avg@k), in [0, 1].
-        low, high: 95% interval; Wilson's for one completion a task, else a bootstrap over tasks.
-        n: tasks graded.
-        ungraded: tasks of which no completion could be graded; left out.
-        seconds: of sampling and judging.
-        outcomes: the share of successes of each task id, for paired comparisons.
+        accuracy: The share of successes among a task's k completions, averaged over tasks, in [0, 1].
+        low: The lower end of the 95% interval: Wilson's for one completion a task, a bootstrap over tasks for more.
+        high: The upper end of that interval.
+        n: How many tasks were graded.
+        ungraded: How many tasks have no completion that could be graded; they are left out.
+        seconds: The wall-clock seconds of sampling and judging.
+        outcomes: The share of successes by task id, for paired comparisons.
     """
 
     accuracy: float
@@ -36,7 +37,7 @@ class Evaluation:
     outcomes: dict[str, float]
 
     def summary(self) -> dict[str, float | int]:
-        """The numbers without the outcomes."""
+        """All numbers but the outcomes of single tasks."""
         return {name: getattr(self, name) for name in ("accuracy", "low", "high", "n", "ungraded", "seconds")}
 
 
@@ -52,20 +53,21 @@ def evaluate(
     """Sample ``settings.k`` completions for each task, judge them, and average.
 
     Args:
-        sampler: engine, prompts and judge.
-        tasks: all of them; each process answers its part and all get the whole result.
-        settings: k, temperature and top-p.
-        success_threshold: the reward from which a completion succeeds.
-        seed: of the completions.
-        process, processes: this process's place among all.
+        sampler: Samples completions and has them judged.
+        tasks: All tasks; each process answers its part, and all processes get the whole result.
+        settings: The number of completions k, the temperature and top-p.
+        success_threshold: The reward from which a completion succeeds.
+        seed: The seed of the draws; each process adds its number.
+        process: The number of this process.
+        processes: How many processes there are.
     """
     start = time.perf_counter()
     mine = list(tasks[process::processes])
-    rollouts = sampler.sample(
+    sampled = sampler.sample(
         mine, settings.k, seed=seed + process, temperature=settings.temperature, top_p=settings.top_p
     )
     own: dict[str, list[float]] = {task.id: [] for task in mine}
-    for rollout in rollouts:
+    for rollout in sampled.rollouts:
         if rollout.verdict is not None:
             own[rollout.task.id].append(float(rollout.verdict.reward >= success_threshold))
     gathered: list[tuple[str, list[float]]] = gather_object(list(own.items())) if processes > 1 else list(own.items())

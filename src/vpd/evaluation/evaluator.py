@@ -1,4 +1,4 @@
-"""The measurements of a run, with the run's settings."""
+"""Makes the measurements of a run, with the run's settings."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from vpd.environments import Environment, Split
 from vpd.evaluation.accuracy import Evaluation, evaluate
 from vpd.evaluation.gap import Gap, measure_gap
 from vpd.feedback import FeedbackSource
-from vpd.rollout.sampler import RolloutSampler
+from vpd.rollout import RolloutSampler
 from vpd.seeds import mix
-from vpd.timing import Timer
 
 
 class Evaluator:
-    """Measures the policy that a sampler samples from; the seconds do not count as training.
+    """Measures the policy that a sampler samples from.
 
     Args:
-        sampler: engine, prompts and judge.
-        environment: has the splits.
-        args: settings of the run.
-        accelerator: tells this process's place among all.
-        sources: of feedback.
+        sampler: Samples completions and has them judged.
+        environment: Holds the tasks of each split.
+        args: The settings of the run.
+        accelerator: Tells which process this is.
+        sources: The sources of feedback; by default those of the settings that need nothing else.
     """
 
     def __init__(
@@ -42,10 +41,8 @@ class Evaluator:
         self._accelerator = accelerator
 
     def accuracy(self, split: Split, limit: int | None = None) -> Evaluation:
-        """Accuracy on the first ``limit`` tasks of a split; the processes share the work."""
-        timer, self._sampler.timer = self._sampler.timer, Timer()
-        sampled_tokens = self._sampler.sampled_tokens
-        evaluation = evaluate(
+        """Measure the accuracy on the first ``limit`` tasks of a split; the processes share the work."""
+        return evaluate(
             self._sampler,
             list(self._environment.tasks(split))[:limit],
             self._args.eval,
@@ -54,14 +51,12 @@ class Evaluator:
             process=self._accelerator.process_index,
             processes=self._accelerator.num_processes,
         )
-        self._sampler.timer, self._sampler.sampled_tokens = timer, sampled_tokens
-        return evaluation
 
     def gap(self, permute: bool = False) -> Gap:
-        """How far the teacher is ahead of the student on selection tasks; every process measures the same.
+        """Measure the gap between teacher and student on selection tasks; every process measures the same.
 
         Args:
-            permute: give each rollout the feedback of another task, as a control.
+            permute: Give each rollout the feedback of another task, as a control.
         """
         tasks = list(self._environment.tasks("selection"))[: self._args.eval.preflight_tasks]
         return measure_gap(

@@ -1,7 +1,7 @@
-"""How far the teacher is ahead of the student, before anything is trained.
+"""Measures the gap between teacher and student: how much better the network answers when it is given feedback.
 
-The initial gap predicts the final gain (arXiv 2605.30070 reports R2 = 0.95): a teacher that is no better behind the
-feedback prompt has nothing to hand down, and distilling it can only do harm.
+The initial gap predicts the final gain (arXiv 2605.30070 reports R2 = 0.95). A teacher that is no better when it is
+conditioned on the feedback has nothing to hand down, and distilling it can only do harm.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from statistics import fmean
 
 from vpd.evaluation.intervals import bootstrap_interval
 from vpd.feedback import FeedbackSource, build_views
-from vpd.rollout.sampler import RolloutSampler
+from vpd.rollout import RolloutSampler
 from vpd.types import Rollout, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Accuracy sampled from the teacher's prompts minus that sampled from the student's, on the same tasks.
+    """The teacher's accuracy minus the student's, both sampled, on the same tasks.
 
     Attributes:
-        student_accuracy, teacher_accuracy: means over the tasks whose rollouts got feedback.
-        gap: their difference; low, high its 95% bootstrap interval over tasks.
-        n: tasks with feedback, of ``tasks`` asked.
+        student_accuracy: The student's accuracy, averaged over the tasks whose rollouts got feedback.
+        teacher_accuracy: The teacher's accuracy on the same tasks.
+        gap: The teacher's accuracy minus the student's.
+        low: The lower end of the gap's 95% bootstrap interval over tasks.
+        high: The upper end of that interval.
+        n: How many tasks got feedback.
+        tasks: How many tasks were asked.
     """
 
     student_accuracy: float
@@ -45,38 +49,25 @@ def measure_gap(
     sources: Sequence[FeedbackSource] | None = None,
     permute: bool = False,
 ) -> Gap:
-    """Sample the student, give it feedback, and let the teacher answer once behind each feedback prompt.
+    """Sample the student, give it feedback, and let the teacher answer each of its prompts once.
 
     Args:
-        sampler: engine, prompts and judge.
-        tasks: of the selection split.
-        num_generations: student rollouts a task; feedback from siblings needs 2 or more.
-        success_threshold: the reward from which a completion succeeds.
-        seed: of the completions.
-        sources: of feedback; those of the prompts' settings by default.
-        permute: give each rollout the feedback of another task.
+        sampler: Samples completions and has them judged.
+        tasks: The tasks to ask.
+        num_generations: How many rollouts of the student each task gets; feedback from siblings needs 2 or more.
+        success_threshold: The reward from which a completion succeeds.
+        seed: The seed of the student's draws, from which the others are made.
+        sources: The sources of feedback; by default those of the prompts' settings that need nothing else.
+        permute: Give each rollout the feedback of another task.
     """
-    rollouts = sampler.sample(tasks, num_generations, seed=seed)
-    views = build_views(
-        rollouts,
-        [_succeeds(rollout, success_threshold) for rollout in rollouts],
-        sampler.prompts,
-        sources=sources,
-        permute=permute,
-    )
+    rollouts = sampler.sample(tasks, num_generations, seed=seed).rollouts
+    is_success = [_succeeds(rollout, success_threshold) for rollout in rollouts]
+    views = build_views(rollouts, is_success, sampler.prompts, seed=seed, sources=sources, permute=permute).views
     active = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]
-    answers = sampler.sample_behind(
+    answers = sampler.sample_teacher(
         [view.prompt_ids for _, view in active], [rollout.task for rollout, _ in active], seed=seed + 1
-    )
-    student, teacher = defaultdict(list), defaultdict(list)
-    for rollout in rollouts:
-        if rollout.verdict is None:
-            continue
-        student[rollout.task.id].append(float(_succeeds(rollout, success_threshold)))
-    for answer in answers:
-        if answer.verdict is None:
-            continue
-        teacher[answer.task.id].append(float(_succeeds(answer, success_threshold)))
+    ).rollouts
+    student, teacher = _outcomes(rollouts, success_threshold), _outcomes(answers, success_threshold)
     pairs = [(fmean(student[id]), fmean(outcomes)) for id, outcomes in teacher.items()]
     if not pairs:
         nan = float("nan")
@@ -92,6 +83,15 @@ def measure_gap(
         n=len(pairs),
         tasks=len(tasks),
     )
+
+
+def _outcomes(rollouts: Sequence[Rollout], success_threshold: float) -> dict[str, list[float]]:
+    """The outcomes of the graded rollouts by task id, 1 for a success and 0 for a failure."""
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        if rollout.verdict is not None:
+            outcomes[rollout.task.id].append(float(_succeeds(rollout, success_threshold)))
+    return outcomes
 
 
 def _succeeds(rollout: Rollout, success_threshold: float) -> bool:

@@ -1,4 +1,4 @@
-"""95% intervals for accuracies."""
+"""Computes 95% intervals of accuracies."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ _RESAMPLES = 2000
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share of ``count`` independent yes-or-no outcomes.
+    """Wilson's 95% interval of the share of successes among independent yes-or-no outcomes.
 
-    Unlike the normal one it stays within [0, 1] and is not empty at 0 or all successes. (nan, nan) for no outcomes.
+    Unlike the normal interval it stays within [0, 1] and is not empty where all outcomes are alike.
+
+    Args:
+        successes: How many outcomes are successes.
+        count: How many outcomes there are.
+
+    Returns:
+        The two ends; (nan, nan) for no outcomes.
     """
     if count == 0:
         return math.nan, math.nan
@@ -26,12 +33,16 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of the mean, resampling whole entries.
+    """The 95% percentile interval of a mean, by resampling whole questions.
+
+    Completions of one question are alike. Resampling questions, and not completions, keeps them together.
 
     Args:
-        values: one number per question: resampling questions, not completions, keeps completions of one question
-            together, which are alike.
-        seed: of the resampling.
+        values: One number for each question.
+        seed: The seed of the resampling.
+
+    Returns:
+        The two ends; (nan, nan) for no values.
     """
     if not values:
         return math.nan, math.nan
@@ -41,17 +52,18 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def crossed_interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a mean over training seeds and questions, resampling both.
+    """The 95% percentile interval of a mean over training seeds and questions, by resampling both.
 
-    Of S seeds S - 1 are drawn, which makes the variance of resampled means that of the mean (S drawn ones would give
-    (S - 1) / S of it; Rao and Wu 1988). A single seed has no spread to draw from: then the interval is over questions.
+    Each resampling draws S - 1 of the S seeds, so that the resampled means vary as much as the mean itself does (S
+    draws would give (S - 1) / S of its variance; Rao and Wu 1988). A single seed has no spread to draw from, and the
+    interval is over questions alone.
 
     Args:
-        values: [S, Q], seeds by questions: scores, or differences of two arms that share seeds and questions.
-        seed: of the resampling.
+        values: Scores, or differences of two arms that share seeds and questions, [S, Q], seeds by questions.
+        seed: The seed of the resampling.
 
     Returns:
-        (nan, nan) for no values.
+        The two ends; (nan, nan) for no values.
     """
     array = np.asarray(values, dtype=np.float64)
     if not array.size:

@@ -1,4 +1,4 @@
-"""Evaluation of a model outside a training run."""
+"""Evaluates a model outside a training run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from vpd.environments import Split, make_environment
 from vpd.evaluation.accuracy import Evaluation, evaluate
 from vpd.feedback import PromptBuilder
 from vpd.policy.load import eos_token_ids, load_policy
-from vpd.rollout.local import LocalEngine
-from vpd.rollout.sampler import RolloutSampler
+from vpd.rollout import RolloutSampler, make_engine
 
 
 def evaluate_standalone(settings: VPDConfig, split: Split, limit: int | None) -> Evaluation:
     """Load ``settings.model`` and evaluate it on a split of ``settings.data``.
 
+    Args:
+        settings: The settings of a run.
+        split: The split whose tasks are asked.
+        limit: How many of its tasks are asked at most; None asks all.
+
     Raises:
-        ConfigError: there is no ``[data]`` section, or the model cannot be loaded.
+        ConfigError: There is no ``[data]`` section, or the model cannot be loaded.
     """
     if settings.data is None:
         raise ConfigError("There are no tasks: the config has no [data] section.")
@@ -26,7 +30,7 @@ def evaluate_standalone(settings: VPDConfig, split: Split, limit: int | None) ->
     if torch.cuda.is_available():
         loaded.model.to("cuda")  # pyright: ignore[reportArgumentType]
     sampler = RolloutSampler(
-        LocalEngine(loaded.model, loaded.tokenizer, settings.rollout.dtype, settings.rollout.batch_size),
+        make_engine(loaded.model, loaded.tokenizer, settings.rollout),
         loaded.tokenizer,
         environment,
         PromptBuilder(

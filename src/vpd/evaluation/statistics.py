@@ -1,4 +1,4 @@
-"""Numbers about a batch of rollouts, over all processes."""
+"""Describes a batch of rollouts in numbers, over all processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ def batch_statistics(
     total: Callable[..., list[float]],
     largest: Callable[[float], float],
 ) -> dict[str, float | None]:
-    """Rewards, activity, lengths and repetition of a batch.
+    """Compute the rewards, activity, lengths and repetition of a batch.
 
     Args:
-        rollouts: of this process, those of one group next to each other.
-        is_success: B flags.
-        views: B teacher prompts, None where a rollout has no feedback.
-        total: sums numbers over processes.
-        largest: the largest of a number over processes.
+        rollouts: The B rollouts of this process, those of one group next to each other.
+        is_success: Whether each rollout has succeeded.
+        views: The teacher's prompt of each rollout, None where it has no feedback.
+        total: Sums each of several numbers over processes.
+        largest: Takes the largest of a number over processes.
+
+    Returns:
+        The metrics by name; None where there is nothing to average.
     """
     graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
     groups = [[is_success[i] for i in group] for _, group in groupby(graded, key=lambda i: rollouts[i].group)]
@@ -60,6 +63,6 @@ def batch_statistics(
 
 
 def repeated_share(token_ids: Sequence[int]) -> float:
-    """Share of a completion's 3-grams that occurred before in it, in [0, 1)."""
+    """The share of a completion's 3-grams that have occurred before in it, in [0, 1)."""
     trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
     return 1.0 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0

@@ -1,14 +1,34 @@
-"""A batch of judged rollouts -> the teacher's prompt of each."""
+"""Turns a batch of judged rollouts into the teacher's prompt of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from vpd.feedback.prompts import PromptBuilder
 from vpd.feedback.sources import FeedbackSource, Group, choose_texts, make_sources
+from vpd.feedback.tally import Tally
 from vpd.feedback.texts import permute_across_groups
+from vpd.seeds import mix
 from vpd.types import Rollout, TeacherView
+
+_OF_SOURCES = 1
+"""Tells the sources' seed apart from the batch's, with which the rollouts themselves were sampled: draws by the same
+seed, at the same places, would be the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """The teacher's prompts of a batch.
+
+    Attributes:
+        views: The teacher's prompt of each rollout, B entries; None where there is no feedback.
+        tally: What the sources have counted for this batch.
+    """
+
+    views: list[TeacherView | None]
+    tally: Tally
 
 
 def build_views(
@@ -16,26 +36,29 @@ def build_views(
     is_success: Sequence[bool],
     prompts: PromptBuilder,
     *,
+    seed: int,
     sources: Sequence[FeedbackSource] | None = None,
     permute: bool = False,
-) -> list[TeacherView | None]:
+) -> Feedback:
     """Build the teacher's prompt of each rollout.
 
     Args:
-        rollouts: B rollouts, those of one group next to each other. An ungraded one (no verdict) takes no part: it
-            gets no view and is nobody's sibling.
-        is_success: B flags.
-        prompts: templates and limits.
-        sources: in order of preference; by default those of the templates' settings that need nothing else.
-        permute: give each rollout the feedback of another task, for the control.
-
-    Returns:
-        B entries; None where there is no feedback.
+        rollouts: The B rollouts, those of one group next to each other. An ungraded rollout (no verdict) takes no part:
+            it gets no view and is nobody's sibling.
+        is_success: Whether each rollout has succeeded, B flags.
+        prompts: The templates and limits.
+        seed: The seed of the batch, from which that of the sources is made.
+        sources: The sources in order of preference; by default those of the templates' settings that need nothing else.
+        permute: Give each rollout the feedback of another task, as a control.
     """
+    sources = make_sources(prompts.settings) if sources is None else sources
     graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
     members = [list(of_group) for _, of_group in groupby(graded, key=lambda index: rollouts[index].group)]
-    groups = [Group([rollouts[i] for i in group], [is_success[i] for i in group]) for group in members]
-    chosen = choose_texts(groups, make_sources(prompts.settings) if sources is None else sources)
+    source_seed = mix(seed, _OF_SOURCES)
+    groups = [Group([rollouts[i] for i in group], [is_success[i] for i in group], source_seed) for group in members]
+    before = _total(sources)
+    chosen = choose_texts(groups, sources)
+    tally = _total(sources) - before
     texts = [text for of_group in chosen for text in of_group]
     if permute:
         texts = permute_across_groups(texts, [rollouts[i].group for i in graded])
@@ -43,4 +66,8 @@ def build_views(
     for index, text in zip(graded, texts, strict=True):
         if text is not None:
             views[index] = prompts.teacher(rollouts[index].task.prompt, text)
-    return views
+    return Feedback(views, tally)
+
+
+def _total(sources: Sequence[FeedbackSource]) -> Tally:
+    return sum((source.tally() for source in sources), Tally())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vpd.config import CritiqueSettings
@@ -19,8 +20,24 @@ from vpd.types import Messages, Rollout
 
 logger = logging.getLogger(__name__)
 
-Complete = Callable[[Sequence[Messages]], Sequence[str | None]]
-"""From chats to an answer each; None where there is none."""
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a chat model has answered, with what the answers took of this process.
+
+    Attributes:
+        texts: The answer to each chat, or None where there is none.
+        token_count: How many tokens the trained network has sampled for them.
+        seconds: The wall-clock seconds of sampling.
+    """
+
+    texts: list[str | None]
+    token_count: int = 0
+    seconds: float = 0.0
+
+
+Complete = Callable[[Sequence[Messages], int], Answers]
+"""Answers chats; the number is the seed of the draws."""
 
 _REQUEST = """Problem:
 {prompt}
@@ -37,10 +54,15 @@ _REFERENCE = """The right answer, for your eyes only:
 
 
 class Critic(Protocol):
-    """Whatever writes critiques."""
+    """Writes critiques."""
 
-    def write(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        """A critique of each rollout; None where none could be had."""
+    def write(self, rollouts: Sequence[Rollout], seed: int) -> Answers:
+        """Write a critique of each rollout; a rollout that cannot be criticised has None.
+
+        Args:
+            rollouts: The failed attempts.
+            seed: The seed of the draws, for a critic that draws in this process.
+        """
         ...
 
 
@@ -48,15 +70,15 @@ class SelfCritic:
     """The network that is trained, asked in one batch.
 
     Args:
-        complete: samples one answer to each chat.
+        complete: Samples one answer to each chat.
     """
 
     def __init__(self, complete: Complete) -> None:
         self._complete = complete
 
-    def write(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        answers = self._complete([request(rollout) for rollout in rollouts])
-        return [critique_in(answer) for answer in answers]
+    def write(self, rollouts: Sequence[Rollout], seed: int) -> Answers:
+        answers = self._complete([request(rollout) for rollout in rollouts], seed)
+        return replace(answers, texts=[critique_in(answer) for answer in answers.texts])
 
 
 class EndpointCritic:
@@ -66,8 +88,9 @@ class EndpointCritic:
         assert settings.endpoint is not None
         self._endpoint = Endpoint(settings.endpoint.model_copy(update={"max_tokens": settings.max_tokens}))
 
-    def write(self, rollouts: Sequence[Rollout]) -> list[str | None]:
-        return [critique_in(answer) for answer in run_all([self._ask(request(rollout)) for rollout in rollouts])]
+    def write(self, rollouts: Sequence[Rollout], seed: int) -> Answers:
+        answers = run_all([self._ask(request(rollout)) for rollout in rollouts])
+        return Answers([critique_in(answer) for answer in answers])
 
     async def _ask(self, messages: Messages) -> str | None:
         try:
@@ -90,6 +113,6 @@ def request(rollout: Rollout) -> Messages:
 
 
 def critique_in(answer: str | None) -> str | None:
-    """What a critic's answer says, or None where it says nothing."""
+    """The critique that a critic's answer holds, or None where the answer says nothing."""
     text = without_thinking(answer or "")
     return text or None

@@ -1,4 +1,4 @@
-"""Where feedback comes from: the environment, successful siblings, a critic, or a class of your own.
+"""The sources of feedback: the environment, successful siblings, a critic, or a class of your own.
 
     class Hint(FeedbackSource):
         name = "hint"
@@ -22,39 +22,50 @@ from dataclasses import dataclass
 
 from vpd.config import ConfigError, FeedbackSettings
 from vpd.feedback.critique import Critic
+from vpd.feedback.tally import Tally
 from vpd.feedback.texts import FeedbackTexts, without_thinking
 from vpd.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The graded rollouts of one prompt, with whether each succeeded."""
+    """The graded rollouts of one prompt.
+
+    Attributes:
+        rollouts: The rollouts.
+        is_success: Whether each of them has succeeded.
+        seed: The seed for whatever a source draws for this batch; all groups of a batch have the same one.
+    """
 
     rollouts: Sequence[Rollout]
     is_success: Sequence[bool]
+    seed: int = 0
 
 
 class FeedbackSource(ABC):
     """Writes what the teacher is told.
 
     Attributes:
-        name: the kind of feedback, under which margins are reported.
+        name: The kind of feedback, under which margins are reported.
     """
 
     name: str
 
     @abstractmethod
     def texts(self, groups: Sequence[Group]) -> list[list[FeedbackTexts | None]]:
-        """What the teacher is told of each rollout of each group that no source before this one served.
+        """Write what the teacher is told of each rollout.
+
+        Args:
+            groups: The groups that no source before this one has served.
 
         Returns:
-            For each group an entry a rollout, None where there is nothing to tell. A group of nothing but None goes on
-            to the next source.
+            For each group one entry for each of its rollouts, None where there is nothing to tell. A group that has
+            only None goes on to the next source.
         """
 
-    def counts(self) -> dict[str, float]:
-        """Numbers since the last call for a step's metrics; they are summed over processes, which all name the same."""
-        return {}
+    def tally(self) -> Tally:
+        """The running totals of all calls so far; what a batch adds to them is among its step's metrics."""
+        return Tally()
 
 
 class EnvironmentSource(FeedbackSource):
@@ -79,8 +90,8 @@ class SiblingSource(FeedbackSource):
     has no sibling and stays without feedback.
 
     Args:
-        shortest: show the shortest success rather than the first.
-        show_feedback: show the environment's text too.
+        shortest: Show the shortest success rather than the first.
+        show_feedback: Show the environment's text too.
     """
 
     name = "sibling"
@@ -113,16 +124,19 @@ class SiblingSource(FeedbackSource):
 
 
 class CritiqueSource(FeedbackSource):
-    """Failures get a critic's words; successes, of which there is nothing to criticise, the environment's text.
+    """A critic's words for failures, and the environment's text for successes, where there is nothing to criticise.
 
-    A group without a failure, or whose critiques all fail, has none.
+    A group that has no failure, or whose critiques all fail, gets no feedback from this source.
+
+    Args:
+        critic: Writes the critiques.
     """
 
     name = "critique"
 
     def __init__(self, critic: Critic) -> None:
         self._critic = critic
-        self._asked = self._missing = 0
+        self._tally = Tally({"critiques": 0.0, "critiques_missing": 0.0})
 
     def texts(self, groups: Sequence[Group]) -> list[list[FeedbackTexts | None]]:
         failures = [
@@ -131,19 +145,24 @@ class CritiqueSource(FeedbackSource):
             for rollout, success in zip(group.rollouts, group.is_success, strict=True)
             if not success
         ]
-        written = self._critic.write(failures) if failures else []
-        self._asked += len(written)
-        self._missing += sum(not critique for critique in written)
-        remaining = iter(written)
+        remaining = iter(self._write(failures, groups[0].seed) if failures else [])
         return [
             self._of_group(group, [None if success else next(remaining) for success in group.is_success])
             for group in groups
         ]
 
-    def counts(self) -> dict[str, float]:
-        counts = {"critiques": float(self._asked), "critiques_missing": float(self._missing)}
-        self._asked = self._missing = 0
-        return counts
+    def tally(self) -> Tally:
+        return self._tally
+
+    def _write(self, failures: Sequence[Rollout], seed: int) -> list[str | None]:
+        answers = self._critic.write(failures, seed)
+        missing = sum(not critique for critique in answers.texts)
+        self._tally += Tally(
+            counts={"critiques": len(answers.texts), "critiques_missing": missing},
+            seconds={"critique": answers.seconds},
+            token_count=answers.token_count,
+        )
+        return answers.texts
 
     def _of_group(self, group: Group, critiques: Sequence[str | None]) -> list[FeedbackTexts | None]:
         if not any(critiques):
@@ -157,10 +176,10 @@ class CritiqueSource(FeedbackSource):
 
 
 def make_sources(settings: FeedbackSettings, critic: Critic | None = None) -> list[FeedbackSource]:
-    """The sources that the settings name, in their order; ``critique`` is left out where there is no critic.
+    """Make the sources that the settings name, in their order; ``critique`` is left out where there is no critic.
 
     Raises:
-        ConfigError: a class of one's own cannot be imported or made.
+        ConfigError: A class of your own cannot be imported or made.
     """
     sources: list[FeedbackSource] = []
     for name in settings.sources:
@@ -177,10 +196,10 @@ def make_sources(settings: FeedbackSettings, critic: Critic | None = None) -> li
 
 
 def choose_texts(groups: Sequence[Group], sources: Sequence[FeedbackSource]) -> list[list[FeedbackTexts | None]]:
-    """What the teacher is told of each rollout of each group; None for a rollout without feedback.
+    """Choose what the teacher is told of each rollout of each group; None for a rollout without feedback.
 
-    The whole group uses one kind of source, the first that has something to say: were failures to get one kind and
-    successes another, the kind itself would tell them apart and the teacher could learn that instead of reading.
+    The whole group uses one source, the first that has something to say. If failures got one kind of feedback and
+    successes another, the kind itself would tell them apart, and the teacher could learn that instead of reading.
     """
     chosen: list[list[FeedbackTexts | None]] = [[None] * len(group.rollouts) for group in groups]
     for source in sources:
@@ -191,7 +210,7 @@ def choose_texts(groups: Sequence[Group], sources: Sequence[FeedbackSource]) -> 
 
 
 def environment_text(rollout: Rollout) -> str | None:
-    """What the environment says of a rollout, or None."""
+    """The text of the environment's verdict on a rollout, or None."""
     return rollout.verdict.feedback if rollout.verdict is not None else None
 
 

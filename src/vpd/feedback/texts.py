@@ -1,4 +1,4 @@
-"""What the teacher is told of a rollout, before it becomes tokens."""
+"""The texts that tell the teacher of a rollout, before they become tokens."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class FeedbackTexts:
     """The texts for one rollout's teacher prompt.
 
     Attributes:
-        source: the kind that the rollout's group uses.
-        is_success: whether the rollout succeeded; picks the template around ``feedback``.
-        solution: a successful sibling's text, or None.
-        critique: what a critic wrote of the attempt, or None.
-        feedback: the environment's text, or None.
+        source: The kind of feedback that the rollout's group uses.
+        is_success: Whether the rollout has succeeded, which decides the template around ``feedback``.
+        solution: A successful sibling's text, or None.
+        critique: A critic's words about the attempt, or None.
+        feedback: The environment's text, or None.
     """
 
     source: str
@@ -33,19 +33,19 @@ class FeedbackTexts:
 def permute_across_groups(texts: Sequence[FeedbackTexts | None], groups: Sequence[int]) -> list[FeedbackTexts | None]:
     """Give each rollout the texts of a rollout of another group: the control that a reading teacher must fail.
 
-    The number of rollouts with feedback stays the same, unless one group alone has feedback: then nobody can get
-    another's and all are left without.
+    As many rollouts have feedback as before, unless one group alone has feedback: then no rollout can get another
+    group's, and all are left without.
 
     Args:
-        texts: one entry a rollout.
-        groups: the group of each rollout; rollouts of one group are neighbours.
+        texts: The texts of each rollout.
+        groups: The group of each rollout; rollouts of one group are neighbours.
     """
     having = [index for index, text in enumerate(texts) if text is not None]
     permuted: list[FeedbackTexts | None] = [None] * len(texts)
     if len({groups[index] for index in having}) < 2:
         return permuted
-    # A cyclic shift by the largest group's size moves every entry out of its own group, as groups are contiguous,
-    # unless that group holds more than half of all entries; those few are given the first entry of another group.
+    # Groups are contiguous, so that a cyclic shift by the largest group's size moves every entry out of its own group,
+    # unless that group holds more than half of all entries. Those few entries get the first entry of another group.
     shift = max(sum(groups[index] == group for index in having) for group in {groups[index] for index in having})
     for position, index in enumerate(having):
         donor = having[(position + shift) % len(having)]
@@ -60,5 +60,5 @@ def permute_across_groups(texts: Sequence[FeedbackTexts | None], groups: Sequenc
 
 
 def without_thinking(text: str) -> str:
-    """Remove thinking blocks, an unclosed last one included; what is left is the answer as a reader would see it."""
+    """Remove thinking blocks, an unclosed last one included, so that the answer stays as a reader would see it."""
     return _THINKING.sub("", _OPENED_BY_PROMPT.sub("", text)).strip()

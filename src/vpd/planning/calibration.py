@@ -28,7 +28,8 @@ from vpd.policy.cpu.rotary import fuse_rotary
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Imitate, Objective, TokenLogProbs
 from vpd.policy.prepare import autocasts, may_share_prefixes
-from vpd.rollout.local import LocalEngine, computes_bfloat16
+from vpd.rollout import SamplingParameters, make_engine
+from vpd.rollout.local import computes_bfloat16
 
 _LARGEST = 200e6
 """Parameters of the network that is timed; a larger model's layers are left out, and counted as so many more."""
@@ -143,13 +144,12 @@ def _decode_share(network: Any, shape: Shape, settings: VPDConfig, lengths: Leng
     vocabulary = network.config.get_text_config().vocab_size
     prompts = torch.randint(vocabulary, (rows // group, lengths.prompt), generator=generator).tolist()
     # No tokenizer: it would decode completions in search of stop strings.
-    engine = LocalEngine(network, None, settings.rollout.dtype, rows)  # pyright: ignore[reportArgumentType]
+    whole_batch = settings.rollout.model_copy(update={"batch_size": rows})
+    engine = make_engine(network, None, whole_batch)  # pyright: ignore[reportArgumentType]
 
     def seconds(steps: int) -> float:
-        return _seconds(
-            lambda: engine.generate(prompts, max_new_tokens=steps, eos_token_ids=(), num_generations=group),
-            network.device,
-        )
+        parameters = SamplingParameters(max_new_tokens=steps, num_generations=group)
+        return _seconds(lambda: engine.generate(prompts, parameters, seed=0), network.device)
 
     whole = seconds(_DECODED + 1)
     decoding = whole - seconds(1)

@@ -67,10 +67,10 @@ def _attend_in_groups(
 ) -> Tensor:
     """Attention to the prompts that rows share, and to what each has written, joined by how much either weighs."""
     assert layer.groups is not None
-    assert layer.prompts is not None
+    assert layer.prompt_states is not None
     own, own_weight = _attend(rows, key, value, scale=scaling)
     gathered = layer.groups.gather(rows)
-    shared, shared_weight = _attend(gathered, *layer.prompts, attn_mask=layer.groups.mask, scale=scaling)
+    shared, shared_weight = _attend(gathered, *layer.prompt_states, attn_mask=layer.groups.mask, scale=scaling)
     shared, shared_weight = layer.groups.scatter(shared), layer.groups.scatter(shared_weight)
     # Weights are logarithms of the sums of exponentials that either softmax has divided by.
     share = torch.sigmoid(own_weight - shared_weight).unsqueeze(-1)

@@ -1,5 +1,7 @@
-"""The prompts' own pass: packed, so that what prompts begin with is computed once and nothing is padded; or, for
-networks that cannot be packed and on other devices than processors, padded.
+"""Computes the prompts before decoding begins.
+
+Prompts are packed, so that a beginning that several of them share is computed once and nothing is padded. Networks that
+cannot be packed, and devices other than the processor, get them padded.
 """
 
 from __future__ import annotations
@@ -18,28 +20,30 @@ from vpd.rollout.kv_cache import PreallocatedCache, PreallocatedLayer, StatefulC
 logger = logging.getLogger(__name__)
 
 _LONGEST_WINDOW = 1024
-"""Tokens of a sliding window that the trial goes beyond."""
+"""The longest sliding window, in tokens, that the trial of packing goes beyond."""
 
 _STATES_TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.02}
 _LOGITS_TOLERANCE = {torch.bfloat16: 0.2, torch.float16: 0.05}
 _TOLERANCE = 0.01
-"""How far keys and values, or logits, may be from those they must equal, as a part of their length; the last is that of
-other dtypes. Rounding to bfloat16 takes SmolLM2-135M's 0.015 and 0.06 away; where tokens see what they must not, 0.2 to
-0.5 and 0.9 (both by hand)."""
+"""How far keys and values, or logits, may be from the expected ones, as a share of their norm; the last number holds
+for all other dtypes. Rounding to bfloat16 moves SmolLM2-135M's by 0.015 and 0.06; tokens that see what they must not
+move them by 0.2 to 0.5 and 0.9 (both measured by hand)."""
 
 
 class Prefill:
     """Computes prompts and fills a cache with them, in the way that a network was found to allow.
 
     Architectures hide state in places that no configuration names, and change keys on their way from the cache to
-    attention; so a few tokens are tried in both ways first. A trial that fails costs speed alone: the log says why.
+    attention. Therefore a few tokens are first computed in both ways. A trial that fails only costs speed, and the log
+    says why it failed.
 
     Args:
-        network: a causal language model with :mod:`vpd.rollout.decode_attention`, in evaluation mode.
+        network: A causal language model with :mod:`vpd.rollout.decode_attention`, in evaluation mode.
 
     Attributes:
-        packs: whether prompts are packed.
-        shares: whether generations may share their prompts (:meth:`PreallocatedCache.share`).
+        packs: Whether prompts are packed.
+        shares: Whether the completions of a prompt may share its keys and values
+            (:meth:`PreallocatedCache.share_prompts`).
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -54,55 +58,61 @@ class Prefill:
             self.shares = self._succeeds(self._try_sharing, "Generations of a prompt do not share its cache")
 
     def __call__(self, prompts: Sequence[Sequence[int]], cache: PreallocatedCache | StatefulCache) -> Tensor:
-        """Logits [prompts, V] behind each prompt's last token; the cache, an empty one, gets a row for each prompt."""
+        """Compute the prompts, which gives the empty cache a row for each of them.
+
+        Returns:
+            The logits of the token that follows each prompt, [prompts, V].
+        """
         if self.packs and isinstance(cache, PreallocatedCache):
-            return packed(self._network, prompts, cache)
-        return padded(self._network, prompts, cache)
+            return prefill_packed(self._network, prompts, cache)
+        return prefill_padded(self._network, prompts, cache)
 
     def _succeeds(self, trial: Callable[[], None], consequence: str) -> bool:
         try:
             trial()
         except Exception as error:
-            # Whatever it is: what is tried for speed must not stop a run.
+            # An architecture may fail in any way, and a trial that serves speed alone must not stop a run.
             logger.info("%s: %s", consequence, error)
             return False
         return True
 
     def _try_packing(self) -> None:
+        """Compute a few prompts packed and padded, and compare the logits and the caches."""
         possible, reason = packable(self._network)
         if not possible:
             raise ValueError(reason)
         window = getattr(self._config.get_text_config(), "sliding_window", None) or 0
         prompts = self._prompts(5 + (window if window <= _LONGEST_WINDOW else 0))
-        together, side_by_side = self._cache(prompts), self._cache(prompts)
-        found, expected = packed(self._network, prompts, together), padded(self._network, prompts, side_by_side)
+        packed, padded = self._cache(prompts), self._cache(prompts)
+        found = prefill_packed(self._network, prompts, packed)
+        expected = prefill_padded(self._network, prompts, padded)
         self._check(found, expected, _LOGITS_TOLERANCE)
-        for layers in zip(together.attention_layers, side_by_side.attention_layers, strict=True):
+        for layers in zip(packed.attention_layers, padded.attention_layers, strict=True):
             for states, others in zip(*((layer.keys, layer.values) for layer in layers), strict=True):
                 assert states is not None
                 assert others is not None
                 for row, other, prompt in zip(states, others, prompts, strict=True):
-                    # Without the padding.
+                    # The padding before a prompt holds other numbers.
                     self._check(row[:, -len(prompt) :], other[:, -len(prompt) :], _STATES_TOLERANCE)
 
     def _try_sharing(self) -> None:
-        """One step of decoding with prompts shared, and with a copy for each row."""
-        prompts, rows = self._prompts(5), [0, 1, 1, 2]
+        """Decode one step with shared prompts and one with a copy for each row, and compare the logits."""
+        prompts, prompt_of_row = self._prompts(5), [0, 1, 1, 2]
         shared, copied = self._cache(prompts), self._cache(prompts)
-        if shared.places_matter:
-            raise ValueError("places in the cache matter to attention.")
+        if shared.depends_on_index:
+            raise ValueError("attention depends on where keys stand in the cache.")
         for cache in (shared, copied):
-            padded(self._network, prompts, cache)
-        mask = mask_of(prompts, torch.device("cpu"))
+            prefill_padded(self._network, prompts, cache)
+        mask = padding_mask(prompts, torch.device("cpu"))
         assert mask is not None
-        shared.share(rows, mask, least=0)
-        copied.expand(torch.tensor(rows))
-        seen = nn.functional.pad(mask[rows], (0, 1), value=1)
+        shared.share_prompts(prompt_of_row, mask, minimum_saving=0)
+        copied.expand(torch.tensor(prompt_of_row))
+        seen = nn.functional.pad(mask[prompt_of_row], (0, 1), value=1)
         found, expected = (
             self._network(
-                input_ids=torch.tensor([prompts[row][:1] for row in rows]),
+                input_ids=torch.tensor([prompts[prompt][:1] for prompt in prompt_of_row]),
                 attention_mask=seen if cache is copied else None,
-                position_ids=torch.tensor([[len(prompts[row])] for row in rows]),
+                position_ids=torch.tensor([[len(prompts[prompt])] for prompt in prompt_of_row]),
                 past_key_values=cache,
                 use_cache=True,
             ).logits
@@ -111,7 +121,7 @@ class Prefill:
         self._check(found, expected, _LOGITS_TOLERANCE)
 
     def _prompts(self, longest: int) -> list[list[int]]:
-        """Three, of different lengths, two of which begin alike."""
+        """Three prompts of different lengths, two of which begin alike."""
         words = self._config.get_text_config().vocab_size
         return [[token % words for token in prompt] for prompt in (range(longest), (0, 1, 2, 4), (3, 1))]
 
@@ -130,65 +140,70 @@ class Prefill:
             raise ValueError(f"a trial was {float(distance):.1e} away from what it must equal.")
 
 
-def padded(network: nn.Module, prompts: Sequence[Sequence[int]], cache: PreallocatedCache | StatefulCache) -> Tensor:
-    """Run the prompts side by side, padded on the left.
+def prefill_padded(
+    network: nn.Module, prompts: Sequence[Sequence[int]], cache: PreallocatedCache | StatefulCache
+) -> Tensor:
+    """Compute the prompts side by side, padded on the left.
 
     Args:
-        network: a causal language model.
-        prompts: token ids, one at least of each prompt.
-        cache: an empty one, which is filled.
+        network: A causal language model.
+        prompts: The token ids of each prompt, at least one token each.
+        cache: An empty cache, which gets a row for each prompt.
 
     Returns:
-        [prompts, V], the logits behind each prompt's last token.
+        The logits of the token that follows each prompt, [prompts, V].
     """
     device = next(network.parameters()).device
     longest = max(map(len, prompts))
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
     output = network(
         input_ids=torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device),
-        attention_mask=mask_of(prompts, device),
+        attention_mask=padding_mask(prompts, device),
         position_ids=(torch.arange(longest, device=device) - (longest - lengths)).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=last_place(device),
+        logits_to_keep=last_token(device),
     )
     return output.logits[:, -1]
 
 
-def packed(network: nn.Module, prompts: Sequence[Sequence[int]], cache: PreallocatedCache) -> Tensor:
-    """Run the prompts as one packed batch, and fill the cache as :func:`padded` does.
+def prefill_packed(network: nn.Module, prompts: Sequence[Sequence[int]], cache: PreallocatedCache) -> Tensor:
+    """Compute the prompts as one packed batch, and fill the cache as :func:`prefill_padded` does.
 
     Args:
-        network: a causal language model whose attention computes packed batches.
-        prompts: token ids, one at least of each prompt.
-        cache: an empty one, which is filled.
+        network: A causal language model whose attention computes packed batches.
+        prompts: The token ids of each prompt, at least one token each.
+        cache: An empty cache, which gets a row for each prompt.
+
+    Returns:
+        The logits of the token that follows each prompt, [prompts, V].
 
     Raises:
-        ValueError: a layer cannot be packed, or is not what the cache takes it for.
+        ValueError: A layer cannot be packed, or is not what the cache takes it for.
     """
     device = next(network.parameters()).device
-    # Without its last token, which stands for the first one to be sampled, a sequence is the prompt.
+    # A packed sequence is computed without its last token, so one is added, which stands for the first sampled one.
     batch = pack([(*prompt, 0) for prompt in prompts], [len(prompt) for prompt in prompts], keeps_keys=True)
     batch = batch.to(device)
     output = network(**batch.model_inputs(), logits_to_keep=batch.predictor)
     longest = max(map(len, prompts))
-    places = torch.zeros(len(prompts), longest, dtype=torch.long)
-    for row, path in zip(places, batch.layout.trie.paths, strict=True):
+    packed_tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, path in zip(packed_tokens, batch.layout.trie.paths, strict=True):
         row[longest - len(path) :] = torch.from_numpy(path)
-    places = places.to(device)
+    packed_tokens = packed_tokens.to(device)
     for layer, passes in batch.layout.give_away():
         index = getattr(layer, "layer_idx", None)
-        slot = cache.layers[index] if index is not None and index < len(cache.layers) else None
-        if len(passes) != 1 or not isinstance(slot, PreallocatedLayer) or slot.is_initialized:
+        cache_layer = cache.layers[index] if index is not None and index < len(cache.layers) else None
+        if len(passes) != 1 or not isinstance(cache_layer, PreallocatedLayer) or cache_layer.is_initialized:
             raise ValueError(f"{type(layer).__name__} has no place of its own in the cache.")
-        slot.update(*(states[:, places].transpose(0, 1) for states in passes[0]))
+        cache_layer.update(*(states[:, packed_tokens].transpose(0, 1) for states in passes[0]))
     if not all(layer.is_initialized for layer in cache.attention_layers):
         raise ValueError("Not all layers of the cache were filled by packed attention.")
     return output.logits[0]
 
 
-def mask_of(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
-    """[prompts, longest], 1 for tokens and 0 for the padding before them; None where there is none."""
+def padding_mask(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor | None:
+    """Mark tokens with 1 and the padding before them with 0, [prompts, longest]; None where nothing is padded."""
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
     longest = int(lengths.max())
     if int(lengths.min()) == longest:
@@ -196,10 +211,10 @@ def mask_of(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor | 
     return (torch.arange(longest, device=device) >= longest - lengths).long()
 
 
-def last_place(device: torch.device) -> Tensor:
-    """The last token's place, for ``logits_to_keep``.
+def last_token(device: torch.device) -> Tensor:
+    """The index of the last token, for ``logits_to_keep``.
 
-    The number 1 stands for a slice there, which is not contiguous, and for such an input the output head copies its
+    The number 1 would stand for a slice, which is not contiguous, and for such an input the output head copies its
     whole weight once per row.
     """
     return torch.tensor([-1], device=device)

@@ -1,22 +1,41 @@
-"""Tasks -> judged rollouts."""
+"""Turns tasks into judged rollouts."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from vpd.config import CritiqueSettings, RolloutSettings
 from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
-from vpd.feedback.prompts import PromptBuilder
-from vpd.rollout.local import LocalEngine, Sample
+from vpd.feedback import Answers, PromptBuilder
+from vpd.rollout.engine import RolloutEngine, Sample, SamplingParameters
 from vpd.timing import Timer
 from vpd.types import Messages, Rollout, Task, Verdict
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Judged rollouts, with what it took to make them.
+
+    Attributes:
+        rollouts: The judged rollouts.
+        seed: The seed that they were sampled with.
+        token_count: How many tokens were sampled.
+        seconds: The wall-clock seconds of the phases ``rollout`` and ``judge``.
+        judge_errors: What the judge itself failed with, one text for each rollout that is ungraded.
+    """
+
+    rollouts: list[Rollout]
+    seed: int
+    token_count: int
+    seconds: dict[str, float]
+    judge_errors: list[str]
 
 
 @dataclass
@@ -24,26 +43,20 @@ class RolloutSampler:
     """Samples completions from the policy and has them judged.
 
     Attributes:
-        engine: the rollout engine.
-        tokenizer: decodes completions for the judge.
-        environment: the judge.
-        prompts: makes the student's prompts.
-        settings: sampling settings.
-        eos_token_ids: any of them ends a completion.
-        timer: collects the seconds of the phases ``rollout`` and ``judge``.
-        sampled_tokens: tokens sampled so far.
-        last_judge_error: what the judge itself failed with most recently.
+        engine: The rollout engine.
+        tokenizer: Decodes completions for the judge.
+        environment: The judge.
+        prompts: Makes the student's prompts.
+        settings: The settings of rollouts.
+        eos_token_ids: The tokens that end a completion.
     """
 
-    engine: LocalEngine
+    engine: RolloutEngine
     tokenizer: PreTrainedTokenizerBase
     environment: Environment
     prompts: PromptBuilder
     settings: RolloutSettings
     eos_token_ids: tuple[int, ...]
-    timer: Timer = field(default_factory=Timer)
-    sampled_tokens: int = 0
-    last_judge_error: str = ""
 
     def sample(
         self,
@@ -55,80 +68,91 @@ class RolloutSampler:
         group_stride: int = 1,
         temperature: float | None = None,
         top_p: float | None = None,
-    ) -> list[Rollout]:
-        """``num_generations`` judged rollouts for each task, those of one task next to each other.
+    ) -> Sampled:
+        """Sample and judge ``num_generations`` rollouts of each task; those of one task are next to each other.
 
         Args:
-            tasks: one group each.
-            num_generations: N.
-            seed: of the draws.
-            first_group, group_stride: number the groups over all processes.
-            temperature, top_p: in place of the run's; 0 is greedy.
+            tasks: The tasks, each of which makes one group.
+            num_generations: How many rollouts a group has, N.
+            seed: The seed of the draws.
+            first_group: The number of the first group among those of all processes.
+            group_stride: How far apart the numbers of two neighbouring groups are.
+            temperature: Replaces the run's temperature; 0 is greedy.
+            top_p: Replaces the run's top-p.
         """
         prompts = [self.prompts.student(task.prompt) for task in tasks]
-        samples = self._generate(prompts, num_generations, seed, temperature, top_p)
-        rollouts = [
-            self._rollout(task, first_group + index * group_stride, prompt, sample)
-            for index, (task, prompt, group) in enumerate(zip(tasks, prompts, samples, strict=True))
-            for sample in group
-        ]
-        return self._judged(rollouts)
+        parameters = self._parameters(num_generations, temperature, top_p)
+        groups = range(first_group, first_group + len(tasks) * group_stride, group_stride)
+        return self._sample(prompts, tasks, groups, parameters, seed, as_teacher=False)
 
-    def sample_behind(self, prompts: Sequence[list[int]], tasks: Sequence[Task], seed: int) -> list[Rollout]:
-        """One judged rollout of the teacher behind each of its prompts."""
-        with self.engine.as_teacher():
-            samples = self._generate(list(prompts), 1, seed, None, None)
-        rollouts = [
-            self._rollout(task, index, prompt, group[0])
-            for index, (task, prompt, group) in enumerate(zip(tasks, prompts, samples, strict=True))
-        ]
-        return self._judged(rollouts)
+    def sample_teacher(self, prompts: Sequence[list[int]], tasks: Sequence[Task], seed: int) -> Sampled:
+        """Sample and judge one rollout of the teacher for each of its prompts.
 
-    def answer(self, chats: Sequence[Messages], settings: CritiqueSettings) -> list[str | None]:
-        """One answer of the network to each chat, ended by the budget at the latest; None for a chat that is too long.
+        Args:
+            prompts: The teacher's prompts as token ids.
+            tasks: The task of each prompt.
+            seed: The seed of the draws.
+        """
+        return self._sample(prompts, tasks, range(len(tasks)), self._parameters(1), seed, as_teacher=True)
 
-        The draws depend on the number of tokens sampled so far, which a resumed run has alike within a step.
+    def answer(self, chats: Sequence[Messages], settings: CritiqueSettings, seed: int) -> Answers:
+        """Let the network answer each chat once; a chat that is too long for the teacher's limit gets no answer.
+
+        Args:
+            chats: The chats.
+            settings: The largest length of an answer and the temperature.
+            seed: The seed of the draws.
         """
         prompts = [self.prompts.chat(chat) for chat in chats]
-        fitting = [index for index, prompt in enumerate(prompts) if prompt is not None]
-        with self.timer("critique"):
-            samples = self.engine.generate(
-                [prompt for prompt in prompts if prompt is not None],
-                num_generations=1,
-                max_new_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_p=1.0,
-                top_k=0,
-                min_p=0.0,
-                eos_token_ids=set(self.eos_token_ids),
-                stop_strings=[],
-                seed=self.sampled_tokens,
-            )
-        answers: list[str | None] = [None] * len(chats)
+        fitting = {index: prompt for index, prompt in enumerate(prompts) if prompt is not None}
+        parameters = SamplingParameters(
+            max_new_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            eos_token_ids=frozenset(self.eos_token_ids),
+        )
+        timer = Timer()
+        with timer("critique"):
+            samples = self.engine.generate(list(fitting.values()), parameters, seed=seed)
+        texts: list[str | None] = [None] * len(chats)
         for index, (sample,) in zip(fitting, samples, strict=True):
-            self.sampled_tokens += len(sample.token_ids)
-            answers[index] = str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True))
-        return answers
+            texts[index] = str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True))
+        return Answers(texts, token_count=_token_count(samples), seconds=timer.seconds["critique"])
 
-    def _generate(
-        self, prompts: list[list[int]], num_generations: int, seed: int, temperature: float | None, top_p: float | None
-    ) -> list[list[Sample]]:
+    def _parameters(
+        self, num_generations: int, temperature: float | None = None, top_p: float | None = None
+    ) -> SamplingParameters:
         settings = self.settings
-        with self.timer("rollout"):
-            samples = self.engine.generate(
-                prompts,
-                num_generations=num_generations,
-                max_new_tokens=settings.max_completion_length,
-                temperature=settings.temperature if temperature is None else temperature,
-                top_p=settings.top_p if top_p is None else top_p,
-                top_k=settings.top_k,
-                min_p=settings.min_p,
-                eos_token_ids=set(self.eos_token_ids),
-                stop_strings=settings.stop_strings,
-                seed=seed,
-            )
-        self.sampled_tokens += sum(len(sample.token_ids) for group in samples for sample in group)
-        return samples
+        return SamplingParameters(
+            max_new_tokens=settings.max_completion_length,
+            num_generations=num_generations,
+            temperature=settings.temperature if temperature is None else temperature,
+            top_p=settings.top_p if top_p is None else top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            stop_strings=settings.stop_strings,
+            eos_token_ids=frozenset(self.eos_token_ids),
+        )
+
+    def _sample(
+        self,
+        prompts: Sequence[list[int]],
+        tasks: Sequence[Task],
+        groups: Sequence[int],
+        parameters: SamplingParameters,
+        seed: int,
+        as_teacher: bool,
+    ) -> Sampled:
+        timer = Timer()
+        with timer("rollout"):
+            samples = self.engine.generate(prompts, parameters, seed=seed, as_teacher=as_teacher)
+        rollouts = [
+            self._rollout(task, group, prompt, sample)
+            for task, group, prompt, generations in zip(tasks, groups, prompts, samples, strict=True)
+            for sample in generations
+        ]
+        with timer("judge"):
+            judged, errors = self._judge(rollouts)
+        return Sampled(judged, seed, _token_count(samples), dict(timer.seconds), errors)
 
     def _rollout(self, task: Task, group: int, prompt: list[int], sample: Sample) -> Rollout:
         return Rollout(
@@ -141,25 +165,29 @@ class RolloutSampler:
             text=str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)),
         )
 
-    def _judged(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Grade every rollout.
+    def _judge(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[str]]:
+        """Grade every rollout; returns the graded rollouts and what the judge itself failed with.
 
-        One that the length limit cut off gets reward 0 and a text that says so, whatever the judge would find in it.
-        One whose judge broke stays without a verdict, and the log says why.
+        A rollout that the length limit cut off gets reward 0 and a text that says so, whatever the judge would find in
+        it. A rollout whose judge failed stays without a verdict, and the log says why.
         """
         whole = [index for index, rollout in enumerate(rollouts) if not rollout.truncated]
-        with self.timer("judge"):
-            pairs = [(rollouts[i].task, rollouts[i].text) for i in whole]
-            verdicts = judge_all(self.environment, pairs, self.settings.judge_seconds)
+        pairs = [(rollouts[index].task, rollouts[index].text) for index in whole]
+        verdicts = judge_all(self.environment, pairs, self.settings.judge_seconds)
         judged = list(rollouts)
+        errors = []
         for index, verdict in zip(whole, verdicts, strict=True):
             if isinstance(verdict, Verdict):
                 judged[index] = replace(rollouts[index], verdict=verdict)
             else:
                 logger.warning("The judge failed on task %s: %r", rollouts[index].task.id, verdict)
-                self.last_judge_error = f"{type(verdict).__name__}: {verdict}"
+                errors.append(f"{type(verdict).__name__}: {verdict}")
         for index, rollout in enumerate(rollouts):
             if rollout.truncated:
                 verdict = Verdict(0.0, self.environment.truncated_feedback(rollout.task), {"truncated": True})
                 judged[index] = replace(rollout, verdict=verdict)
-        return judged
+        return judged, errors
+
+
+def _token_count(samples: Sequence[Sequence[Sample]]) -> int:
+    return sum(len(sample.token_ids) for generations in samples for sample in generations)

@@ -1,4 +1,4 @@
-"""How the next token is drawn: temperature, cuts, and an inverse-CDF draw from one uniform per sequence and step."""
+"""Draws the next token: temperature, cuts, and an inverse-CDF draw from one uniform number per sequence and step."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 BLOCK = 256
-"""Tokens summed together before the draw searches among them: a running sum over a whole vocabulary is slow, and so
-is a search in it, but sums of blocks are not."""
+"""How many tokens are summed together before the draw searches among them: a running sum over a whole vocabulary and a
+search in it are slow, while sums of blocks are fast."""
 
 
-class Sampler:
+class TokenSampler:
     """Draws a token for each row of logits.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p, top_k, min_p: the cuts of transformers' warpers of these names, in the order in which its ``generate``
+        temperature: The number that logits are divided by; 0 takes the most likely token.
+        top_p, top_k, min_p: The cuts of transformers' warpers of these names, in the order in which its ``generate``
             applies them (top-k, top-p, min-p); 1, 0 and 0 turn them off.
     """
 
     def __init__(self, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0):
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}, but it must be 0 (greedy) or above.")
         self.temperature = temperature
         self.warpers: list[LogitsProcessor] = []
         if top_k > 0:
@@ -36,16 +34,16 @@ class Sampler:
         """Draw one token per row.
 
         Args:
-            logits: [B, V], any float dtype.
-            uniforms: [B] float64 in [0, 1); the same uniform and the same logits give the same token. Not read when
-                greedy.
+            logits: The logits of the next token, [B, V], in any float dtype.
+            uniforms: A number in [0, 1) for each row, [B] float64; the same number and the same logits give the same
+                token. A greedy sampler does not read them.
 
         Returns:
-            token ids [B] and their log-probabilities [B] (float32) at the temperature, before any cut; at
+            The token ids [B] and their log-probabilities [B] (float32) at the temperature, before any cut; at
             temperature 1 when greedy.
 
         Raises:
-            FloatingPointError: the logits hold NaN or infinity where a probability is needed.
+            FloatingPointError: The logits hold NaN or infinity where a probability is needed.
         """
         scores = logits.float()
         if self.temperature not in (0.0, 1.0):
@@ -72,14 +70,14 @@ class Sampler:
 
 
 def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The index at which the running sum of each row's weights passes ``uniform * total``.
+    """Find the index at which the running sum of each row's weights passes ``uniform * total``.
 
     Args:
-        weights: [B, V] non-negative float32, with a positive sum in each row; they need not be normalised.
-        uniforms: [B] float64 in [0, 1).
+        weights: The unnormalised probabilities, [B, V] float32; none is negative, and each row has a positive sum.
+        uniforms: A number in [0, 1) for each row, [B] float64.
 
     Returns:
-        [B] indices; an index of weight 0 is never drawn.
+        The indices, [B]; an index of weight 0 is never drawn.
     """
     size = weights.shape[1]
     whole = size - size % BLOCK
@@ -94,7 +92,7 @@ def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 
 
 def _search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first index whose running sum exceeds the target, and what of the target is left at its beginning."""
+    """Find the first index whose running sum exceeds the target, and how much of the target is left at that index."""
     running = weights.cumsum(dim=-1)
     # Rounding can put the target at or above the last sum, where nothing exceeds it.
     target = torch.minimum(target, running[:, -1].nextafter(running.new_zeros(()))).clamp(min=0)
@@ -104,8 +102,14 @@ def _search(weights: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def sequence_uniforms(seed: int, prompt: int, generation: int, count: int) -> torch.Tensor:
-    """The uniforms [count] (float64) of one sequence, a function of the arguments alone.
+    """The uniform numbers [count] (float64) of one sequence, which depend on the arguments alone.
 
     ``numpy``'s seed sequence mixes the three integers, so that neighbouring sequences and seeds are independent.
+
+    Args:
+        seed: The seed of the whole call.
+        prompt: The place of the sequence's prompt among all prompts.
+        generation: The number of the sequence among the completions of its prompt.
+        count: How many numbers are drawn.
     """
     return torch.from_numpy(np.random.default_rng([seed, prompt, generation]).random(count))

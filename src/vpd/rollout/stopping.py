@@ -1,4 +1,4 @@
-"""Where a completion ends: end-of-sequence tokens and stop strings."""
+"""Tells where a completion ends: at end-of-sequence tokens and stop strings."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from collections.abc import Collection, Sequence
 from transformers import PreTrainedTokenizerBase
 
 MARGIN = 4
-"""Tokens decoded beyond what a stop string can span: decoders treat the first token differently (a leading space),
-and a character may begin in an earlier token."""
+"""How many tokens are decoded beyond those that a stop string can span: decoders treat the first token differently (a
+leading space), and a character may begin in an earlier token."""
 
 
 class StopCondition:
     """Tells whether a completion ends with its newest token.
 
-    A stop string ends it with the first token after which the decoded completion contains the string.
+    A stop string ends a completion with the first token after which the decoded completion contains the string.
+
+    Args:
+        tokenizer: The tokenizer that decodes completions in search of stop strings.
+        eos_token_ids: The tokens that end a completion.
+        stop_strings: The strings that end a completion; none is empty.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Collection[int], stop_strings: Sequence[str] = ()
     ):
-        if "" in stop_strings:
-            raise ValueError("stop_strings holds an empty string, which every completion contains: remove it.")
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._stop_strings = tuple(stop_strings)
@@ -30,7 +33,7 @@ class StopCondition:
         self._completes: dict[int, bool] = {}
 
     def __call__(self, completion_ids: list[int]) -> bool:
-        """Whether the completion, none of whose proper prefixes ended, ends with its last token."""
+        """Whether a completion that had not ended before ends with its last token."""
         token = completion_ids[-1]
         if token in self._eos_token_ids:
             return True
@@ -40,7 +43,7 @@ class StopCondition:
         return any(string in text for string in self._stop_strings)
 
     def _may_complete(self, token: int) -> bool:
-        """Whether the token can write the last character of a stop string; most cannot, and need no decoding."""
+        """Whether the token can write the last character of a stop string; most tokens cannot and need no decoding."""
         if token not in self._completes:
             # Twice, because a decoder may drop the space before the first token.
             text = self._decode([token, token])

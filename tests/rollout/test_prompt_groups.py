@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from engines import generate
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from vpd.rollout import LocalEngine, groups
+from vpd.rollout import LocalEngine, prompt_groups
 from vpd.rollout.decode_attention import rollout_attention_forward
-from vpd.rollout.groups import PromptGroups
 from vpd.rollout.kv_cache import PreallocatedCache, make_cache
+from vpd.rollout.prompt_groups import PromptGroups
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22], [30, 31, 32, 33, 34], [40]]
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def test_rows_find_their_way_to_their_prompt_and_back(drawn, data):
     order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, len(prompts)))]
     for kept in (list(range(len(prompts))), order):
         if kept is order:
-            subject.keep(kept)
+            subject.keep_rows(kept)
         own = torch.tensor([prompts[row] for row in kept])
         # Rows of 2 heads with 3 queries each.
         rows = own[:, None, None, None] + torch.arange(6.0).view(1, 2, 3, 1) / 10 + torch.rand(len(kept), 1, 1, 1) / 100
@@ -37,15 +38,15 @@ def test_rows_find_their_way_to_their_prompt_and_back(drawn, data):
 
 def samples_of(model, tokenizer, monkeypatch, least, prompts=PROMPTS, dtype="float32", **settings):
     """What the engine samples, and in which passes its cache was shared."""
-    monkeypatch.setattr(groups, "SHARED_NUMBERS", least)
+    monkeypatch.setattr(prompt_groups, "MINIMUM_SAVING", least)
     shared = []
     engine = LocalEngine(model, tokenizer, dtype=dtype)
-    engine._twin.register_forward_pre_hook(
-        lambda module, args, kwargs: shared.append("packed" not in kwargs and kwargs["past_key_values"].is_shared),
+    engine._copy.network.register_forward_pre_hook(
+        lambda module, args, kwargs: shared.append("packed" not in kwargs and kwargs["past_key_values"].shares_prompts),
         with_kwargs=True,
     )
     settings = {"num_generations": 4, "max_new_tokens": 12, "eos_token_ids": range(2, 12), "seed": 2, **settings}
-    return [sample for group in engine.generate(prompts, **settings) for sample in group], shared
+    return [sample for group in generate(engine, prompts, **settings) for sample in group], shared
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_few_generations_or_short_prompts_are_not_worth_it(make_model, tokenizer
 
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_equals_attention_to_whole_rows(monkeypatch, scaling):
-    monkeypatch.setattr(groups, "SHARED_NUMBERS", 1)
+    monkeypatch.setattr(prompt_groups, "MINIMUM_SAVING", 1)
     cache = make_cache(LlamaConfig(num_hidden_layers=1), max_length=8)
     assert isinstance(cache, PreallocatedCache)
     module = torch.nn.Module()
@@ -103,7 +104,7 @@ def test_equals_attention_to_whole_rows(monkeypatch, scaling):
     cache.update(key, value, 0)
     prompts = [0, 1, 0, 0]
     padding = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    assert cache.share(prompts, padding)
+    assert cache.share_prompts(prompts, padding)
     keys, values, mask = key[prompts], value[prompts], padding[prompts].bool()
     for _ in range(3):
         query, key, value = torch.randn(4, 4, 1, 8), torch.randn(4, 2, 1, 8), torch.randn(4, 2, 1, 8)
