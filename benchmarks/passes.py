@@ -98,7 +98,7 @@ def passes(workload: str, overrides: tuple[str, ...]) -> dict[str, Callable[[], 
     trainer.sampler = WholeCompletions(
         made.engine, made.tokenizer, environment, made.prompts, made.settings, eos_token_ids=()
     )
-    batch = trainer.sample(1)
+    batch = trainer.with_feedback(trainer.sample(1))
     examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
     learner, algorithm = trainer.learner, trainer.args.algorithm
     tokens = sum(len(example.completion) for example in examples)

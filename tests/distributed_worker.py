@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from toy import ToyEnvironment, toy_trainer
 
+from vpd.rollout import Sampled
 from vpd.types import Rollout
 
 
@@ -23,7 +24,7 @@ def recorded(trainer, scenario: str) -> list[Rollout]:
         prompt = trainer.prompts.student(task.prompt)
         for index in range(4):
             text = "".join(chr(int(c)) for c in torch.randint(97, 123, (3 + index,), generator=generator))
-            ids = trainer.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = trainer.processing_class(text, add_special_tokens=False)["input_ids"]
             # Both outcomes in both groups, whatever the letters say.
             verdict = environment.judge(task, "b" if index % 2 else "a")
             if scenario == "one_rank_untaught" and group == 1:
@@ -40,7 +41,7 @@ def main(folder: Path, scenario: str, algorithm: str) -> None:
     process, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
     mine = [rollout for rollout in recorded(trainer, scenario) if rollout.group % processes == process]
-    metrics, _ = trainer.update(trainer.with_feedback(mine), step=1)
+    metrics, _ = trainer.update(trainer.with_feedback(Sampled(mine, seed=0)), step=1)
     if trainer.accelerator.is_main_process:
         torch.save({"metrics": metrics, "weights": trainer.model.state_dict(), "before": before}, folder / "result.pt")
     trainer.accelerator.wait_for_everyone()

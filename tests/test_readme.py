@@ -69,8 +69,8 @@ def test_reward_functions(namespace):
 def test_an_environment_of_ones_own(namespace):
     run(EXAMPLES[1], namespace)
     trainer = namespace["trainer"]
-    assert trainer.train()["steps"] == 1
-    verdicts = [trainer.environment.judge(trainer.stages[0][0], text) for text in ("SEVEN", "Seven", "7")]
+    assert trainer.train().global_step == 1
+    verdicts = [trainer.environment.judge(trainer.curriculum.stages[0][0], text) for text in ("SEVEN", "Seven", "7")]
     assert [verdict.reward for verdict in verdicts] == [1.0, 0.0, 0.0]
 
 
@@ -107,7 +107,7 @@ def test_the_guide_writes_an_environment_in_twenty_lines(namespace):
         verdicts = [environment.judge(task, text) for text in (demonstration.completion, demonstration.attempt)]
         assert [verdict.reward for verdict in verdicts] == [1.0, 0.0]
         assert "letters are left" in environment.judge(task, demonstration.completion + "z").feedback
-    assert trainer.train()["steps"] == 1
+    assert trainer.train().global_step == 1
 
 
 def test_every_setting_that_the_guide_shows_is_one():

@@ -280,7 +280,7 @@ def _kind_of_step(settings: VPDConfig) -> str:
 @pytest.mark.parametrize("settings", distinct_steps().values(), ids=distinct_steps())
 def test_a_step_can_be_taken(settings, tmp_path, monkeypatch):
     # Drawing the page would take longer than all of these runs.
-    monkeypatch.setattr("vpd.trainer.write_report", lambda folder: folder)
+    monkeypatch.setattr("vpd.phases.write_report", lambda folder: folder)
     trainer = VPDTrainer(
         model=tiny_model(settings.model.name),
         args=reduced(settings, tmp_path / "run"),

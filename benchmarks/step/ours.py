@@ -84,13 +84,13 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
     start = time.perf_counter()
     set_seed(step)
     timer, before = Timer(), trainer.learner.counts
-    batch = trainer.sample(step)
+    batch = trainer.with_feedback(trainer.sample(step))
     sampled_at = time.perf_counter()
     metrics, result = trainer.update(batch, step)
     for phase, phase_seconds in result.seconds.items():
         timer.seconds[phase] += phase_seconds
     with timer("sync"):
-        trainer.scheduler.step()
+        trainer.lr_scheduler.step()
         trainer.sampler.engine.sync()
     seconds = time.perf_counter() - start
 

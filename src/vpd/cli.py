@@ -53,16 +53,16 @@ def train(
 
         show_one_group(trainer, Console())
         return
-    result = trainer.train(resume_from_checkpoint=resume)
+    output = trainer.train(resume_from_checkpoint=resume)
     if not trainer.accelerator.is_main_process:
         return
     console = Console()
-    if result["rows"]:
-        console.print(_result_table(result["rows"]))
+    if output.metrics["rows"]:
+        console.print(_result_table(output.metrics["rows"]))
     console.print(f"Everything about this run is in {settings.run.output_dir}: open report.html there first.")
-    if result["interrupted"] is not None:
-        console.print(f"Interrupted after step {result['steps']}; a checkpoint is saved, go on with --resume.")
-        raise typer.Exit(128 + result["interrupted"])
+    if output.metrics["interrupted"] is not None:
+        console.print(f"Interrupted after step {output.global_step}; a checkpoint is saved, go on with --resume.")
+        raise typer.Exit(128 + output.metrics["interrupted"])
 
 
 @app.command(name="eval")

@@ -1,4 +1,4 @@
-"""Shows one group as student and teacher see it, for ``vpd train --dry-run``."""
+"""``vpd train --dry-run``: one group, as student and teacher see it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def show_one_group(trainer: VPDTrainer, console: Console) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     trainer.sampler.engine.sync()
-    task = trainer.tasks_of_step(1)[0]
+    task = trainer.curriculum.tasks_of_step(1)[0]
     sampled = trainer.sampler.sample([task], trainer.args.rollout.num_generations, seed=trainer.args.run.seed)
     batch = trainer.with_feedback(sampled)
     student = batch.rollouts[0].prompt_ids
-    show(f"student's prompt, {len(student)} tokens", str(trainer.tokenizer.decode(student)))
-    show("as tokens", str(trainer.tokenizer.convert_ids_to_tokens(student)))
+    show(f"student's prompt, {len(student)} tokens", str(trainer.processing_class.decode(student)))
+    show("as tokens", str(trainer.processing_class.convert_ids_to_tokens(student)))
     for index, (rollout, success, view) in enumerate(zip(batch.rollouts, batch.is_success, batch.views, strict=True)):
         verdict = rollout.verdict
         outcome = "ungraded" if verdict is None else f"reward {verdict.reward:g}, {'success' if success else 'failure'}"
@@ -32,4 +32,6 @@ def show_one_group(trainer: VPDTrainer, console: Console) -> None:
             show(f"teacher's prompt ({view.source}), {len(view.prompt_ids)} tokens", view.text)
     view = next((view for view in batch.views if view is not None), None)
     if view is not None:
-        show("the first teacher's prompt as tokens", str(trainer.tokenizer.convert_ids_to_tokens(view.prompt_ids)))
+        show(
+            "the first teacher's prompt as tokens", str(trainer.processing_class.convert_ids_to_tokens(view.prompt_ids))
+        )

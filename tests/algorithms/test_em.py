@@ -20,7 +20,7 @@ from vpd.policy.objectives import Distil, ReadStates, Refine, ScoredStates
 
 
 def examples_of(trainer, step, split="train"):
-    tasks = trainer.tasks_of_step(step) if split == "train" else list(trainer.environment.tasks(split))
+    tasks = trainer.curriculum.tasks_of_step(step) if split == "train" else list(trainer.environment.tasks(split))
     batch = trainer.with_feedback(trainer.sampler.sample(tasks, 4, seed=step))
     return with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
 

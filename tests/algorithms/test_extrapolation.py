@@ -21,7 +21,7 @@ def moved(tmp_path):
     weight = dict(trainer.learner.module.named_parameters())[NAME]
     before = weight.detach().clone()
     trainer.sampler.engine.sync()
-    trainer.update(trainer.sample(1), 1)
+    trainer.update(trainer.with_feedback(trainer.sample(1)), 1)
     return trainer, weight, before, weight.detach().clone()
 
 

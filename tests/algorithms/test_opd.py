@@ -33,7 +33,7 @@ def opd(path, **settings):
 
 
 def examples_of(trainer):
-    batch = trainer.with_feedback(trainer.sampler.sample(trainer.tasks_of_step(1), 4, seed=1))
+    batch = trainer.with_feedback(trainer.sampler.sample(trainer.curriculum.tasks_of_step(1), 4, seed=1))
     return make_examples(batch.rollouts, batch.is_success, batch.views)
 
 

@@ -18,7 +18,7 @@ def case(tmp_path, **settings):
     algorithm = {"type": "sdpo", "teacher": "live", **settings}
     trainer = toy_trainer(tmp_path, algorithm=algorithm)
     trainer.sampler.engine.sync()
-    batch = trainer.sample(1)
+    batch = trainer.with_feedback(trainer.sample(1))
     return trainer, with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
 
 

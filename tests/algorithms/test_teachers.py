@@ -68,7 +68,7 @@ def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, mon
             monkeypatch.setattr(PolicyModule, "can_reuse_keys", False)
         trainer = toy_trainer(tmp_path / str(lends), algorithm=algorithm, **sections)
         trainer.sampler.engine.sync()
-        batch = trainer.sample(1)
+        batch = trainer.with_feedback(trainer.sample(1))
         before = trainer.learner.counts
         metrics, result = trainer.update(batch, 1)
         updates.append((metrics, result.tokens, list(trainer.model.parameters())))
@@ -144,7 +144,7 @@ def test_the_average_follows_each_rollout_batch_and_not_each_minibatch(tmp_path)
     trainer.sampler.engine.sync()
     for step in (1, 2):
         before = {name: value.clone() for name, value in average.state_dict().items()}
-        trainer.update(trainer.sample(step), step)
+        trainer.update(trainer.with_feedback(trainer.sample(step)), step)
         assert not all(torch.equal(value, before[name]) for name, value in average.state_dict().items())
         for name, value in average.state_dict().items():
             torch.testing.assert_close(value, before[name].lerp(trainer.model.state_dict()[name], 0.25))
@@ -319,5 +319,5 @@ def test_micro_batches_are_planned_for_where_the_teacher_stands(tmp_path, algori
     learner.micro_batches = lambda *args, **options: (
         asked.append((len(args), options.get("conditioned", False))) or plan(*args, **options)
     )
-    trainer.update(trainer.sample(1), 1)
+    trainer.update(trainer.with_feedback(trainer.sample(1)), 1)
     assert asked[-1] == (3, algorithm["teacher"] == "live"), "the M-step's, the last of the batch"

@@ -128,9 +128,9 @@ def test_the_network_criticises_itself_within_its_budget(tmp_path):
         return samples
 
     engine.generate = watched
-    result = trainer.train()
+    output = trainer.train()
     lines = [line for line in read_metrics(tmp_path / "run") if line["event"] == "train"]
-    assert result["steps"] == 2
+    assert output.global_step == 2
     # One batch of critiques a step, and one for each measured gap; each of all failures.
     assert len(asked) == 4
     assert all(line["seconds_critique"] > 0 for line in lines)

@@ -70,7 +70,7 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
     trainer.sampler.eos_token_ids = ()
     made = RolloutSampler._rollout
     monkeypatch.setattr(RolloutSampler, "_rollout", lambda *args: replace(made(*args), truncated=False))
-    batch = trainer.sample(1)
+    batch = trainer.with_feedback(trainer.sample(1))
     before = trainer.learner.counts
     trainer.update(batch, 1)
     views = [view for view in batch.views if view is not None]

@@ -20,7 +20,7 @@ LORA = {"type": "vpd", "e_step_every": 1, "teacher": "lora", "teacher_lora": {"r
 def case(tmp_path, **algorithm):
     trainer = toy_trainer(tmp_path, algorithm={**LORA, **algorithm})
     trainer.sampler.engine.sync()
-    batch = trainer.sample(1)
+    batch = trainer.with_feedback(trainer.sample(1))
     return trainer, with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
 
 
@@ -75,7 +75,7 @@ def test_the_e_steps_gradient_is_that_of_the_adapted_network(tmp_path, checkpoin
         torch.manual_seed(0)
         stir(trainer)
         trainer.sampler.engine.sync()
-        batch = trainer.sample(1)
+        batch = trainer.with_feedback(trainer.sample(1))
         examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
         trainer.args.optim.max_grad_norm = trainer.learner.settings.max_grad_norm = 1e9
         trainer.learner.optimizer.param_groups[0]["lr"] = 0.0
@@ -122,11 +122,11 @@ def test_a_run_saves_the_student_and_goes_on_with_the_adapter(tmp_path):
 def test_the_best_weights_come_back_into_the_wrapped_network(tmp_path):
     trainer, _ = case(tmp_path)
     _, shared = split(trainer)
-    trainer.best.save(trainer.model, trainer.tokenizer, 1)
+    trainer.checkpoints.keep_best()
     with torch.no_grad():
         for parameter in trainer.learner.module.parameters():
             parameter.add_(1.0)
-    trainer.best.load(trainer.model, 1)
+    trainer.checkpoints.load_best()
     assert all(torch.equal(shared[name], value) for name, value in split(trainer)[1].items())
 
 

@@ -1,4 +1,4 @@
-"""Generations of a prompt decode behind one copy of its keys and values, and sample what they would alone."""
+"""Generations of a prompt share one copy of its keys and values, and sample what they would alone."""
 
 import pytest
 import torch

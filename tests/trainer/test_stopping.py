@@ -34,7 +34,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_run(tmp_path, monkeypat
     trainer = toy_trainer(tmp_path, run={"max_steps": 9}, eval=settings)
     weights = scripted(trainer, [0.2, 0.5, 0.4, 0.5], monkeypatch)
     result = trainer.train()
-    assert (result["steps"], result["stopped_by"]) == (4, "early_stopping")
+    assert (result.global_step, result.metrics["stopped_by"]) == (4, "early_stopping")
     assert is_same(trainer.model.state_dict(), weights[1])
     assert not is_same(weights[3], weights[1])
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-2"]
@@ -52,7 +52,7 @@ def test_a_resumed_run_finds_the_best_weights_of_its_checkpoint(tmp_path, monkey
     second = toy_trainer(tmp_path, run=run | {"max_steps": 3}, eval=settings)
     scripted(second, [0.5], monkeypatch)
     result = second.train(resume_from_checkpoint=True)
-    assert result["steps"] == 3
+    assert result.global_step == 3
     assert is_same(second.model.state_dict(), weights[0])
 
 
@@ -62,9 +62,9 @@ def test_a_warning_that_is_named_ends_the_run(tmp_path):
     warned = {line["name"] for line in read_metrics(tmp_path / "stops") if line["event"] == "warning"}
     # A random model's teacher is no better than its student.
     assert "no_gap" in warned
-    assert (result["steps"], result["stopped_by"]) == (0, "no_gap")
+    assert (result.global_step, result.metrics["stopped_by"]) == (0, "no_gap")
     going_on = toy_trainer(tmp_path / "goes-on", run={"max_steps": 1}).train()
-    assert (going_on["steps"], going_on["stopped_by"]) == (1, None)
+    assert (going_on.global_step, going_on.metrics["stopped_by"]) == (1, None)
 
 
 def test_the_preflight_compares_with_permuted_feedback_where_asked(tmp_path):
@@ -97,12 +97,12 @@ def test_an_evaluation_without_a_grade_is_not_the_best(tmp_path, monkeypatch):
     trainer = toy_trainer(tmp_path, run={"max_steps": 3}, eval=settings)
     scripted(trainer, [0.2, float("nan"), 0.1], monkeypatch)
     trainer.train()
-    assert (trainer.state.best_step, trainer.state.best_accuracy) == (1, 0.2)
+    assert (trainer.run_state.best_step, trainer.run_state.best_accuracy) == (1, 0.2)
 
 
 def test_a_run_without_steps_still_has_its_row(tmp_path):
     result = toy_trainer(tmp_path, run={"max_steps": 0}, eval={"eval_on_start": False}).train()
-    assert len(result["rows"]) == 1
+    assert len(result.metrics["rows"]) == 1
     # The teacher's lead is measured once: there is no "after training".
     assert [line["event"] for line in read_metrics(tmp_path)].count("gap") == 1
 

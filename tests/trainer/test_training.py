@@ -93,8 +93,8 @@ def test_sigterm_saves_before_leaving(tmp_path):
             signal.raise_signal(signal.SIGTERM)
 
     result = toy_trainer(tmp_path / "run", [Terminate()], run={"max_steps": 5}).train()
-    assert result["interrupted"] == signal.SIGTERM
-    assert result["steps"] == 1
+    assert result.metrics["interrupted"] == signal.SIGTERM
+    assert result.global_step == 1
     resumed = toy_trainer(tmp_path / "run", run={"max_steps": 2})
     resumed.train(resume_from_checkpoint=True)
     assert [line["step"] for line in losses(tmp_path / "run")] == [1, 2]
@@ -168,7 +168,7 @@ def test_a_judge_that_fails_too_often_stops_the_run_with_its_reason(tmp_path, mo
     with pytest.raises(RunError, match=r"failed on .* of step 1, more than .* 0.5.*OSError: the grader's server"):
         toy_trainer(tmp_path / "strict").train()
     trainer = toy_trainer(tmp_path / "patient", rollout={"max_ungraded_share": 1.0})
-    assert trainer.train()["steps"] == 2
+    assert trainer.train().global_step == 2
     assert losses(tmp_path / "patient")[0]["ungraded"] > 0
 
 
@@ -247,7 +247,7 @@ def test_callbacks_are_called_at_their_places(tmp_path):
 
     toy_trainer(tmp_path / "run", [Record()], eval={"eval_steps": 2}, run={"save_steps": 2}).train()
     step = ["on_step_begin", "on_log", "on_step_end"]
-    assert calls == ["on_init_end", "on_train_begin", *step, *step, "on_evaluate", "on_save", "on_train_end"]
+    assert calls == ["on_init_end", "on_train_begin", *step, *step, "on_log", "on_evaluate", "on_save", "on_train_end"]
 
 
 def test_a_callback_can_stop_the_run(tmp_path):
@@ -255,7 +255,7 @@ def test_a_callback_can_stop_the_run(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
-    assert toy_trainer(tmp_path / "run", [Stop()], run={"max_steps": 5}).train()["steps"] == 1
+    assert toy_trainer(tmp_path / "run", [Stop()], run={"max_steps": 5}).train().global_step == 1
 
 
 def test_prompt_datasets_with_reward_functions(tmp_path):
@@ -266,7 +266,7 @@ def test_prompt_datasets_with_reward_functions(tmp_path):
     config = toy_config(tmp_path / "run")
     settings = {"train_dataset": rows[:20], "reward_funcs": [ends_even], "eval_dataset": rows[20:]}
     trainer = VPDTrainer(toy_model(), config, processing_class=tokenizer(), **settings)
-    assert trainer.train()["steps"] == 2
+    assert trainer.train().global_step == 2
 
 
 def test_arguments_that_contradict_are_refused(tmp_path):
@@ -288,7 +288,7 @@ def test_warm_start_is_cached_and_shared(tmp_path, monkeypatch):
         before = weights(trainer)
         result = trainer.train()
         trained.append(weights(trainer))
-        assert [row["name"] for row in result["rows"]] == ["base model", "after warm start"]
+        assert [row["name"] for row in result.metrics["rows"]] == ["base model", "after warm start"]
     assert not torch.equal(before["model.norm.weight"], trained[0]["model.norm.weight"])
     assert_same_weights(*trained)
     steps = [
@@ -308,7 +308,7 @@ def test_a_warm_start_without_feedback_learns_plain_answers_alone(tmp_path, monk
             learned[feedback] = sequences
             return WarmStartResult(len(sequences), 0, 0.0, 0.0, None)
 
-        monkeypatch.setattr("vpd.trainer.warm_start", record)
+        monkeypatch.setattr("vpd.phases.warm_start", record)
         trainer.train()
     plain = [trainer.prompts.student(task.prompt) for task in trainer.environment.tasks("train")[:4]]
     assert [sequence.prompt for sequence in learned[False]] == plain
@@ -336,7 +336,7 @@ def test_masked_truncated_rollouts_have_no_view_but_still_fail(tmp_path):
     settings = {"stop_strings": [], "max_completion_length": 2}
     for truncated in ("mask", "failure"):
         trainer = toy_trainer(tmp_path / truncated, rollout=settings, algorithm={"truncated": truncated})
-        batch = trainer.sample(1)
+        batch = trainer.with_feedback(trainer.sample(1))
         cut = [view for rollout, view in zip(batch.rollouts, batch.views, strict=True) if rollout.truncated]
         assert cut
         assert all((view is None) == (truncated == "mask") for view in cut)
@@ -367,7 +367,7 @@ def staged_trainer(folder, **run):
 
 
 def questions_of_steps(trainer, steps):
-    return [[task.id for task in trainer.tasks_of_step(step)] for step in steps]
+    return [[task.id for task in trainer.curriculum.tasks_of_step(step)] for step in steps]
 
 
 def test_a_curriculum_goes_on_when_enough_succeeds_and_stays_when_not(tmp_path):
@@ -377,7 +377,7 @@ def test_a_curriculum_goes_on_when_enough_succeeds_and_stays_when_not(tmp_path):
     events = [(line["step"], line["stage"]) for line in read_metrics(tmp_path / "run") if line["event"] == "stage"]
     # Each easy stage takes one batch; the last is never left, though it is not always solved.
     assert events == [(1, 1), (2, 2)]
-    assert (trainer.state.stage, trainer.state.stage_start) == (2, 2)
+    assert (trainer.curriculum.stage, trainer.curriculum.stage_start) == (2, 2)
     seen = [task for tasks in questions_of_steps(trainer, range(3, 20)) for task in tasks]
     assert len(set(seen)) == 34 == len(set(seen[:34]))
 
@@ -386,11 +386,11 @@ def test_a_stage_that_is_not_mastered_is_not_left(tmp_path):
     trainer = staged_trainer(tmp_path / "run", max_steps=2)
     trainer.environment.judge = lambda task, completion: Verdict(0.0, "Wrong.")
     trainer.train()
-    assert trainer.state.stage == 0
+    assert trainer.curriculum.stage == 0
 
 
 def test_a_resumed_run_goes_on_in_its_stage(tmp_path):
     staged_trainer(tmp_path / "run", max_steps=2, save_steps=1).train()
     resumed = staged_trainer(tmp_path / "run", max_steps=3, save_steps=1)
     resumed.train(resume_from_checkpoint=True)
-    assert (resumed.state.stage, resumed.state.stage_start) == (2, 2)
+    assert (resumed.curriculum.stage, resumed.curriculum.stage_start) == (2, 2)

@@ -1,7 +1,14 @@
 """Which loss on which rollouts when: one small file an algorithm, with its settings."""
 
 from vpd.algorithms.base import Algorithm, ExampleBatch, Passes, TokenNumbers, UpdateResult
-from vpd.algorithms.example import Example, ExampleTurn, make_examples, with_teacher
+from vpd.algorithms.example import (
+    Example,
+    ExampleTurn,
+    make_examples,
+    student_view,
+    teacher_view,
+    with_teacher,
+)
 from vpd.algorithms.grpo import GRPO, GRPOSettings
 from vpd.algorithms.joint import Joint, JointSettings
 from vpd.algorithms.opd import OPD, OPDSettings, TeacherModelSettings
@@ -37,5 +44,7 @@ __all__ = [
     "UpdateResult",
     "VPDSettings",
     "make_examples",
+    "student_view",
+    "teacher_view",
     "with_teacher",
 ]

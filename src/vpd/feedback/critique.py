@@ -101,7 +101,7 @@ class EndpointCritic:
 
 
 def request(rollout: Rollout) -> Messages:
-    """The chat that asks for a critique. The attempt is shown as a reader would see it, without its thinking."""
+    """Write the chat that asks for a critique; it shows the attempt as a reader would see it, without its thinking."""
     prompt = "\n\n".join(str(message["content"]) for message in rollout.task.prompt if message["role"] != "system")
     reference = rollout.task.reference
     content = _REQUEST.format(
@@ -113,6 +113,6 @@ def request(rollout: Rollout) -> Messages:
 
 
 def critique_in(answer: str | None) -> str | None:
-    """The critique that a critic's answer holds, or None where the answer says nothing."""
+    """Find the critique in a critic's answer; None for an answer that says nothing."""
     text = without_thinking(answer or "")
     return text or None

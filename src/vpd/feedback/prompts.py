@@ -1,4 +1,7 @@
-"""Chat prompts as token ids. Feedback is data: it can neither open a chat turn nor push the question out."""
+"""Turns chats into token ids.
+
+Feedback is data: it can neither open a turn of the chat nor push the question out.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from vpd.types import Messages, TeacherView
 _ELISION = "\n[...]\n"
 
 _REMEMBERED = 256
-"""Pieces of rendered chats whose tokens are kept."""
+"""How many pieces of rendered chats keep their tokens at most."""
 
 
 class PromptBuilder:
     """Turns tasks and feedback texts into the student's and the teacher's prompts.
 
     Args:
-        tokenizer: with a chat template.
-        settings: templates and the teacher's limit.
-        max_prompt_length: limit of the student's prompt, in tokens.
-        chat_template_kwargs: for the chat template, the same for student and teacher: a thinking mode that is on in
-            one prompt and off in the other would make their first tokens incomparable.
+        tokenizer: A tokenizer with a chat template.
+        settings: The templates and the limit of the teacher's prompt.
+        max_prompt_length: The largest number of tokens that the student's prompt may have.
+        chat_template_kwargs: Arguments for the chat template, the same for student and teacher. A thinking mode that is
+            on in one prompt and off in the other would make their first tokens incomparable.
     """
 
     def __init__(
@@ -39,14 +42,14 @@ class PromptBuilder:
         self.settings = settings
         self.max_prompt_length = max_prompt_length
         self.chat_template_kwargs = chat_template_kwargs or {}
-        # Rollouts of a prompt have its question and the templates' words in common.
+        # The teacher's prompts of a group share the question and the templates' words.
         self._remembered: dict[str, list[int]] = {}
 
     def student(self, prompt: Messages) -> list[int]:
-        """The task's chat as token ids, ready for the completion to follow.
+        """Turn the task's chat into token ids, ready for the completion to follow.
 
         Raises:
-            ConfigError: it is longer than ``max_prompt_length``.
+            ConfigError: The chat is longer than ``max_prompt_length``.
         """
         ids = self._encode(self._render(prompt))
         if len(ids) > self.max_prompt_length:
@@ -57,7 +60,7 @@ class PromptBuilder:
         return ids
 
     def chat(self, messages: Messages) -> list[int] | None:
-        """A chat whose content is data, as token ids; None where it is longer than the teacher's limit.
+        """Turn a chat whose content is data into token ids; None for a chat longer than the teacher's limit.
 
         Special tokens inside the messages stay plain text.
         """
@@ -70,13 +73,14 @@ class PromptBuilder:
         return ids if len(ids) <= self.settings.max_prompt_length else None
 
     def teacher(self, prompt: Messages, texts: FeedbackTexts) -> TeacherView:
-        """The task's chat with solution and feedback appended to its last user message.
+        """Append solution and feedback to the chat's last user message.
 
-        The texts are tokenised apart from the chat, special tokens inside them as plain text. Where the whole is
+        The texts are tokenised apart from the chat, and special tokens inside them stay plain text. If the whole is
         longer than ``settings.max_prompt_length``, only the texts are shortened, in their middle.
 
         Raises:
-            ConfigError: the chat without the texts is already longer than the limit, or has no last user message.
+            ConfigError: The chat without the texts is already longer than the limit, or its last message is not the
+                user's.
         """
         pieces, slots = self._teacher_pieces(prompt, texts)
         encoded = [self._encode(piece, as_data=index in slots) for index, piece in enumerate(pieces)]
@@ -94,11 +98,11 @@ class PromptBuilder:
         return TeacherView(ids, str(self.tokenizer.decode(ids)), texts.source)
 
     def completion(self, text: str, end_of_sequence: int) -> list[int]:
-        """An answer as the token ids that the policy would write, closed by ``end_of_sequence``."""
+        """Turn an answer into the token ids that the policy would write, closed by ``end_of_sequence``."""
         return [*self._encode(text, as_data=True), end_of_sequence]
 
     def _teacher_pieces(self, prompt: Messages, texts: FeedbackTexts) -> tuple[list[str], list[int]]:
-        """The rendered chat, cut at the slots: all pieces, and the indices of those that are slot texts."""
+        """Render the chat and cut it at the slots; returns all pieces and the indices of those that fill a slot."""
         if not prompt or prompt[-1].get("role") != "user":
             raise ConfigError("A task's prompt must end with a user message, since feedback is appended to it.")
         marks = {"solution": _unused_mark("solution", prompt), "feedback": _unused_mark("feedback", prompt)}
@@ -137,7 +141,7 @@ class PromptBuilder:
         return list(self._remembered[text])
 
     def _tokenise(self, text: str, as_data: bool) -> list[int]:
-        # The chat template writes the special tokens itself, so the tokenizer must add none.
+        # The chat template writes the special tokens, so that the tokenizer must add none.
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_data)["input_ids"])
 
 
@@ -152,7 +156,7 @@ def fair_shares(lengths: list[int], room: int) -> list[int]:
 
 
 def elide_middle(ids: list[int], limit: int, elision: list[int]) -> list[int]:
-    """At most ``limit`` of the tokens: the beginning and the end with a mark between, or the beginning alone."""
+    """Shorten to ``limit`` tokens: the beginning and the end with a mark between them, or the beginning alone."""
     if len(ids) <= limit:
         return ids
     kept = limit - len(elision)
@@ -170,7 +174,7 @@ def _section(template: str, text: str | None, mark: str) -> str:
 
 
 def _fill(template: str, **values: str) -> str:
-    # One pass, so that braces inside the question are left alone.
+    # A single pass leaves braces inside the question alone.
     return re.sub(r"\{(prompt|solution|feedback)\}", lambda match: values[match[1]], template)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import (
     DefaultFlowCallback,
     PreTrainedTokenizerBase,
@@ -18,15 +19,19 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler, ExportableState
 
 from vpd.config import VPDConfig
-
-_STATE_FILE = "trainer_state.json"
+from vpd.runs.folder import TRAINER_STATE
 
 
 class Callbacks:
     """Holds the callbacks with their ``TrainerState`` and ``TrainerControl``.
 
     What they ask for through the control is honoured: ``should_evaluate``, ``should_save``, ``should_training_stop``.
-    A step is a rollout batch.
+    A step is a rollout batch. The state is part of the accelerator's checkpoints, as ``trainer_state.json``.
+
+    Attributes:
+        handler: transformers' own, to which callbacks are added and from which they are removed.
+        control: what the callbacks ask for.
+        state: the run's ``TrainerState``.
     """
 
     def __init__(
@@ -37,60 +42,71 @@ class Callbacks:
         tokenizer: PreTrainedTokenizerBase,
         optimizer: torch.optim.Optimizer,
         scheduler: Any,
-        is_main_process: bool,
+        accelerator: Accelerator,
     ) -> None:
         self._args = args
-        self._handler = CallbackHandler([DefaultFlowCallback(), *callbacks], model, tokenizer, optimizer, scheduler)
+        self.handler = CallbackHandler([DefaultFlowCallback(), *callbacks], model, tokenizer, optimizer, scheduler)
         self.control = TrainerControl()
         self.state = TrainerState(
             max_steps=args.max_steps,
-            is_local_process_zero=is_main_process,
-            is_world_process_zero=is_main_process,
+            is_local_process_zero=accelerator.is_local_main_process,
+            is_world_process_zero=accelerator.is_main_process,
             logging_steps=1,
             eval_steps=int(args.eval_steps or 0),
             save_steps=int(args.save_steps),
-            stateful_callbacks=[callback for callback in callbacks if isinstance(callback, ExportableState)],
         )
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save_state(Path(folder)))
+        accelerator.register_load_state_pre_hook(lambda models, folder: self._load_state(Path(folder)))
         self._call("on_init_end")
 
     def train_begin(self) -> None:
+        """Training begins, or goes on."""
         self.control.should_training_stop = False
         self._call("on_train_begin")
 
     def step_begin(self) -> None:
+        """A rollout batch begins."""
         self._call("on_step_begin")
 
-    def step_end(self, step: int) -> None:
-        self.state.global_step = step
+    def step_end(self) -> None:
+        """A rollout batch is done, and logged."""
         self._call("on_step_end")
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self.state.global_step = step
-        logs = {**metrics}
+    def log(self, logs: Mapping[str, Any]) -> None:
+        """Keep numbers in the state's history, and show them to the callbacks."""
         self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self._handler.on_log(self._args, self.state, self.control, logs)
+        self.control = self.handler.on_log(self._args, self.state, self.control, dict(logs))
 
     def evaluate(self, metrics: Mapping[str, Any]) -> None:
-        logs = {f"eval_{name}": value for name, value in metrics.items()}
-        self.state.log_history.append({**logs, "step": self.state.global_step})
-        self.control = self._handler.on_evaluate(self._args, self.state, self.control, logs)
+        """An evaluation is done; its metrics are logged by :meth:`log`."""
+        self.control = self.handler.on_evaluate(self._args, self.state, self.control, dict(metrics))
 
     def save(self) -> None:
+        """A checkpoint is saved."""
         self._call("on_save")
 
+    def push_begin(self) -> None:
+        """The model is about to be uploaded."""
+        self._call("on_push_begin")
+
     def train_end(self) -> None:
+        """Training ends."""
         self._call("on_train_end")
 
-    def save_state(self, folder: Path) -> None:
-        self.state.save_to_json(str(folder / _STATE_FILE))
+    def _save_state(self, folder: Path) -> None:
+        if not self.state.is_world_process_zero:
+            return
+        exportable = [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]
+        self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks  # pyright: ignore
+        self.state.save_to_json(str(folder / TRAINER_STATE))
 
-    def load_state(self, folder: Path) -> None:
-        loaded = TrainerState.load_from_json(str(folder / _STATE_FILE))
-        self.state.global_step = loaded.global_step
-        self.state.log_history = loaded.log_history
+    def _load_state(self, folder: Path) -> None:
+        loaded = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+        for name in ("global_step", "log_history", "best_metric", "best_global_step", "best_model_checkpoint"):
+            setattr(self.state, name, getattr(loaded, name))
 
     def _call(self, event: str) -> None:
-        self.control = getattr(self._handler, event)(self._args, self.state, self.control)
+        self.control = getattr(self.handler, event)(self._args, self.state, self.control)
 
 
 def training_arguments(config: VPDConfig) -> TrainingArguments:

@@ -44,4 +44,8 @@ class Journal:
         self.log(step, "train", metrics)
         if self._accelerator.is_main_process:
             self.progress.step({"step": step, **metrics})
+        self.track(step, metrics)
+
+    def track(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Numbers for the trackers."""
         self._accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)

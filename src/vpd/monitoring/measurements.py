@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from vpd.config import EvalSettings
+from vpd.environments import Split
 from vpd.evaluation.accuracy import Evaluation
 from vpd.evaluation.evaluator import Evaluator
 from vpd.monitoring.journal import Journal
@@ -14,14 +15,14 @@ from vpd.runs.state import TrainingState
 
 
 class Measurements:
-    """Measures the final table's rows, the selection split, and the teacher's lead.
+    """Measures the final table's rows, the accuracy on a split, and how far the teacher is ahead of the student.
 
     Args:
         evaluator: asks the questions.
-        journal: where results are told.
-        state: of the run; it holds the table's rows.
-        monitor: is told of a teacher that is not ahead.
-        settings: how much to measure.
+        journal: tells the results.
+        state: holds the table's rows.
+        monitor: is told where the teacher is not ahead.
+        settings: say how much to measure.
     """
 
     def __init__(
@@ -46,16 +47,21 @@ class Measurements:
             f"{evaluation.n}, {evaluation.seconds:.0f} s."
         )
 
-    def selection(self) -> Evaluation:
-        """Evaluate on the selection split."""
-        evaluation = self._evaluator.accuracy("selection")
+    def accuracy(self, split: Split, limit: int | None = None) -> Evaluation:
+        """Evaluate on the first ``limit`` tasks of a split, outside the table."""
+        evaluation = self._evaluator.accuracy(split, limit)
         outcomes = {"outcomes": evaluation.outcomes}
-        self._journal.log(self._state.step, "eval", {"split": "selection", **evaluation.summary(), **outcomes})
-        self._journal.say(f"Selection split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}.")
+        self._journal.log(self._state.step, "eval", {"split": split, **evaluation.summary(), **outcomes})
+        self._journal.say(
+            f"{split.capitalize()} split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}."
+        )
         return evaluation
 
     def preflight(self) -> None:
-        """Whether there is anything to distil: the teacher's lead, and its lead with foreign feedback where asked."""
+        """Measure whether there is anything to distil, and warn where the teacher is not ahead of the student.
+
+        Where the settings ask for it, the teacher is measured once more with the feedback of other tasks.
+        """
         low, tasks = self.gap("Pre-flight")
         if warning := gap_warning(low, tasks):
             self._monitor.warn("no_gap", warning)
@@ -65,7 +71,15 @@ class Measurements:
                 self._monitor.warn("template_only", warning)
 
     def gap(self, when: str, permute: bool = False) -> tuple[float, int]:
-        """Measure the teacher's lead; the lower end of its interval, and the number of tasks with feedback."""
+        """Measure by how much the teacher's accuracy is above the student's.
+
+        Args:
+            when: begins the line that tells the result.
+            permute: give each rollout the feedback of another task.
+
+        Returns:
+            The lower end of the difference's interval, and the number of tasks with feedback.
+        """
         gap = self._evaluator.gap(permute)
         self._journal.log(self._state.step, "gap_permuted" if permute else "gap", asdict(gap))
         if gap.n:

@@ -1,4 +1,4 @@
-"""What a rollout engine takes and gives, whatever samples behind it."""
+"""The protocol of a rollout engine: what it takes and what it gives."""
 
 from __future__ import annotations
 

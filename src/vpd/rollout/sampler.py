@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,9 +33,9 @@ class Sampled:
 
     rollouts: list[Rollout]
     seed: int
-    token_count: int
-    seconds: dict[str, float]
-    judge_errors: list[str]
+    token_count: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    judge_errors: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -4,6 +4,8 @@
     metrics.jsonl                  one JSON object a line: {"step": 3, "event": "train", "reward": 0.4, ...}
     rollouts/step-000012.parquet   sampled rollouts (see ``samples.py``)
     checkpoints/checkpoint-12/     what a resume needs
+    best-12/                       the weights that did best on the selection split, where they are kept
+    model/                         the trained model, in Hugging Face layout
     result.json                    the final table
     report.html                    the page made from the above
 
@@ -38,6 +40,9 @@ from vpd.runs.samples import RolloutRecord, write_rollouts
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BEST = re.compile(r"best-(\d+)")
 _ROLLOUTS = re.compile(r"step-(\d+)\.parquet")
+
+TRAINER_STATE = "trainer_state.json"
+"""Name of the file in a checkpoint that holds transformers' ``TrainerState``."""
 
 
 class RunFolder:
@@ -120,7 +125,7 @@ class RunFolder:
 
         Args:
             step: rollout batch, from 1; 0 for what happens before the first.
-            event: ``train``, ``eval``, ``gap``, ``warning`` or ``warm_start``.
+            event: ``train``, ``eval``, ``gap``, ``warning``, ``warm_start``, ``stage``, or ``log`` for a user's own.
             values: a flat mapping; zero-dimensional arrays and tensors count as numbers.
         """
         line = _json({"step": step, "event": event, **values}) + "\n"
@@ -138,7 +143,7 @@ class RunFolder:
         atomic_write_text(self.result_path, _json(result, indent=2) + "\n")
 
     def rewind(self, step: int | None) -> None:
-        """Forget what was written after ``step``, the one that the run resumes from (None: before everything).
+        """Forget what was written after ``step``, the one that the run resumes from (None forgets everything).
 
         Lines of ``step`` itself stay: write them before its checkpoint is committed.
         """
@@ -148,12 +153,34 @@ class RunFolder:
         for of_step, path in rollout_files(self.path).items():
             if step is None or of_step > step:
                 path.unlink()
+        for of_step, path in self.checkpoints().items():
+            if step is None or of_step > step:
+                self._remove_checkpoint(path)
         self.result_path.unlink(missing_ok=True)
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The complete checkpoints by step, in ascending order."""
+        return _numbered(self._checkpoints, _CHECKPOINT)
 
     def latest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the highest step; None where there is none."""
-        checkpoints = _numbered(self._checkpoints, _CHECKPOINT)
+        checkpoints = self.checkpoints()
         return checkpoints[max(checkpoints)] if checkpoints else None
+
+    def checkpoint_at(self, path: str | Path) -> Path:
+        """The checkpoint of this run that ``path`` names.
+
+        Raises:
+            ConfigError: it is none of this run's.
+        """
+        for checkpoint in self.checkpoints().values():
+            if checkpoint.resolve() == Path(path).expanduser().resolve():
+                return checkpoint
+        known = ", ".join(str(checkpoint) for checkpoint in self.checkpoints().values()) or "none yet"
+        raise ConfigError(
+            f"{path} is no checkpoint of the run in {self.path}, which has these: {known}. Name one of them, or resume "
+            "with True for the newest. To begin with the weights of another run, give its model folder as the model."
+        )
 
     def commit_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Let ``write`` fill a folder, make it ``checkpoints/checkpoint-{step}``, and keep the newest ``keep`` of all.
@@ -189,17 +216,26 @@ class RunFolder:
 
     def remove_weights(self) -> None:
         """Remove the model, the best weights and the checkpoints; what was measured stays."""
-        best, checkpoints = _numbered(self.path, _BEST), _numbered(self._checkpoints, _CHECKPOINT)
-        for path in (self.path / "model", *best.values(), *checkpoints.values()):
+        best = _numbered(self.path, _BEST)
+        for path in (self.path / "model", *best.values(), *self.checkpoints().values()):
             _remove(path)
 
+    def keep_best_weights(self, steps: Iterable[int | None]) -> None:
+        """Remove the best weights of all steps but these."""
+        kept = set(steps)
+        for step, path in _numbered(self.path, _BEST).items():
+            if step not in kept:
+                _remove(path)
+
     def _prune(self, newest: Path, keep: int) -> None:
-        others = _numbered(self._checkpoints, _CHECKPOINT)
+        others = self.checkpoints()
         del others[checkpoint_step(newest)]
         for step in sorted(others, reverse=True)[max(keep - 1, 0) :]:
-            # Renamed first, so that a folder whose removal is interrupted is not taken for a checkpoint.
-            doomed = others[step].rename(self._checkpoints / f".pruned-{others[step].name}.tmp")
-            _remove(doomed)
+            self._remove_checkpoint(others[step])
+
+    def _remove_checkpoint(self, checkpoint: Path) -> None:
+        # Renamed first, so that a folder whose removal is interrupted is not taken for a checkpoint.
+        _remove(checkpoint.rename(self._checkpoints / f".pruned-{checkpoint.name}.tmp"))
 
     def _mend_interrupted_writes(self) -> None:
         for old in self._checkpoints.glob(".old-*.tmp"):

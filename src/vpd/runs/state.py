@@ -1,4 +1,4 @@
-"""What a run is at, besides weights and optimizer."""
+"""The numbers that a run goes on from, besides weights and optimizer."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 
 @dataclass
 class TrainingState:
-    """What a resumed run must know besides weights, optimizer, scheduler and callbacks' state.
+    """What a resumed run must know besides weights, optimizer, scheduler, curriculum and the callbacks' state.
 
     Attributes:
-        step: rollout batches done.
-        train_seconds: spent in them, evaluations left aside.
-        skipped_e_steps: E-iterations whose batch held one class only.
-        stage: of the curriculum, from 0.
-        stage_start: rollout batches that were done before it began.
+        step: how many rollout batches are done.
+        train_seconds: how long they took, without evaluations.
+        skipped_e_steps: how many E-iterations had a batch of one class only.
         history: what :func:`vpd.monitoring.drift.drift_warnings` keeps.
-        best_step, best_accuracy: of the best evaluation on the selection split; -1 before there is one.
-        stale_evaluations: since then.
+        best_step: the step of the best evaluation on the selection split; -1 before there is one.
+        best_accuracy: the accuracy that it found; -1 before there is one.
+        stale_evaluations: how many evaluations on the selection split came after it.
         stopped_by: the name of what ended the run before its time; None while nothing has.
         rows: the final table so far.
     """
@@ -26,8 +25,6 @@ class TrainingState:
     step: int = 0
     train_seconds: float = 0.0
     skipped_e_steps: int = 0
-    stage: int = 0
-    stage_start: int = 0
     history: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     best_accuracy: float = -1.0
@@ -35,9 +32,19 @@ class TrainingState:
     stopped_by: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def note_accuracy(self, accuracy: float) -> bool:
+        """Take in an evaluation on the selection split after the newest step; whether it is the best so far."""
+        if not accuracy > self.best_accuracy:  # nor nan, where nothing could be graded
+            self.stale_evaluations += 1
+            return False
+        self.best_accuracy, self.best_step, self.stale_evaluations = accuracy, self.step, 0
+        return True
+
     def state_dict(self) -> dict[str, Any]:
+        """All fields, for a checkpoint."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the fields that :meth:`state_dict` gave."""
         for name, value in state.items():
             setattr(self, name, value)

@@ -1,0 +1,111 @@
+"""Checkpoints and best weights of a run: written, kept, removed, and gone on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from vpd.config import RunSettings
+from vpd.policy.load import load_weights, save_policy
+from vpd.runs.folder import TRAINER_STATE, RunFolder, read_json
+from vpd.runs.state import TrainingState
+
+
+class Checkpoints:
+    """Saves a run so that it can go on, and keeps the weights that did best on the selection split.
+
+    A checkpoint holds what the accelerator knows of: weights, optimizer, random numbers, and all objects that were
+    registered with it. Best weights are a model folder ``best-{step}`` beside the checkpoints. They stay as long as
+    the run or one of its checkpoints names them, so that a run resumed from any checkpoint finds its own.
+
+    All processes call each method together.
+
+    Args:
+        settings: the run's folder, and how many checkpoints to keep.
+        accelerator: saves and loads what is registered with it.
+        state: tells the newest step and the best one; it is registered with the accelerator.
+        model: the network whose weights are kept.
+        tokenizer: saved beside best weights.
+
+    Attributes:
+        folder: the run's, on the main process once :meth:`open` was called; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        accelerator: Accelerator,
+        state: TrainingState,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        self.folder: RunFolder | None = None
+        self._settings = settings
+        self._accelerator = accelerator
+        self._state = state
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def open(self, resume: bool | str | Path | None) -> Path | None:
+        """Open ``run.output_dir``, load a checkpoint where asked, and forget what was written after it.
+
+        Args:
+            resume: False or None for a new run, True for the newest checkpoint where there is one, or the path of a
+                checkpoint of this run. Later checkpoints are removed then.
+
+        Returns:
+            The checkpoint that was loaded; None where the run begins.
+
+        Raises:
+            ConfigError: the folder cannot be used, holds a run that is not to be resumed, or has no such checkpoint.
+        """
+        chosen = None
+        if self._accelerator.is_main_process:
+            self.folder = RunFolder.open(self._settings.output_dir, resume=bool(resume))
+            if resume:
+                chosen = self.folder.latest_checkpoint() if resume is True else self.folder.checkpoint_at(resume)
+        (chosen,) = broadcast_object_list([chosen])
+        if chosen is not None:
+            self._accelerator.load_state(str(chosen))
+        if self.folder is not None:
+            self.folder.rewind(None if chosen is None else self._state.step)
+        return chosen
+
+    def save(self) -> None:
+        """Save what a resume needs. All processes write into one folder, which then takes its name at once."""
+        if self.folder is None:
+            self._write(Path())
+            return
+        self.folder.commit_checkpoint(self._state.step, self._write, self._settings.save_total_limit)
+        self._remove_stale_weights()
+
+    def keep_best(self) -> Path:
+        """Save the weights as those of the best step so far; the folder that they are in."""
+        path = self._best()
+        if self._accelerator.is_main_process:
+            save_policy(self._model, self._tokenizer, path)  # pyright: ignore[reportArgumentType]
+            self._remove_stale_weights()
+        self._accelerator.wait_for_everyone()
+        return path
+
+    def load_best(self) -> None:
+        """Give the model the weights of the best step."""
+        load_weights(self._model, self._best())
+
+    def _write(self, folder: Path) -> None:
+        (target,) = broadcast_object_list([str(folder)])
+        self._accelerator.save_state(target)
+        self._accelerator.wait_for_everyone()
+
+    def _best(self) -> Path:
+        return Path(self._settings.output_dir) / f"best-{self._state.best_step}"
+
+    def _remove_stale_weights(self) -> None:
+        if self.folder is None:
+            return
+        states = (read_json(checkpoint / TRAINER_STATE) or {} for checkpoint in self.folder.checkpoints().values())
+        self.folder.keep_best_weights({self._state.best_step, *(state.get("best_global_step") for state in states)})

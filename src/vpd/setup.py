@@ -1,0 +1,206 @@
+"""From settings to the parts of a run: the policy, the sampler, the feedback, the measurements, the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from vpd.algorithms.base import Algorithm
+from vpd.config import ConfigError, VPDConfig
+from vpd.environments import SPLITS, Environment
+from vpd.environments.curriculum import Curriculum
+from vpd.evaluation import Evaluator
+from vpd.feedback import (
+    Critic,
+    EndpointCritic,
+    FeedbackSource,
+    FeedbackTexts,
+    PromptBuilder,
+    SelfCritic,
+    make_sources,
+)
+from vpd.monitoring.callbacks import Callbacks, training_arguments
+from vpd.monitoring.journal import Journal
+from vpd.monitoring.measurements import Measurements
+from vpd.monitoring.monitor import Monitor
+from vpd.policy.copies import PREVIOUS, make_copies
+from vpd.policy.cpu.allocator import keep_freed_memory
+from vpd.policy.learner import Learner
+from vpd.policy.load import eos_token_ids
+from vpd.policy.module import PolicyModule
+from vpd.policy.optimizer import make_optimizer, make_scheduler
+from vpd.policy.prepare import check_layers, make_accelerator, prepare_policy
+from vpd.rollout import RolloutSampler, make_engine
+from vpd.runs.checkpoints import Checkpoints
+from vpd.runs.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer works with.
+
+    Attributes:
+        algorithm: takes losses on the rollouts.
+        accelerator: places, wraps and saves what trains.
+        learner: the wrapped policy with its optimizer.
+        lr_scheduler: advances once a rollout batch.
+        prompts: makes the student's and the teacher's prompts.
+        sampler: samples completions from the student and has them judged.
+        sources: give feedback, in order of preference.
+        curriculum: says which tasks a batch holds.
+        evaluator: measures the policy that the sampler samples from.
+        run_state: the numbers that a resumed run goes on from.
+        journal: tells what happens, on the screen, in the run's folder and to the trackers.
+        monitor: warns, and ends the run where the settings ask for that.
+        measurements: the evaluations that the journal tells of.
+        checkpoints: open the run's folder, and save what a resume needs.
+        callbacks: transformers' callbacks with their state.
+    """
+
+    algorithm: Algorithm
+    accelerator: Accelerator
+    learner: Learner
+    lr_scheduler: Any
+    prompts: PromptBuilder
+    sampler: RolloutSampler
+    sources: Sequence[FeedbackSource]
+    curriculum: Curriculum
+    evaluator: Evaluator
+    run_state: TrainingState
+    journal: Journal
+    monitor: Monitor
+    measurements: Measurements
+    checkpoints: Checkpoints
+    callbacks: Callbacks
+
+
+def make_policy(
+    args: VPDConfig,
+    model: str | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: Any,
+) -> tuple[PolicyModule, PreTrainedTokenizerBase]:
+    """The network ready for training, and its tokenizer.
+
+    Raises:
+        ConfigError: the model cannot be loaded, or not be trained with these settings.
+    """
+    algorithm = args.make_algorithm()
+    policy, tokenizer = prepare_policy(model, tokenizer, args.model, peft_config, algorithm.teacher_adapter())
+    check_layers(policy, algorithm.matched_layers())
+    return policy, tokenizer
+
+
+def assemble(
+    args: VPDConfig,
+    policy: PolicyModule,
+    tokenizer: PreTrainedTokenizerBase,
+    environment: Environment,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    sources: Sequence[FeedbackSource] | None = None,
+) -> Parts:
+    """Make all parts of a run.
+
+    Args:
+        args: all settings.
+        policy: from :func:`make_policy`.
+        tokenizer: belongs to the policy.
+        environment: brings the tasks and judges completions.
+        callbacks: transformers' ``TrainerCallback`` objects.
+        optimizers: an optimizer and a scheduler in place of those that ``args.optim`` describes.
+        sources: of feedback, in place of those that ``args.feedback.sources`` names.
+
+    Raises:
+        ConfigError: settings cannot work together, or a prompt is too long.
+    """
+    callback_args = training_arguments(args)
+    algorithm: Algorithm = args.make_algorithm()
+    accelerator = make_accelerator(args, algorithm.teacher_adapter() is not None)
+    keep_freed_memory(accelerator.device)
+    journal = Journal(accelerator)
+    learner, lr_scheduler = _make_learner(args, algorithm, policy, accelerator, optimizers)
+    algorithm.prepare(learner, tokenizer, args.model)
+    model = learner.module.model
+    prompts = PromptBuilder(tokenizer, args.feedback, args.rollout.max_prompt_length, args.model.chat_template_kwargs)
+    sampler = RolloutSampler(
+        make_engine(model, tokenizer, args.rollout),
+        tokenizer,
+        environment,
+        prompts,
+        args.rollout,
+        eos_token_ids(model, tokenizer),  # pyright: ignore[reportArgumentType]
+    )
+    sources = sources or make_sources(args.feedback, _make_critic(args, algorithm, sampler))
+    evaluator = Evaluator(sampler, environment, args, accelerator, sources)
+    curriculum = Curriculum(
+        environment.stages(), args.rollout.prompts_per_step, args.rollout.next_stage_at, args.run.seed
+    )
+    _check_prompts(environment, prompts)
+    run_state = TrainingState()
+    needed = [source.name for source in sources] if algorithm.needs_feedback else None
+    monitor = Monitor(journal, run_state, needed, args.run.stop_on)
+    accelerator.register_for_checkpointing(run_state, curriculum, lr_scheduler, algorithm, *learner.copies.values())
+    return Parts(
+        algorithm=algorithm,
+        accelerator=accelerator,
+        learner=learner,
+        lr_scheduler=lr_scheduler,
+        prompts=prompts,
+        sampler=sampler,
+        sources=sources,
+        curriculum=curriculum,
+        evaluator=evaluator,
+        run_state=run_state,
+        journal=journal,
+        monitor=monitor,
+        measurements=Measurements(evaluator, journal, run_state, monitor, args.eval),
+        checkpoints=Checkpoints(args.run, accelerator, run_state, model, tokenizer),
+        callbacks=Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator),
+    )
+
+
+def _make_learner(
+    args: VPDConfig,
+    algorithm: Algorithm,
+    policy: PolicyModule,
+    accelerator: Accelerator,
+    optimizers: tuple[torch.optim.Optimizer | None, Any],
+) -> tuple[Learner, Any]:
+    """The policy wrapped for training, with its optimizer and its scheduler."""
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = optimizers[0] or make_optimizer(args.optim, trainable)
+    lr_scheduler = optimizers[1] or make_scheduler(args.optim, optimizer, args.run.max_steps)
+    extrapolation = {PREVIOUS: 0.0} if args.optim.extrapolation else {}
+    copies = make_copies(policy, {**algorithm.weight_copies(), **extrapolation})
+    prepared, prepared_optimizer = accelerator.prepare(policy, optimizer)
+    for weights in copies.values():
+        weights.to(accelerator.device)
+    temperature = args.rollout.temperature
+    learner = Learner(prepared, prepared_optimizer, accelerator, args.optim, temperature, copies=copies)
+    return learner, lr_scheduler
+
+
+def _make_critic(args: VPDConfig, algorithm: Algorithm, sampler: RolloutSampler) -> Critic | None:
+    """Who writes critiques; None where nobody reads one."""
+    settings = args.feedback
+    if "critique" not in settings.sources or not algorithm.has_teacher:
+        return None
+    if settings.critique.endpoint is not None:
+        return EndpointCritic(settings.critique)
+    return SelfCritic(lambda chats, seed: sampler.answer(chats, settings.critique, seed))
+
+
+def _check_prompts(environment: Environment, prompts: PromptBuilder) -> None:
+    """Refuse a task whose prompt is too long now, and not when it comes up hours into the run."""
+    tasks = [task for split in SPLITS for task in environment.tasks(split)]
+    if not tasks:
+        raise ConfigError("The environment has no tasks.")
+    longest = max(tasks, key=lambda task: len(prompts.student(task.prompt)))
+    prompts.teacher(longest.prompt, FeedbackTexts("sibling", False, solution="", feedback=""))

@@ -1,0 +1,100 @@
+"""The sampler returns what it made, with what that took, and keeps nothing."""
+
+from __future__ import annotations
+
+import pytest
+from engines import ScriptedEngine
+from tiny import tokenizer
+from toy import ToyEnvironment, toy_trainer
+
+from vpd.config import CritiqueSettings, FeedbackSettings, RolloutSettings
+from vpd.feedback import PromptBuilder
+from vpd.rollout import RolloutSampler, Sample
+from vpd.runs.folder import read_metrics
+
+
+class Moody(ToyEnvironment):
+    """Its judge fails on completions that begin with an a."""
+
+    def judge(self, task, completion):
+        if completion.startswith("a"):
+            raise OSError("no a, please")
+        return super().judge(task, completion)
+
+
+@pytest.fixture
+def sampler():
+    settings = RolloutSettings(max_prompt_length=100, temperature=0.5, top_k=9, min_p=0.1, top_p=0.8)
+    prompts = PromptBuilder(tokenizer(), FeedbackSettings(max_prompt_length=60), 100)
+    return RolloutSampler(ScriptedEngine(tokenizer()), tokenizer(), Moody(), prompts, settings, (7,))
+
+
+def tasks(count):
+    return ToyEnvironment().tasks("train")[:count]
+
+
+def test_rollouts_come_with_what_they_took(sampler):
+    sampled = sampler.sample(tasks(4), 8, seed=3, first_group=1, group_stride=2)
+    lengths = [len(rollout.completion_ids) for rollout in sampled.rollouts]
+    assert (sampled.seed, sampled.token_count, len(lengths)) == (3, sum(lengths), 32)
+    assert [rollout.group for rollout in sampled.rollouts] == [group for group in (1, 3, 5, 7) for _ in range(8)]
+    assert sampled.seconds.keys() == {"rollout", "judge"}
+    ungraded = [rollout for rollout in sampled.rollouts if rollout.verdict is None]
+    assert 0 < len(ungraded) < 32
+    assert all(rollout.text.startswith("a") for rollout in ungraded)
+    assert sampled.judge_errors == ["OSError: no a, please"] * len(ungraded)
+
+
+def test_one_call_does_not_count_for_the_next(sampler):
+    first, _, again = (
+        sampler.sample(tasks(2), 4, seed=3),
+        sampler.sample(tasks(9), 4, 5),
+        sampler.sample(tasks(2), 4, 3),
+    )
+    assert (again.rollouts, again.token_count) == (first.rollouts, first.token_count)
+    assert again.judge_errors == first.judge_errors
+
+
+def test_what_the_engine_is_asked(sampler):
+    sampler.sample(tasks(2), 4, seed=3, temperature=0.0, top_p=1.0)
+    taught = sampler.sample_teacher([[5, 6], [7], [8]], tasks(3), seed=4)
+    chats = [[{"role": "user", "content": text}] for text in ("x" * 100, "Hello.")]
+    answers = sampler.answer(chats, CritiqueSettings(max_tokens=5, temperature=0.3), seed=6)
+    (greedy, own, critique), seeds, teachers, counts = (
+        [call[index] for call in sampler.engine.calls] for index in (1, 2, 3, 0)
+    )
+    assert (seeds, teachers, counts) == ([3, 4, 6], [False, True, False], [2, 3, 1])
+    assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.num_generations) == (0.0, 1.0, 9, 4)
+    assert (own.temperature, own.top_p, own.min_p, own.num_generations) == (0.5, 0.8, 0.1, 1)
+    assert (critique.temperature, critique.top_p, critique.top_k, critique.max_new_tokens) == (0.3, 1.0, 0, 5)
+    assert greedy.eos_token_ids == own.eos_token_ids == critique.eos_token_ids == {7}
+    assert [rollout.prompt_ids for rollout in taught.rollouts] == [[5, 6], [7], [8]]
+    # The first chat is longer than the teacher's limit.
+    assert answers.texts[0] is None
+    assert answers.token_count == len(answers.texts[1]) > 0
+    assert answers.seconds > 0
+
+
+def test_what_the_length_limit_cut_off_has_failed_and_is_not_judged(sampler, monkeypatch):
+    cut = Sample(tokenizer()("ab", add_special_tokens=False)["input_ids"], [0.0, 0.0])
+    monkeypatch.setattr(sampler.engine, "generate", lambda *args, **kwargs: [[cut]])
+    sampled = sampler.sample(tasks(1), 1, seed=0)
+    (rollout,) = sampled.rollouts
+    assert (rollout.truncated, rollout.verdict.reward, sampled.judge_errors) == (True, 0.0, [])
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_step_counts_its_own_tokens_and_those_of_the_algorithms_fresh_rollouts(tmp_path, measured):
+    """Measurements before, between and within steps do not count; what the E-step is measured on does."""
+    measurements = {"preflight_tasks": 3, "eval_steps": 1} if measured else {"preflight_tasks": 0, "final_tasks": 0}
+    optim = {"learning_rate": 1e-3, "extrapolation": measured, "extrapolation_tasks": 3}
+    for margin_tasks in (0, 2):
+        folder = tmp_path / str(margin_tasks)
+        toy_trainer(folder, eval={**measurements, "margin_tasks": margin_tasks}, optim=optim).train()
+        first, second = [line for line in read_metrics(folder) if line["event"] == "train"]
+        # The first step of the toy has an E-step, the second has none.
+        fresh = first["tokens_rollout"] - 8 * first["length_mean"]
+        assert fresh > 0 if margin_tasks else fresh == 0
+        assert second["tokens_rollout"] == 8 * second["length_mean"]
+        assert all(line["seconds_rollout"] > 0 and line["seconds_judge"] > 0 for line in (first, second))
+        assert "seconds_critique" not in first
