@@ -19,7 +19,8 @@ from benchmarks.step.ours import settings
 from benchmarks.step.specs import WORKLOADS, Side
 from vpd.config import VPDConfig
 from vpd.planning.calibration import this_machine
-from vpd.planning.plan import GPUS, Hardware, Lengths, Plan, predict, shape_of_config
+from vpd.planning.plan import GPUS, Hardware, Plan, network_size_of, predict
+from vpd.planning.step_passes import Lengths
 from vpd.policy.load import config_of
 
 _FEEDBACK_TOKENS = 58
@@ -51,7 +52,7 @@ def measured(path: Path) -> None:
             lengths = Lengths(workload.prompt_tokens, workload.completion_tokens, _FEEDBACK_TOKENS)
             network = config_of(side.model)
             hardware = this_machine(run, network, lengths)
-            expected = predict(run, shape_of_config(network), lengths, hardware).seconds
+            expected = predict(run, network_size_of(network), lengths, hardware).seconds
             # The harness reports E-steps apart.
             rows = {
                 "all": (found["seconds"]["median"], expected.total - expected.e_step),
@@ -80,10 +81,10 @@ def paper(hardware: Hardware) -> None:
     print("| model | | tokens trained | PFLOP a step | s a step | GB |")
     print("|---|---|---|---|---|---|")
     for name, network in _QWEN3.items():
-        plan = predict(config, shape_of_config(network), lengths, hardware)
+        plan = predict(config, network_size_of(network), lengths, hardware)
         # From a plan whose teacher reads its questions itself, as every sequence by itself does.
         apart = VPDConfig.parse(values | {"model": values["model"] | {"packed_attention": "flex"}})
-        unshared = _without_sharing(predict(apart, shape_of_config(network), lengths, hardware))
+        unshared = _without_sharing(predict(apart, network_size_of(network), lengths, hardware))
         tokens = plan.tokens.student + plan.tokens.teacher
         print(
             f"| {name} | shared | {tokens:,.0f} | {plan.flops.total / 1e15:.1f} | {plan.seconds.total:.0f} "

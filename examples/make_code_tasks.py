@@ -2,8 +2,8 @@
 
     python examples/make_code_tasks.py runs/code_tasks
 
-Writes train.jsonl and test.jsonl in the plain format of the environment ``code``; no problem is in both. Each has
-public tests, private ones, a solution, and an attempt that a public test rejects.
+The script writes train.jsonl and test.jsonl in the plain format of the environment ``code``; no problem is in both.
+Each problem has public tests, private tests, a solution, and an attempt that a public test rejects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """A step of a problem: in words, in code (with a place for what it is applied to), and as a function."""
+    """A step of a problem in words, in code (with a place for its argument), and as a function."""
 
     words: str
     code: str
@@ -29,7 +29,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Problem:
-    """Keep some numbers, change each of them twice, summarise what comes out."""
+    """A problem: keep some numbers, change each of them twice, and summarise the results."""
 
     keep: Part
     first: Part
@@ -49,7 +49,7 @@ class Problem:
         return self.summary.apply([self.second.apply(self.first.apply(x)) for x in numbers if self.keep.apply(x)])
 
 
-# By kind, so that a few demonstrations can show each kind.
+# Parts are grouped by kind, so that a few demonstrations can show each kind.
 KEEPS = [
     [Part("keep the even numbers", "x % 2 == 0", lambda x: x % 2 == 0)],
     [Part("keep the odd numbers", "x % 2 == 1", lambda x: x % 2 == 1)],
@@ -77,7 +77,7 @@ PARTS = {"keep": KEEPS, "first": CHANGES, "second": CHANGES, "summary": SUMMARIE
 
 
 def problems(rng: random.Random) -> Iterator[Problem]:
-    """Distinct problems without end, in which all kinds of parts soon come up."""
+    """Yield distinct problems without end; all kinds of parts come up soon."""
     seen = set()
     decks = {name: _deck(kinds, rng) for name, kinds in PARTS.items()}
     while True:
@@ -88,14 +88,14 @@ def problems(rng: random.Random) -> Iterator[Problem]:
 
 
 def _deck(kinds: list[list[Part]], rng: random.Random) -> Iterator[list[Part]]:
-    """Each kind once in random order, and again."""
+    """Yield each kind once in random order, and start again without end."""
     while True:
         yield from rng.sample(kinds, len(kinds))
 
 
 def row(problem: Problem, rng: random.Random) -> dict[str, Any]:
-    """The problem as a row of the plain format."""
-    # Were the empty list a private matter, programs that forget it would be rewarded, and grow in number.
+    """Write the problem as a row of the plain format."""
+    # The public tests hold the empty list too: otherwise programs that forget it would be rewarded, and learned.
     public = [[], *(_numbers(rng, 4, 6) for _ in range(3))]
     private = [[], *(_numbers(rng, 1, 8) for _ in range(7))]
     attempt = next(
@@ -118,7 +118,7 @@ def _numbers(rng: random.Random, shortest: int, longest: int) -> list[int]:
 
 
 def _wrong(problem: Problem, rng: random.Random) -> Iterator[Problem]:
-    """Problems with one part changed: what a hasty reader would have solved instead."""
+    """Yield problems with one part changed, such as a hasty reader would have solved instead."""
     while True:
         name = rng.choice(list(PARTS))
         yield replace(problem, **{name: rng.choice(rng.choice(PARTS[name]))})

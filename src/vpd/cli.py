@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="section.key=value or section={...}, in place of the config's; may be repeated."),
+    typer.Option("--set", help="Replace a setting: section.key=value, or section={...}. It may be repeated."),
 ]
 
 
@@ -36,11 +36,11 @@ def train(
     config: Annotated[Path, typer.Argument(help="A TOML file of settings.")],
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Sample one group, show both prompts and the verdicts, train nothing.")
+        bool, typer.Option("--dry-run", help="Sample one group and show both prompts and the verdicts; train nothing.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
 ) -> None:
-    """Train as the config says; results are in its run.output_dir."""
+    """Train as the config says, and write everything about the run to its run.output_dir."""
     settings = VPDConfig.load(config, overrides)
     from transformers.utils.logging import disable_progress_bar
 
@@ -72,15 +72,17 @@ def evaluate_model(
         str,
         typer.Option(
             "--env",
-            help="A config file whose [data] section to use, or an environment's name with --set data.key=value.",
+            help="A config file with a data section, or an environment's name together with --set data.key=value.",
         ),
     ],
     k: Annotated[
         int,
-        typer.Option("--k", min=1, help="Completions a question: 1 greedy, or more at temperature 0.6, top-p 0.95."),
+        typer.Option(
+            "--k", min=1, help="Completions per question: 1 is greedy; more are sampled at temperature 0.6, top-p 0.95."
+        ),
     ] = 1,
-    split: Annotated[str, typer.Option(help="selection or final.")] = "final",
-    tasks: Annotated[int | None, typer.Option(min=1, help="Questions to ask; all by default.")] = None,
+    split: Annotated[str, typer.Option(help="The split of questions: selection or final.")] = "final",
+    tasks: Annotated[int | None, typer.Option(min=1, help="The number of questions, by default all.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Measure a model's accuracy on an environment."""
@@ -104,12 +106,12 @@ def evaluate_model(
 
 @app.command()
 def compare(
-    study: Annotated[Path, typer.Argument(help="A TOML file: one config, several arms, several seeds.")],
-    workers: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
+    study: Annotated[Path, typer.Argument(help="A TOML file that names one config, several arms and several seeds.")],
+    workers: Annotated[int, typer.Option(min=1, help="The number of runs at the same time.")] = 1,
 ) -> None:
     """Run several settings by several seeds from one start, and set them side by side.
 
-    Started again, it keeps the finished runs and goes on with the others.
+    When it is started again, it keeps the finished runs and goes on with the others.
     """
     from vpd.studies.comparison import report_folder, write_comparison
     from vpd.studies.study import Study, run_study
@@ -127,28 +129,33 @@ def compare(
 @app.command()
 def plan(
     config: Annotated[Path, typer.Argument(help="A TOML file of settings.")],
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a typical prompt.")],
-    completion: Annotated[int, typer.Option(min=1, help="Tokens of a typical completion.")],
+    prompt: Annotated[int, typer.Option(min=1, help="The tokens of a typical prompt.")],
+    completion: Annotated[int, typer.Option(min=1, help="The tokens of a typical completion.")],
     feedback: Annotated[
-        int, typer.Option(min=0, help="Tokens that the teacher's prompt has behind the question.")
+        int, typer.Option(min=0, help="The tokens that the teacher's prompt has after the question.")
     ] = 100,
-    hardware: Annotated[str, typer.Option(help="this (measured now), a100, h100, h200, l40s or rtx4090.")] = "this",
+    hardware: Annotated[
+        str, typer.Option(help="The device: this (measured now), a100, h100, h200, l40s or rtx4090.")
+    ] = "this",
     overrides: Overrides = None,
 ) -> None:
-    """Predict what a training step costs: tokens, operations, memory and time."""
+    """Predict the tokens, operations, memory and time of a training step."""
     from vpd.planning import calibration
     from vpd.planning import plan as planning
+    from vpd.planning.step_passes import Lengths
     from vpd.policy.load import config_of
 
     settings = VPDConfig.load(config, overrides)
-    lengths = planning.Lengths(prompt, completion, feedback)
+    lengths = Lengths(prompt, completion, feedback)
     network = config_of(settings.model.name)
     device = (
         calibration.this_machine(settings, network, lengths)
         if hardware == "this"
         else planning.hardware_named(hardware)
     )
-    found = planning.predict(settings, planning.shape_of_config(network), lengths, device)
+    teacher = planning.step_passes(settings, lengths).teacher_model
+    teacher_size = None if teacher is None else planning.network_size_of(config_of(teacher))
+    found = planning.predict(settings, planning.network_size_of(network), lengths, device, teacher_size)
     table = Table(title=f"A step on {device.name}")
     table.add_column("")
     for column in ("tokens", "TFLOP", "seconds"):
@@ -161,13 +168,13 @@ def plan(
     training = found.tokens.student + found.tokens.teacher
     console.print(
         f"The peak of memory is about {found.memory / 1e9:.1f} GB of {device.memory / 1e9:.0f} GB. Student and "
-        f"teacher compute {training:,.0f} tokens; every sequence by itself would make {found.tokens_unshared:,.0f}."
+        f"teacher compute {training:,.0f} tokens; without prefix sharing it would be {found.tokens_unshared:,.0f}."
     )
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
-    """Write the run's report.html anew from its files."""
+    """Write the run's report.html again from the run's files."""
     from vpd.report import write_report
 
     if not run.is_dir():
@@ -177,7 +184,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can do, and how to get what is missing."""
+    """Show what this machine can do, and how to get what is missing."""
     from vpd import doctor as examination
 
     examination.render(examination.report(), Console())

@@ -8,7 +8,7 @@ SCIKNOWEVAL = Path(__file__).parents[3] / "shared" / "data" / "sciknoweval"
 
 @pytest.fixture
 def sciknoweval():
-    """The folder of SciKnowEval's domains, beside the repository where it is installed."""
+    """Return the folder of SciKnowEval's domains, which stands beside the repository where it is installed."""
     if not SCIKNOWEVAL.is_dir():
         pytest.skip(f"SciKnowEval is not at {SCIKNOWEVAL}")
     return SCIKNOWEVAL

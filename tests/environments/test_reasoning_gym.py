@@ -10,7 +10,7 @@ from vpd.environments.splits import question_key
 from vpd.types import Task, Verdict
 
 SIZES = {"train_size": 40, "selection_size": 20, "final_size": 20}
-# 200 expressions exist, so that a stream of 80 repeats itself.
+# There are only 200 expressions, so that a stream of 80 repeats some.
 FEW_QUESTIONS = {"max_terms": 2, "max_digits": 1}
 
 
@@ -61,7 +61,7 @@ def test_too_few_distinct_questions_is_an_error():
         ReasoningGym("chain_sum", parameters=FEW_QUESTIONS)
 
 
-# Scorers of numbers, of texts, of lists, of grids, and one with many right answers.
+# The datasets' scorers read numbers, texts, lists and grids, and one accepts many right answers.
 @pytest.mark.parametrize("dataset", ["chain_sum", "caesar_cipher", "number_sorting", "mini_sudoku", "countdown"])
 @pytest.mark.parametrize("feedback", ["outcome", "location", "reference"])
 def test_the_reward_is_the_package_score(dataset, feedback):
@@ -89,7 +89,7 @@ def test_demonstrations_of_numbers_come_with_a_wrong_attempt():
 def test_no_answer_and_empty_answer_have_their_own_texts():
     environment = ReasoningGym("game_of_life_halting", train_size=1, selection_size=1, final_size=1)
     task = environment.tasks("train")[0]
-    # This dataset's scorer takes any text that does not say True for False: an unread answer must not reach it.
+    # This dataset's scorer takes any text that does not say True as False: an answer without a value must not reach it.
     assert judged(environment, task, "No idea") == Verdict(
         0.0, 'Your answer could not be read: it has no line that begins with "Answer:".', {"answer": None}
     )

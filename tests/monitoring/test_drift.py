@@ -1,4 +1,4 @@
-"""Warnings about a run's course: each failure provoked, told once, and a healthy run left in peace."""
+"""Each failure of a run's course gives its warning once, and a healthy run gives none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEALTHY = {
 
 
 def course(batches):
-    """The warnings of a whole run, by batch."""
+    """Return the warnings of a whole run, by batch."""
     history: dict[str, float] = {}
     return [drift_warnings(history, metrics) for metrics in batches]
 

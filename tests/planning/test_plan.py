@@ -11,12 +11,13 @@ from transformers import LlamaConfig
 from vpd import ConfigError, Verdict, VPDConfig
 from vpd.planning import calibration
 from vpd.planning.calibration import this_machine
-from vpd.planning.plan import GPUS, Lengths, hardware_named, predict, shape_of_config
+from vpd.planning.plan import GPUS, hardware_named, network_size_of, predict
+from vpd.planning.step_passes import Lengths
 from vpd.policy import load
 from vpd.rollout.sampler import RolloutSampler
 from vpd.types import Task
 
-SHAPE = shape_of_config(
+SIZE = network_size_of(
     LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True,
@@ -25,14 +26,14 @@ SHAPE = shape_of_config(
 
 
 def config(**sections):
-    """Four prompts of eight rollouts, with the environment's text."""
+    """Make the settings of four prompts with eight rollouts each, and the environment's text as feedback."""
     rollout = {"prompts_per_step": 4, "num_generations": 8}
     return VPDConfig.parse({"rollout": rollout, "feedback": {"sources": ["environment"]}, **sections})
 
 
 def test_sizes_are_those_of_smollm2():
-    assert SHAPE.parameters == 134_515_008
-    assert SHAPE.blocks == 134_515_008 - 49152 * 576
+    assert SIZE.parameters == 134_515_008
+    assert SIZE.blocks == 134_515_008 - 49152 * 576
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
             return Verdict(float(number % 2), f"{number} says the judge.")
 
     monkeypatch.setattr("toy.ToyEnvironment", OfOneLength)
-    # A template that says nothing of its own: what the plan calls feedback is then each rollout's own.
+    # The templates add no text of their own, so that the feedback that the plan counts is each rollout's own.
     templates = {"feedback_on_failure": "{text}", "feedback_on_success": "{text}"}
     feedback = {"templates": templates}
     trainer = toy_trainer(tmp_path, algorithm=algorithm, rollout={"stop_strings": []}, feedback=feedback)
@@ -76,40 +77,41 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
     views = [view for view in batch.views if view is not None]
     prompt = len(batch.rollouts[0].prompt_ids)
     lengths = Lengths(prompt, len(batch.rollouts[0].completion_ids), len(views[0].prompt_ids) - prompt)
-    plan = predict(trainer.args, SHAPE, lengths, GPUS["h100"])
-    # Short texts and prompts share some beginnings beyond what the plan knows, and no sequence needs its last token.
+    plan = predict(trainer.args, SIZE, lengths, GPUS["h100"])
+    # Short texts and prompts share some beginnings that the plan does not know of, and no sequence's last token is
+    # computed.
     parts = plan.tokens.student + plan.tokens.teacher + plan.tokens.e_step
     assert parts == pytest.approx((trainer.learner.counts - before).computed, rel=0.15)
 
 
 def test_prompts_are_shared_and_siblings_texts_too():
     lengths = Lengths(250, 16, 60)
-    plan = predict(config(), SHAPE, lengths, GPUS["h100"])
+    plan = predict(config(), SIZE, lengths, GPUS["h100"])
     assert plan.tokens.student == 4 * (250 + 8 * 16)
     assert plan.tokens.teacher == 4 * 8 * (60 + 16)
-    averaged = predict(config(algorithm={"type": "sdpo", "teacher": "ema"}), SHAPE, lengths, GPUS["h100"])
+    averaged = predict(config(algorithm={"type": "sdpo", "teacher": "ema"}), SIZE, lengths, GPUS["h100"])
     assert averaged.tokens.teacher == 4 * (250 + 8 * (60 + 16))
     assert plan.tokens_unshared == 32 * (250 + 16) + 32 * (250 + 60 + 16)
-    siblings = predict(config(feedback={"sources": ["sibling"]}), SHAPE, lengths, GPUS["h100"])
+    siblings = predict(config(feedback={"sources": ["sibling"]}), SIZE, lengths, GPUS["h100"])
     assert siblings.tokens.teacher == 4 * (2 * 60 + 8 * 16)
-    rewards_alone = predict(config(algorithm={"type": "grpo"}), SHAPE, lengths, GPUS["h100"])
+    rewards_alone = predict(config(algorithm={"type": "grpo"}), SIZE, lengths, GPUS["h100"])
     assert (rewards_alone.tokens.teacher, rewards_alone.flops.teacher, rewards_alone.flops.e_step) == (0, 0, 0)
 
 
 def test_the_operations_of_a_student_pass_are_six_for_each_parameter_and_token():
-    plan = predict(config(algorithm={"type": "sdpo"}), SHAPE, Lengths(2, 1, 0), GPUS["h100"])
+    plan = predict(config(algorithm={"type": "sdpo"}), SIZE, Lengths(2, 1, 0), GPUS["h100"])
     tokens = 4 * (2 + 8)
-    expected = 6 * SHAPE.blocks * tokens + 6 * 32 * 49152 * 576
+    expected = 6 * SIZE.blocks * tokens + 6 * 32 * 49152 * 576
     assert plan.flops.student == pytest.approx(expected, rel=1e-3)
     again = predict(
         config(algorithm={"type": "sdpo"}, model={"gradient_checkpointing": True}),
-        SHAPE,
+        SIZE,
         Lengths(2, 1, 0),
         GPUS["h100"],
     )
-    assert again.flops.student - plan.flops.student == pytest.approx(2 * SHAPE.blocks * tokens, rel=1e-3)
+    assert again.flops.student - plan.flops.student == pytest.approx(2 * SIZE.blocks * tokens, rel=1e-3)
     kept, recomputed = (
-        predict(config(model={"gradient_checkpointing": on}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).memory
+        predict(config(model={"gradient_checkpointing": on}), SIZE, Lengths(250, 16, 60), GPUS["h100"]).memory
         for on in (False, True)
     )
     assert recomputed < kept
@@ -117,12 +119,12 @@ def test_the_operations_of_a_student_pass_are_six_for_each_parameter_and_token()
 
 def test_rarer_e_steps_cost_less_and_one_pass_less_than_two():
     costs = [
-        predict(config(algorithm={"type": "vpd", "e_step_every": f}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+        predict(config(algorithm={"type": "vpd", "e_step_every": f}), SIZE, Lengths(250, 16, 60), GPUS["h100"]).flops
         for f in (1, 5)
     ]
     assert costs[0].e_step == pytest.approx(5 * costs[1].e_step)
-    small = predict(config(optim={"micro_batch_tokens": 1000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
-    large = predict(config(optim={"micro_batch_tokens": 8000}), SHAPE, Lengths(250, 16, 60), GPUS["h100"]).flops
+    small = predict(config(optim={"micro_batch_tokens": 1000}), SIZE, Lengths(250, 16, 60), GPUS["h100"]).flops
+    large = predict(config(optim={"micro_batch_tokens": 8000}), SIZE, Lengths(250, 16, 60), GPUS["h100"]).flops
     assert small.e_step > large.e_step
 
 
@@ -135,7 +137,7 @@ def test_the_sizes_of_a_local_model_are_found_without_the_network(tmp_path, monk
 
     monkeypatch.setattr(load.AutoConfig, "from_pretrained", watched)
     toy_model().save_pretrained(tmp_path)
-    found = shape_of_config(load.config_of(str(tmp_path)))
+    found = network_size_of(load.config_of(str(tmp_path)))
     assert found.parameters == sum(p.numel() for p in toy_model().parameters())
     assert asked == [True]
     with pytest.raises(ConfigError, match="There is no file or folder"):
@@ -154,7 +156,8 @@ def test_the_machine_at_hand_is_measured_with_the_runs_own_work():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_says_what_was_timed(monkeypatch, checkpointing):
-    # Products and reads of the machine; sampling 6 tokens and 1; a pass without gradient and one with.
+    # The times are those of a matrix product, a read of memory, sampling of 6 tokens and of 1, a pass without a
+    # gradient and a pass with one.
     timed = iter([1e-6, 1e-6, 0.6, 0.1, 2.0, 7.0])
     monkeypatch.setattr(calibration, "_seconds", lambda *args, **kwargs: next(timed))
     lengths = Lengths(100, 20, 30)
@@ -165,15 +168,16 @@ def test_the_plan_says_what_was_timed(monkeypatch, checkpointing):
         optim={"micro_batch_tokens": 8000},
     )
     hardware = this_machine(settings, network, lengths)
-    seconds = predict(settings, shape_of_config(network), lengths, hardware).seconds
+    seconds = predict(settings, network_size_of(network), lengths, hardware).seconds
     frozen = config(**settings.model_dump(include={"optim", "model"}), algorithm={"type": "vpd", "teacher": "frozen"})
-    whole = predict(frozen, shape_of_config(network), lengths, hardware).seconds.teacher
+    whole = predict(frozen, network_size_of(network), lengths, hardware).seconds.teacher
     assert whole == pytest.approx(2.0, rel=0.05)
-    # A live teacher stands behind the questions of the student's pass: a fifth of the tokens less, which see as many.
+    # A live teacher reuses the questions' keys and values from the student's pass: it computes a fifth fewer tokens,
+    # which attend to as many.
     assert 1.6 <= seconds.teacher < whole
     prior = 2.0 * 4 * (100 + 8 * 20) / (4 * (100 + 8 * 50))
     assert seconds.e_step == pytest.approx(7.0 + prior, rel=0.1)
-    # A tenth of a second for each of 20 steps, and the prompts' pass.
+    # Each of 20 steps of decoding takes a tenth of a second, and the prompts' pass comes on top.
     prefill = 2.0 * 4 * 100 / (4 * (100 + 8 * 50))
     assert seconds.rollout == pytest.approx(20 * 0.1 + prefill, rel=0.1)
 

@@ -1,6 +1,6 @@
 """A synthetic run folder, so that the page can be tested, and looked at, without a training run.
 
-``python tests/report/conftest.py FOLDER [STEPS]`` makes one and writes its page.
+``python tests/report/conftest.py FOLDER [STEPS]`` makes a folder and writes its page.
 """
 
 import math
@@ -18,7 +18,7 @@ EVIL = "<script>alert('x')</script>"
 
 
 def fill_run(path: Path, steps: int = 30, finished: bool = True) -> RunFolder:
-    """A run of ``steps`` steps that goes well; every text in it holds markup."""
+    """Write a run of ``steps`` steps that goes well; every text in it holds markup."""
     chance = random.Random(0)
     folder = RunFolder(path)
     config = VPDConfig.parse(

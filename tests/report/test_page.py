@@ -12,7 +12,7 @@ EVIL = "<script>alert('x')</script>"
 
 
 class Page(HTMLParser):
-    """Collects the tags of a page, and the attributes by which a browser would load something."""
+    """A parser that collects a page's tags, and the attributes by which a browser would load something."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

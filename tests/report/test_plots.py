@@ -2,7 +2,7 @@ import numpy
 import pytest
 
 from vpd.report import plots
-from vpd.report.data import RunData
+from vpd.report.run_data import RunData
 
 PLOTS = [
     plots.reward_and_accuracy, plots.margins, plots.divergence_and_entropy, plots.lengths, plots.gradient_norms,

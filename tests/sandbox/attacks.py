@@ -1,10 +1,10 @@
 """Programs that try to reach what they must not.
 
-Each prints SUCCEEDED where it got through. ``@...@`` are filled in by the test: a secret file and its folder, listeners
-of the test's own on the loopback interface, and the process that judges.
+Each prints SUCCEEDED where it got through. The test fills in the places marked ``@...@``: a secret file and its folder,
+the test's own listeners on the loopback interface, and the process that judges.
 
-The harmless ones first succeed without a sandbox, in a temporary folder, so that their failure inside means something.
-Bombs, signals and calls into the kernel's privileged corners never run outside of limits.
+The harmless programs first succeed without a sandbox, in a temporary folder, so that their failure inside means
+something. Bombs, signals and calls into the kernel's privileged corners never run without limits.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ print('SUCCEEDED')
 """,
 }
 
-# These never run without a sandbox. They print SUCCEEDED where the kernel let them through.
+# These programs never run without a sandbox. They print SUCCEEDED where the kernel let them through.
 KERNEL = {
     "signal_to_judge": "import os, signal\nos.kill(@judge@, 0)\nprint('SUCCEEDED')",
     "stop_judge": "import os, signal\nos.kill(@judge@, signal.SIGSTOP)\nprint('SUCCEEDED')",
@@ -256,7 +256,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 if libc.syscall(number, -100, ctypes.create_string_buffer(128), 0) >= 0 or ctypes.get_errno() != 1:
     print('SUCCEEDED')
 """,
-    # With no path to follow, the call either is refused or fails for its arguments: which one tells who refused it.
+    # Without a path to follow, the call fails either because it is refused or because of its arguments; the error
+    # number tells which.
     "exec_call": """
 import ctypes, platform
 libc = ctypes.CDLL(None, use_errno=True)
@@ -308,7 +309,7 @@ print('SUCCEEDED' if found else '')
     "environment": "import os\nprint('SUCCEEDED' if os.environ or os.getenv('HOME') else '')",
 }
 
-# What must end by a limit, and by which.
+# These programs must end by a limit: the second value names it, where a test can know which it is.
 BOMBS = {
     "fork_bomb": ("import os\nwhile True:\n    os.fork()", None),
     "vfork_bomb": ("import ctypes\nlibc = ctypes.CDLL(None)\nwhile libc.fork() >= 0:\n    pass\nraise OSError", None),
@@ -365,7 +366,7 @@ BOMBS = {
     "abort": ("import os\nos.abort()", None),
 }
 
-# Programs that are asked for add(a, b), which they do not know, and want to pass all the same.
+# These programs are asked for add(a, b), do not have it, and try to pass all the same.
 TAMPERING = {
     "prints_a_verdict": "print('PASSED')\nprint('{\"value\": \"3\"}')\ndef add(a, b):\n    print('all tests passed')",
     "equal_to_everything": """

@@ -19,7 +19,7 @@ from vpd.sandbox.zygote import remove_tree
 
 LEVELS = ("full", "bubblewrap", "landlock")
 LIMITS = Limits(seconds=3, memory_mb=256, disk_mb=4, output_kb=64)
-# Bombs end by their limits; the sooner the better for the suite.
+# Bombs end by their limits, and a short time limit keeps the test suite fast.
 BOMB_LIMITS = Limits(seconds=1, memory_mb=256, disk_mb=4, output_kb=64)
 HARMLESS = {
     f"{group}/{name}": source
@@ -91,7 +91,7 @@ def listeners(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 def filled(source: str, listeners: dict[str, str], tmp_path, level: str) -> str:
-    """The attack on a secret of this test's own."""
+    """Fill in the attack's places, with a secret that this test makes."""
     folder = tmp_path / "outside"
     folder.mkdir()
     secret = folder / "secret.txt"
@@ -124,7 +124,7 @@ def test_the_attack_fails_in_the_sandbox(name, sandbox, listeners, tmp_path):
     before = contents(tmp_path / "outside")
     ended = sandbox.run(source)
     assert "SUCCEEDED" not in ended.output
-    # A refusal is an error that the program could have caught, not a death that would tell nothing.
+    # A refused call is an error that the program could have caught. A killed program would prove nothing.
     assert "Error" in ended.errors or ended.exit_code == 0, ended
     assert contents(tmp_path / "outside") == before
     assert still_judges_right(sandbox)
@@ -140,7 +140,7 @@ def test_what_only_the_kernel_can_refuse_is_refused(name, sandbox, listeners, tm
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_by_their_limits(name, sandbox):
     source, stopped = BOMBS[name]
-    # A limit other than time must not come second on a busy machine.
+    # On a busy machine the time limit must not come before the limit that the test expects.
     limits = BOMB_LIMITS if stopped in (None, "time") else LIMITS
     start = time.monotonic()
     ended = sandbox.run(source, limits=limits)
@@ -159,7 +159,7 @@ def test_a_program_cannot_pass_by_tampering_with_its_judge(name, sandbox):
         expected = 3
         answer = program.call("add", 1, 2)
     assert answer.error is not None or answer.value != expected
-    # What is told of it can be told.
+    # The error can be encoded as text.
     (answer.error or "").encode()
     assert type(answer.value) in (bool, int, float, list, type(None))
     assert still_judges_right(sandbox)
@@ -184,7 +184,7 @@ def test_a_folder_is_removed_once_and_its_absence_leaves_nothing(tmp_path):
 
 
 def test_a_worker_that_died_is_replaced(sandbox):
-    # It starts with the first program.
+    # The worker starts with the first program.
     assert still_judges_right(sandbox)
     (worker,) = sandbox._all
     worker._process.kill()
@@ -231,7 +231,7 @@ def test_the_suite_has_what_it_should():
 
 
 def test_what_an_interpreter_of_the_systems_needs_is_shown_once(monkeypatch):
-    """Its library is in /usr/lib, and a symbolic link that is shown twice stops bubblewrap."""
+    """The system's interpreter has its library in /usr/lib, and a link that is shown twice stops bubblewrap."""
     monkeypatch.setattr(sys, "base_prefix", "/usr")
     shown = worker._paths()["readable"]
     assert any(path.startswith("/usr/lib/") for path in shown)

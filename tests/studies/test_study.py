@@ -1,4 +1,4 @@
-"""Studies: which runs there are, with which settings, and what is run again."""
+"""A study plans its runs with the right settings, and runs again only what is not finished."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from vpd.config import ConfigError
 from vpd.runs import RunError, RunFolder
@@ -42,7 +43,7 @@ name = "cold"
 set = ["model.name=base"]
 """
 
-# Stands for ``python -m vpd.cli train CONFIG --resume --set ...``: writes what a run would, and what it was asked.
+# This script stands in for ``python -m vpd.cli train CONFIG --resume --set ...`` and writes a run's files.
 RUNNER = """
 import sys
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_a_study_that_keeps_no_models_leaves_the_figures_of_its_runs_and_the_sta
         assert (run.folder / "config.json").exists()
         assert run.is_finished()
     assert (start_of(study).folder / "model").exists()
-    # What is finished stays so, and loses its weights once the study says so.
+    # A finished run stays finished, and loses its weights once the study says so.
     lines = []
     study.keep_models = False
     run_study(study, say=lines.append)
@@ -153,7 +154,7 @@ def test_a_run_that_fails_stops_the_study_with_its_words(study):
     study.arms[0].set.append("optim.learning_rate=0.5")
     with pytest.raises(RunError, match=r"VPD, seed 3 ended with exit code 1: The learning rate is absurd"):
         run_study(study, say=lambda line: None)
-    # On two workers the second run had begun; none has after the failure.
+    # The failed run is the first one and wrote nothing; no other run begins after it.
     begun = [run.name for arm in study.arms for run in runs_of(study, arm) if run.folder.exists()]
     assert begun == []
 
@@ -222,18 +223,18 @@ def test_a_study_of_the_selection_split_asks_no_final_question_and_must_ask_the_
 
 def test_each_worker_takes_one_of_the_gpus_that_it_may_use(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     devices = [study_module._environment(worker, 3) for worker in range(3)]
     assert devices == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "5", "4")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert study_module._environment(0, 3) == {}
 
 
 def test_runs_at_the_same_time_share_the_cores(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(study_module.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(study_module, "usable_cores", lambda: 8)
     threads = [study_module._environment(0, workers).get("OMP_NUM_THREADS") for workers in (1, 2, 3, 16)]
     assert threads == [None, "4", "2", "1"]

@@ -86,6 +86,7 @@ class Passes:
         teacher_reads: Passes without gradient over the teacher's sequences.
         teacher_reads_feedback: Whether these sequences hold feedback; else they are the student's.
         teacher_model: The name of the network that makes them; None for the policy's own.
+        teacher_bytes: The bytes of one weight of that network.
         teacher_reuses_keys: Whether the teacher's pass may take keys and values from the student's.
         e_steps: The share of steps that begin with an E-step.
         e_epochs: Passes with gradient over the teacher's sequences in an E-step.
@@ -97,6 +98,7 @@ class Passes:
     teacher_reads: int = 0
     teacher_reads_feedback: bool = True
     teacher_model: str | None = None
+    teacher_bytes: int = 0
     teacher_reuses_keys: bool = False
     e_steps: float = 0.0
     e_epochs: int = 1

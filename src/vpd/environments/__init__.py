@@ -1,4 +1,4 @@
-"""Where tasks come from and how completions are judged."""
+"""The environments: they bring the tasks and judge the completions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def make_environment(settings: DataSettings) -> Environment:
-    """The environment that the ``[data]`` section describes; raises ConfigError where its data cannot be used."""
+    """Make the environment that the ``[data]`` section describes; raise ConfigError where its data cannot be used."""
     values = settings.model_dump(exclude={"environment"})
     match settings:
         case ReasoningGymData():
@@ -77,10 +77,10 @@ def choose_environment(
     eval_dataset: Any,
     reward_weights: Sequence[float] | None,
 ) -> Environment:
-    """What the trainer's arguments mean: an environment as given, or made of a dataset and functions, or of settings.
+    """Choose the trainer's environment: the one given, or one made from a dataset and functions, or from settings.
 
     Raises:
-        ConfigError: the arguments contradict each other, or there are no tasks.
+        ConfigError: The arguments contradict each other, or there are no tasks.
     """
     if environment is not None:
         if train_dataset is not None or reward_funcs is not None:

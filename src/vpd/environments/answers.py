@@ -1,11 +1,11 @@
-"""Finding the final answer in a completion, and saying where a wrong one goes wrong without giving the right one."""
+"""Functions that find the final answer in a completion, and say where it goes wrong without giving the right one."""
 
 from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
 
-# Also in bold, as chat models like to write it.
+# Chat models like to write the word in bold.
 ANSWER_LINE = re.compile(r"^[ \t]*(\*\*)?answer(\*\*)?[ \t]*:(\*\*)?[ \t]*", re.IGNORECASE | re.MULTILINE)
 THINKING_END = "</think>"
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten-thousands")
@@ -13,9 +13,9 @@ QUOTE_LIMIT = 80
 
 
 def split_at_answer(completion: str) -> tuple[str, str | None]:
-    """What stands before the last ``Answer:`` line, and what follows the colon (None without such a line).
+    """Return the text before the last ``Answer:`` line, and the text after its colon (None without such a line).
 
-    A thinking block is dropped from what stands before.
+    A thinking block is dropped from the text before the line.
     """
     matches = list(ANSWER_LINE.finditer(completion))
     start, end = matches[-1].span() if matches else (len(completion), None)
@@ -24,18 +24,18 @@ def split_at_answer(completion: str) -> tuple[str, str | None]:
 
 
 def first_line(text: str) -> str:
-    """The first line, without the blanks and bold marks around it."""
+    """Return the first line, without the blanks and bold marks around it."""
     return text.partition("\n")[0].strip().removeprefix("**").removesuffix("**").strip()
 
 
 def quoted(text: str) -> str:
-    """The text in quotation marks, shortened so that a runaway line cannot fill the teacher's prompt."""
+    """Put the text in quotation marks, and shorten it so that a runaway line cannot fill the teacher's prompt."""
     text = text.strip()
     return f'"{text}"' if len(text) <= QUOTE_LIMIT else f'"{text[:QUOTE_LIMIT]}..."'
 
 
 def parse_integer(text: str) -> int | None:
-    """The integer that the text is, thousands commas and a trailing ``.0`` allowed; None for anything else."""
+    """Read the text as an integer; it may have thousands commas and a trailing ``.0``. Anything else gives None."""
     try:
         number = Decimal(text.strip().replace(",", ""))
         # The bound keeps an answer such as 1e999999 from becoming a million digits.
@@ -47,7 +47,7 @@ def parse_integer(text: str) -> int | None:
 
 
 def wrong_digits(number: int, reference: int) -> str:
-    """Which part of a wrong integer is wrong: its sign, its length, or the digits by their place."""
+    """Say which part of a wrong integer is wrong: its sign, its length, or the digits by their place."""
     digits, right = str(abs(number)), str(abs(reference))
     if (number < 0) != (reference < 0):
         return "the sign is wrong"
@@ -58,18 +58,18 @@ def wrong_digits(number: int, reference: int) -> str:
 
 
 def place_name(index: int) -> str:
-    """Name of a decimal place, 0 being the ones."""
+    """Return the name of a decimal place; place 0 is the ones."""
     return PLACES[index] if index < len(PLACES) else f"10^{index}"
 
 
 def wrong_part(answer: str, reference: str, exact: bool) -> str | None:
-    """Where a wrong answer goes wrong, or None where that cannot be told.
+    """Say where a wrong answer goes wrong; return None where that cannot be told.
 
     Args:
-        answer: what the completion gave.
-        reference: the right answer; no part of it is repeated in the text.
-        exact: the judge compares texts, so that words at the same position can be compared too. Where many answers
-            are right, a position at which one differs from the reference means nothing.
+        answer: The answer that the completion gave.
+        reference: The right answer; the text repeats no part of it.
+        exact: Whether the judge compares texts, so that words at the same position can be compared too. Where many
+            answers are right, a position at which one differs from the reference means nothing.
     """
     number, right = parse_integer(answer), parse_integer(reference)
     if right is not None:

@@ -1,6 +1,6 @@
-"""Programming problems: a program is run on tests, and the text is what a programmer would want to see of the outcome.
+"""Programming problems: a program is run on tests, and the feedback tells what a programmer would want to see.
 
-Public tests give reward and feedback in training; private ones decide an evaluation, and what they hold is never told.
+Public tests give the reward and the feedback in training. Private tests decide an evaluation, and no text quotes them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vpd.types import Demonstration, Task, Verdict
 BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 OPEN_BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n", re.IGNORECASE)
 LONGEST_VALUE = 300
-"""Characters of a value that a text quotes; longer ones are shortened in the middle."""
+"""How many characters of a value a text quotes; a longer value is shortened in the middle."""
 
 _LIMITS = {
     "time": "ran out of time: it was stopped after {seconds:g} s",
@@ -44,20 +44,22 @@ class Code(Environment):
     without public tests is judged by its private ones in training too, with a text that quotes nothing.
 
     Args:
-        path: ``humaneval``; rows in LiveCodeBench's format; or rows with ``prompt`` and ``tests`` (see
-            :mod:`vpd.environments.code_rows`). A JSONL file, a folder with ``train.jsonl`` and perhaps
-            ``test.jsonl``, or a Hugging Face dataset id.
-        tests: which of them train: ``public`` as published; or ``half``, a seeded random half of all, which then counts
-            as public, and all of them evaluate.
-        final: ``held_out`` problems, or those of ``training`` again, judged by the tests that evaluate; a test file's
-            problems are then training problems too.
-        sandbox: the isolation of programs; ``auto`` takes the strongest that the machine offers.
-        seconds, memory_mb: limits of one test.
-        selection_size, final_size: problems taken from training where there is no test file.
-        seed: of the splits and halves.
+        path: ``humaneval``, or where the rows are: a JSONL file, a folder with ``train.jsonl`` and perhaps
+            ``test.jsonl``, or a Hugging Face dataset id. The rows are in LiveCodeBench's format, or have ``prompt`` and
+            ``tests`` (see :mod:`vpd.environments.code_rows`).
+        tests: The tests that give the reward in training: ``public`` takes those that are published as public.
+            ``half`` takes a seeded random half of all tests, which then counts as public; all of them evaluate.
+        final: The problems of the final split: ``held_out`` ones, or the ``training`` problems again, judged by the
+            tests that evaluate; a test file's problems are then training problems too.
+        sandbox: How programs are isolated; ``auto`` takes the strongest isolation that the machine offers.
+        seconds: The time limit of one test.
+        memory_mb: The memory limit of one test.
+        selection_size: How many training problems become the selection split.
+        final_size: How many problems the final split has at most; without a test file they are taken from training.
+        seed: Decides the splits and the halves.
 
     Raises:
-        ConfigError: the data cannot be used, or the machine cannot isolate programs.
+        ConfigError: The data cannot be used, or the machine cannot isolate programs.
     """
 
     def __init__(
@@ -98,30 +100,29 @@ class Code(Environment):
         if final == "training":
             again = [replace(task, id=f"{task.id} (evaluation)") for task in self._tasks["train"]]
             self._tasks["final"] = again[:final_size]
-        self._training = {task.id for task in self._tasks["train"]}
+        self._training_ids = {task.id for task in self._tasks["train"]}
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return check_split(self._tasks, split)
 
     async def judge(self, task: Task, completion: str) -> Verdict:
-        code, problem_of_form = read_code(completion)
+        code, form_error = read_code(completion)
         if code is None:
-            return Verdict(0.0, problem_of_form, {"passed": 0})
+            return Verdict(0.0, form_error, {"passed": 0})
         problem: Problem = task.data["problem"]
-        training = task.id in self._training
-        told = training and bool(problem.public)
-        tests = problem.public if told else problem.evaluation
+        may_quote = task.id in self._training_ids and bool(problem.public)
+        tests = problem.public if may_quote else problem.evaluation
         # The sandbox waits for programs, and the event loop must not.
         failures = await asyncio.to_thread(run_tests, self._sandbox, code, tests, self._limits)
         passed = failures.count(None)
-        text = self._describe(code, tests, failures, told)
+        text = self._describe(code, tests, failures, may_quote)
         return Verdict(float(passed == len(tests)), text, {"passed": passed, "tests": len(tests)})
 
     def truncated_feedback(self, task: Task) -> str:
         return "Your answer was cut off at the length limit before the program was finished. Write a shorter one."
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
-        """The data's solutions, behind its wrong attempts; problems without a solution are passed over."""
+        """Return the data's solutions with its wrong attempts; problems without a solution are passed over."""
         solved = [task for task in self._tasks["train"] if task.data["problem"].solution is not None]
         return [_demonstration(task) for task in solved[:count]]
 
@@ -136,7 +137,7 @@ class Code(Environment):
         self.close()
 
     def _without_wrong_examples(self, problems: Sequence[Problem]) -> list[Problem]:
-        """Without the examples of a docstring that the problem's own solution contradicts, as some of HumanEval do."""
+        """Drop the docstring examples that the problem's own solution contradicts; HumanEval has some of them."""
         with ThreadPoolExecutor() as threads:
             checked = threads.map(
                 lambda problem: run_tests(self._sandbox, str(problem.solution), problem.public, self._limits), problems
@@ -149,7 +150,7 @@ class Code(Environment):
                 for problem, failures in zip(problems, checked, strict=True)
             ]
 
-    def _describe(self, code: str, tests: Sequence[Test], failures: Sequence[Failure | None], told: bool) -> str:
+    def _describe(self, code: str, tests: Sequence[Test], failures: Sequence[Failure | None], may_quote: bool) -> str:
         failed = [(test, failure) for test, failure in zip(tests, failures, strict=True) if failure is not None]
         if not failed:
             names = "test passes" if len(tests) == 1 else f"{len(tests)} tests pass"
@@ -157,12 +158,12 @@ class Code(Environment):
         for kind in ("compile", "error"):
             for test, failure in failed:
                 if failure.kind == kind:
-                    return self._describe_error(code, test, failure, told)
+                    return self._describe_error(code, test, failure, may_quote)
         count = f"{len(failed)} of {len(tests)} tests fail."
         wrong = [pair for pair in failed if pair[1].kind == "wrong"]
         test, failure = min(wrong or failed, key=lambda pair: _size(pair[0]))
         if failure.kind == "wrong":
-            shown = f" One of them:\n{_asked(test)}\n{_expected(test, failure)}" if told else ""
+            shown = f" One of them:\n{_asked(test)}\n{_expected(test, failure)}" if may_quote else ""
             return f"Your program was run. {count}{shown}"
         reached = _LIMITS[failure.kind].format(
             seconds=self._limits.seconds,
@@ -170,13 +171,13 @@ class Code(Environment):
             output_kb=self._limits.output_kb,
             disk_mb=self._limits.disk_mb,
         )
-        return f"Your program {reached}. {count}" + (f" One of them:\n{_asked(test)}" if told else "")
+        return f"Your program {reached}. {count}" + (f" One of them:\n{_asked(test)}" if may_quote else "")
 
-    def _describe_error(self, code: str, test: Test, failure: Failure, told: bool) -> str:
+    def _describe_error(self, code: str, test: Test, failure: Failure, may_quote: bool) -> str:
         what = "does not compile" if failure.kind == "compile" else "ended with an error"
         message = shortened(failure.message)
-        if not told:
-            # The message, and the name of an exception of the program's own, may hold what a private test gave to it.
+        if not may_quote:
+            # The program may put what a private test gave it into a message, or into the name of its own exception.
             name = failure.message.partition(":")[0]
             is_builtin = isinstance(getattr(builtins, name, None), type)
             message = name if is_builtin else "an exception of its own"
@@ -184,13 +185,13 @@ class Code(Environment):
         lines = code.splitlines()
         if failure.line is not None and 0 < failure.line <= len(lines):
             text += f"\nLine {failure.line}: {shortened(lines[failure.line - 1].strip())}"
-        if told and failure.kind == "error":
+        if may_quote and failure.kind == "error":
             text += f"\n{_asked(test)}"
         return text
 
 
 def read_code(completion: str) -> tuple[str | None, str]:
-    """The last code block, or None and what is wrong with the form."""
+    """Return the last code block, or None and a sentence on what is wrong with the form."""
     blocks = BLOCK.findall(completion)
     if blocks and blocks[-1].strip():
         return blocks[-1], ""
@@ -202,7 +203,7 @@ def read_code(completion: str) -> tuple[str | None, str]:
 
 
 def shortened(text: str, limit: int = LONGEST_VALUE) -> str:
-    """The text, without its middle where it is long."""
+    """Cut the middle out of a text that is longer than ``limit`` characters."""
     if len(text) <= limit:
         return text
     half = (limit - 5) // 2
@@ -242,8 +243,11 @@ def _task(problem: Problem) -> Task:
 
 
 def _with_random_half(problem: Problem, seed: int) -> Problem:
-    """Half of all tests, rounded up, as public ones, and all for evaluation; a check cannot be divided or quoted."""
-    # Tests may hold lists, which cannot be hashed, and 1 and True, which are equal.
+    """Make half of all tests, rounded up, the public ones, and let all of them evaluate.
+
+    A check is never public, since it can be neither divided nor quoted.
+    """
+    # The key is the repr: tests may hold lists, which cannot be hashed, and 1 and True, which are equal.
     tests = tuple({repr(test): test for test in (*problem.public, *problem.evaluation)}.values())
     visible = [index for index, test in enumerate(tests) if not isinstance(test, CheckTest)]
     order = shuffled(visible, random.Random(f"{seed}-{problem.id}").randrange(2**31))

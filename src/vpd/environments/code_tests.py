@@ -1,6 +1,6 @@
-"""Tests of programs, and running a program against them in the sandbox.
+"""The tests of a programming problem, and the function that runs a program against them in the sandbox.
 
-The program's process only produces output and values; what they are compared with never enters it.
+The program's process only produces output and values; the expected ones never enter it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeAlias
 
-from vpd.sandbox import Answer, Ended, Limits, Sandbox
-from vpd.sandbox.program import NAME
+from vpd.sandbox import CallResult, Limits, ProgramResult, Sandbox
+from vpd.sandbox.program import PROGRAM_NAME
 
 _SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTest:
-    """A script reads ``input`` and prints ``output``."""
+    """A test of a script: it reads ``input`` and must print ``output``."""
 
     input: str
     output: str
@@ -26,9 +26,10 @@ class OutputTest:
 
 @dataclass(frozen=True, slots=True)
 class CallTest:
-    """``function(*arguments)`` returns ``expected``; tuples and lists of equal items count as equal.
+    """A test of a function: ``function(*arguments)`` must return ``expected``.
 
-    ``prelude`` runs before the program: imports that the problem lets it rely on.
+    Tuples and lists of equal items count as equal. ``prelude`` runs before the program; it holds the imports that the
+    problem lets a program rely on.
     """
 
     function: str
@@ -39,13 +40,13 @@ class CallTest:
 
 @dataclass(frozen=True, slots=True)
 class CheckTest:
-    """A function ``check(candidate)`` that asserts, such as HumanEval's.
+    """A test by a function ``check(candidate)`` that makes assertions, such as HumanEval's.
 
-    It runs in a sandbox of its own and calls the program's function in the program's.
+    The check runs in a sandbox of its own; each of its calls to ``candidate`` runs in the program's sandbox.
 
     Attributes:
-        function: name of the function that the program defines.
-        source: defines ``check``, and what it needs.
+        function: The name of the function that the program defines.
+        source: The code that defines ``check`` and all that it needs.
     """
 
     function: str
@@ -57,14 +58,14 @@ Test: TypeAlias = OutputTest | CallTest | CheckTest
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How a program failed a test.
+    """The way in which a program failed a test.
 
     Attributes:
-        kind: ``compile`` and ``error`` for exceptions; ``wrong`` for a wrong result; ``time``, ``memory``,
-            ``output`` or ``disk`` for a limit.
-        message: of the exception.
-        line: of the program where it happened.
-        actual: what it printed or returned instead.
+        kind: ``compile`` or ``error`` for an exception; ``wrong`` for a wrong result; ``time``, ``memory``, ``output``
+            or ``disk`` for a limit that was reached.
+        message: The exception's text.
+        line: The line of the program where it happened.
+        actual: The output or the value that the program gave instead.
     """
 
     kind: str
@@ -74,10 +75,10 @@ class Failure:
 
 
 def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits) -> list[Failure | None]:
-    """One entry a test: how it failed, or None where it passed.
+    """Run a program on tests, and return for each test how it failed, or None where it passed.
 
     Raises:
-        SandboxError: the sandbox does not work; nothing is known about the program.
+        SandboxError: The sandbox does not work; nothing is known about the program.
     """
     results: list[Failure | None] = [None] * len(tests)
     calls = [index for index, test in enumerate(tests) if isinstance(test, CallTest)]
@@ -89,71 +90,72 @@ def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits
                 test = tests[index]
                 assert isinstance(test, CallTest)
                 answer = program.call(test.function, *test.arguments)
-                results[index] = _of_answer(answer, test.expected, loaded=program.loaded.error is None)
+                results[index] = _failure_of_answer(answer, test.expected, loaded=program.loaded.error is None)
     out_of_time: Failure | None = None
     for index, test in enumerate(tests):
         if isinstance(test, OutputTest):
-            # An endless loop would take its whole time anew in each of them.
-            results[index] = out_of_time or _of_script(sandbox.run(code, test.input, limits), test.output)
+            # After one test that ran out of time the others count as failed too: an endless loop would take the whole
+            # time in each of them.
+            results[index] = out_of_time or _failure_of_script(sandbox.run(code, test.input, limits), test.output)
             failure = results[index]
             out_of_time = failure if failure is not None and failure.kind == "time" else None
         elif isinstance(test, CheckTest):
-            results[index] = _of_check(sandbox, code, test, limits)
+            results[index] = _failure_of_check(sandbox, code, test, limits)
     return results
 
 
-def _of_error(message: str, line: int | None, *, began: bool) -> Failure:
-    """An exception; a program that began to run has compiled, whatever it then gave to ``eval``."""
+def _failure_of_error(message: str, line: int | None, *, began: bool) -> Failure:
+    """Make a failure of an exception; a program that began to run has compiled, whatever it then gave to ``eval``."""
     name = message.partition(":")[0]
     return Failure("compile" if name in _SYNTAX_ERRORS and not began else "error", message, line)
 
 
-def _of_script(ended: Ended, expected: str) -> Failure | None:
+def _failure_of_script(ended: ProgramResult, expected: str) -> Failure | None:
     if ended.stopped is not None:
         return Failure(ended.stopped)
     if ended.exit_code != 0:
         began = ended.errors.startswith("Traceback")
-        return _of_error(_last_line(ended), line_of_traceback(ended.errors), began=began)
+        return _failure_of_error(_last_line(ended), line_of_traceback(ended.errors), began=began)
     if not same_output(ended.output, expected):
         return Failure("wrong", actual=ended.output)
     return None
 
 
-def _last_line(ended: Ended) -> str:
+def _last_line(ended: ProgramResult) -> str:
     last = ended.errors.strip().rpartition("\n")[2]
     return last or f"the program ended with exit code {ended.exit_code}"
 
 
 def line_of_traceback(text: str) -> int | None:
-    """The last line of the program that a traceback names."""
+    """Return the number of the program's line that a traceback names last."""
     line = None
     for part in text.splitlines():
-        before, found, after = part.partition(f'File "{NAME}", line ')
+        before, found, after = part.partition(f'File "{PROGRAM_NAME}", line ')
         number = after.partition(",")[0]
         if found and not before.strip() and number.isdigit():
             line = int(number)
     return line
 
 
-def _of_answer(answer: Answer, expected: Any, *, loaded: bool) -> Failure | None:
+def _failure_of_answer(answer: CallResult, expected: Any, *, loaded: bool) -> Failure | None:
     if answer.stopped is not None:
         return Failure(answer.stopped, line=answer.line)
     if answer.error is not None:
-        return _of_error(answer.error.rpartition("\n")[2], answer.line, began=loaded)
+        return _failure_of_error(answer.error.rpartition("\n")[2], answer.line, began=loaded)
     if not _same_value(answer.value, expected):
         return Failure("wrong", actual=_shown(answer.value))
     return None
 
 
-def _of_check(sandbox: Sandbox, code: str, test: CheckTest, limits: Limits) -> Failure | None:
-    answers: list[Answer] = []
+def _failure_of_check(sandbox: Sandbox, code: str, test: CheckTest, limits: Limits) -> Failure | None:
+    answers: list[CallResult] = []
     with sandbox.functions(code, limits) as program:
 
-        def candidate(*arguments: Any) -> Answer:
+        def candidate(*arguments: Any) -> CallResult:
             answers.append(program.call(test.function, *arguments))
             return answers[-1]
 
-        # The check waits for the program, so that it needs a worker of its own while the program holds one.
+        # The check waits for the program, which holds a worker: the check needs another one.
         source = f"{test.source}\n\ndef run_check():\n    check(outside)\n"
         with sandbox.companion().functions(source, limits, candidate) as referee:
             verdict = referee.call("run_check")
@@ -161,14 +163,14 @@ def _of_check(sandbox: Sandbox, code: str, test: CheckTest, limits: Limits) -> F
         return None
     last = answers[-1] if answers else program.loaded
     if last.error is not None:
-        return _of_answer(last, None, loaded=program.loaded.error is None)
+        return _failure_of_answer(last, None, loaded=program.loaded.error is None)
     if verdict.stopped is not None:
         return Failure(verdict.stopped)
     return Failure("wrong", actual=_shown(last.value))
 
 
 def same_output(actual: str, expected: str) -> bool:
-    """Whether two outputs are equal line by line, up to white space at the ends and the spelling of numbers."""
+    """Tell whether two outputs are equal line by line, up to white space at the ends and the spelling of numbers."""
     actual_lines, expected_lines = ([line.strip() for line in text.strip().splitlines()] for text in (actual, expected))
     return len(actual_lines) == len(expected_lines) and all(
         a == b or _same_numbers(a.split(), b.split()) for a, b in zip(actual_lines, expected_lines, strict=True)
@@ -203,5 +205,5 @@ def _shown(value: Any) -> str:
     try:
         return repr(value)
     except (ValueError, RecursionError):
-        # An integer with more digits than Python converts to decimal, or a value nested too deeply.
+        # repr fails on an integer with more digits than Python converts to decimal, and on a value nested too deeply.
         return f"a very large {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Mathematical problems with a boxed answer, compared as mathematics by math-verify."""
+"""Mathematical problems with a boxed answer, which math-verify compares with the right one as mathematics."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.environments.worked import change_digit
 from vpd.types import Demonstration, Task, Verdict
 
-FeedbackLevel = Literal["outcome", "reference"]
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 _COMPARE = "vpd.environments.math:compare"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where a set of problems is, its columns, and its configuration on the hub where it has several."""
+class PublishedProblems:
+    """A published set of problems: its place on the hub, its columns, and the configuration where there are several."""
 
     path: str
     problem: str = "problem"
@@ -32,30 +31,32 @@ class Source:
     config: str | None = None
 
 
-NAMED: Mapping[str, Source] = {
-    "dapo-math": Source("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", "en"),
-    "math-500": Source("HuggingFaceH4/MATH-500"),
-    "aime24": Source("HuggingFaceH4/aime_2024"),
-    "aime25": Source("math-ai/aime25"),
-    "amc23": Source("math-ai/amc23", "question"),
+NAMED: Mapping[str, PublishedProblems] = {
+    "dapo-math": PublishedProblems("open-r1/DAPO-Math-17k-Processed", "prompt", "solution", "en"),
+    "math-500": PublishedProblems("HuggingFaceH4/MATH-500"),
+    "aime24": PublishedProblems("HuggingFaceH4/aime_2024"),
+    "aime25": PublishedProblems("math-ai/aime25"),
+    "amc23": PublishedProblems("math-ai/amc23", "question"),
 }
 
 
 class Math(Environment):
     """Problems from rows with a problem and a right answer.
 
-    The last ``\\boxed{...}`` of a completion is compared with the right answer by math-verify, in a process that is
-    ended where the comparison takes too long; the completion has then failed. The reward is 1 or 0.
+    math-verify compares the last ``\\boxed{...}`` of a completion with the right answer, in a process that is ended
+    where the comparison takes too long; the completion has then failed. The reward is 1 or 0.
 
     Args:
-        path: a name of :data:`NAMED`; a JSONL file, folder or hub id with columns ``problem`` and ``answer``.
-        final_path: the same for the final split, all of whose problems then are final; by default the test problems of
-            ``path``.
-        feedback: what the text says: right or wrong, and errors of form; or the right answer too.
-        seconds: for one comparison.
-        selection_size: problems taken from training.
-        final_size: at most so many of the test problems, all by default; without a test file, taken from training.
-        seed: of the split.
+        path: A name of :data:`NAMED`, or a JSONL file, folder or hub id with columns ``problem`` and ``answer``.
+        final_path: The same, for the final split, which takes all of its problems; by default the final split is made
+            of the test problems of ``path``.
+        feedback: How much the text says: ``outcome`` tells right from wrong and names errors of form; ``reference``
+            also gives the right answer.
+        seconds: The time limit of one comparison.
+        selection_size: How many training problems become the selection split.
+        final_size: How many test problems the final split has at most (all by default); without test problems it takes
+            this many training problems.
+        seed: Decides the split.
 
     Raises:
         ConfigError: math-verify is not installed, or the data is missing or malformed.
@@ -66,7 +67,7 @@ class Math(Environment):
         path: str,
         *,
         final_path: str | None = None,
-        feedback: FeedbackLevel = "outcome",
+        feedback: Literal["outcome", "reference"] = "outcome",
         seconds: float = 5.0,
         selection_size: int = 100,
         final_size: int | None = None,
@@ -116,7 +117,7 @@ class Math(Environment):
         return self._verdict(task, float(outcome == "right"), text, details)
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
-        """Answers in the right form without reasoning, for the data has none."""
+        """Return answers in the right form but without reasoning, because the data has none."""
         rng = random.Random(self.seed)
         return [
             Demonstration(task, _boxed(str(task.reference)), _boxed(_changed(str(task.reference), rng)))
@@ -130,10 +131,13 @@ class Math(Environment):
 
 
 def compare(answer: str, reference: str) -> str:
-    """``right``, ``wrong`` or ``unreadable``; called in a judge's process, whose end is the time limit."""
+    """Return ``right``, ``wrong`` or ``unreadable``.
+
+    A judge's process calls this function, and the pool ends that process at the time limit.
+    """
     from math_verify import parse, verify
 
-    # None leaves out its alarm; the annotation forgets it.
+    # None switches math-verify's alarm off, although its annotations do not allow None.
     no_alarm: Any = None
     gold, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=no_alarm) for text in (reference, answer))
     if not given:
@@ -142,7 +146,7 @@ def compare(answer: str, reference: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last complete ``\\boxed{...}``, braces inside it balanced; None without one."""
+    """Return the content of the last complete ``\\boxed{...}``, with balanced braces inside; None without one."""
     end = len(text)
     while (start := text.rfind("\\boxed{", 0, end)) >= 0:
         depth = 0
@@ -160,21 +164,21 @@ def _changed(answer: str, rng: random.Random) -> str:
 
 
 def _load(path: str) -> dict[str, list[Task]]:
-    source = NAMED.get(path, Source(path))
-    rows = load_rows(source.path, source.config)
-    # Two sources may number their rows alike.
-    return {split: [_task(row, source, f"{path}/{row.id}") for row in part] for split, part in rows.items()}
+    published = NAMED.get(path, PublishedProblems(path))
+    rows = load_rows(published.path, published.config)
+    # The path is part of the id, because two sets of problems may number their rows alike.
+    return {split: [_task(row, published, f"{path}/{row.id}") for row in part] for split, part in rows.items()}
 
 
 def _boxed(answer: str) -> str:
     return f"\\boxed{{{answer}}}"
 
 
-def _task(row: Row, source: Source, id: str) -> Task:
-    problem, answer = row.values.get(source.problem), row.values.get(source.answer)
+def _task(row: Row, published: PublishedProblems, id: str) -> Task:
+    problem, answer = row.values.get(published.problem), row.values.get(published.answer)
     if not isinstance(problem, str) or not problem.strip():
-        raise ConfigError(f"{row.origin}: the column {source.problem!r} must be a text that is not empty.")
+        raise ConfigError(f"{row.origin}: the column {published.problem!r} must be a text that is not empty.")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise ConfigError(f"{row.origin}: the column {source.answer!r} must be a text or a number, got {answer!r}.")
+        raise ConfigError(f"{row.origin}: the column {published.answer!r} must be a text or a number, got {answer!r}.")
     text = f"{problem.strip()}\n\n{INSTRUCTION}"
     return Task(id, [{"role": "user", "content": text}], {}, last_boxed(str(answer)) or str(answer).strip())

@@ -1,4 +1,4 @@
-"""Multiple-choice questions with a letter as the answer, such as SciKnowEval."""
+"""Multiple-choice questions with a letter as the answer, such as those of SciKnowEval."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from vpd.environments.rows import Row, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.types import Demonstration, Messages, Task, Verdict
 
-FeedbackLevel = Literal["outcome", "reference"]
-
-# "(A) ...", "A: ...", "A) ..." or "A. ..." at the start of a line; "A.5" is a number of a section.
+# An option is "(A) ...", "A: ...", "A) ..." or "A. ..." at the start of a line; "A.5" numbers a section.
 OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[:)]|([A-Z])\.(?=\s))", re.MULTILINE)
-# Without another opening tag inside, so that a sentence about the tag does not become part of the answer.
+# No other opening tag may stand inside, so that a sentence about the tag does not become part of the answer.
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 LETTERS = string.ascii_uppercase
 LONE_LETTER = re.compile(r"\b[A-Z]\b")
@@ -44,28 +42,31 @@ class MultipleChoice(Environment):
 
     The student reads the system text and the prompt as they are; where neither speaks of the ``<answer>`` tag, a system
     text that does is put in front. The letter between the last pair of answer tags is judged, whatever its case; the
-    reward is 1 or 0. The options are read from each prompt: their number varies between questions.
+    reward is 1 or 0. The options are read from each prompt, because their number varies between questions.
 
-    ``final`` is the test file's questions and stays whole: a training question that also stands in it is left out of
-    the training side. ``selection`` is taken from the training questions by the seed.
+    ``final`` holds the test file's questions and stays whole: a training question that also stands in it is dropped
+    from training. ``selection`` is taken from the training questions by the seed.
 
     Args:
-        path: a folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, a Hugging Face dataset id, or a name of
-            :data:`SCIKNOWEVAL_DOMAINS`: that domain's level-3 questions from the hub, which publishes one split.
-        feedback: what the text says: right or wrong, and errors of form; or the right letter too.
-        selection_size: questions taken from training.
-        final_size: at most so many of the test questions, all by default; without a test file, taken from training.
-        seed: of the split.
+        path: A folder with ``train.jsonl`` and ``test.jsonl``, one JSONL file, a Hugging Face dataset id, or a name of
+            :data:`SCIKNOWEVAL_DOMAINS`, which stands for that domain's level-3 questions from the hub (it publishes
+            one split).
+        feedback: How much the text says: ``outcome`` tells right from wrong and names errors of form; ``reference``
+            also gives the right letter.
+        selection_size: How many training questions become the selection split.
+        final_size: How many test questions the final split has at most (all by default); without a test file it takes
+            this many training questions.
+        seed: Decides the split.
 
     Raises:
-        ConfigError: the data is missing or malformed (file and line are named), or holds too few questions.
+        ConfigError: The data is missing or malformed (the message names file and line), or holds too few questions.
     """
 
     def __init__(
         self,
         path: str | Path,
         *,
-        feedback: FeedbackLevel = "outcome",
+        feedback: Literal["outcome", "reference"] = "outcome",
         selection_size: int = 100,
         final_size: int | None = None,
         seed: int = 0,
@@ -100,7 +101,7 @@ class MultipleChoice(Environment):
         return Verdict(float(letter == task.reference), text, {"answer": letter})
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
-        """Answers in the right form without any reasoning of substance, for the data has none."""
+        """Return answers in the right form but without any reasoning of substance, because the data has none."""
         rng = random.Random(self.seed)
         demonstrations = []
         for task in self._tasks["train"][:count]:
@@ -129,7 +130,7 @@ def _is_level_3(values: Mapping[str, Any], domain: str) -> bool:
 
 
 def _with_prompt(row: Row) -> Row:
-    """A row of question, choices and key as one of prompt and answer, with options lettered anew."""
+    """Turn a row of question, choices and key into one of prompt and answer, whose options are lettered from A on."""
     if isinstance(row.values.get("prompt"), str) or "choices" not in row.values:
         return row
     try:
@@ -169,7 +170,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def read_options(prompt: str) -> list[str]:
-    """The letters of the last run A, B, C, ... at line starts; a line such as ``T: 300 K`` is none of them."""
+    """Return the letters of the last run A, B, C, ... at line starts; a line such as ``T: 300 K`` does not count."""
     run: list[str] = []
     for match in OPTION.finditer(prompt):
         letter = next(group for group in match.groups() if group)
@@ -181,7 +182,7 @@ def read_options(prompt: str) -> list[str]:
 
 
 def _read_letter(completion: str, options: list[str]) -> tuple[str | None, str | None]:
-    """The letter, or what is wrong with the form."""
+    """Return the letter, or a text on what is wrong with the form."""
     answers = ANSWER.findall(completion)
     listed = ", ".join(options)
     if not answers:
@@ -204,7 +205,7 @@ def _read_letter(completion: str, options: list[str]) -> tuple[str | None, str |
 
 
 def _answer(task: Task, letter: str) -> str:
-    """A minimal answer in the form that the prompt asks for."""
+    """Write a minimal answer in the form that the prompt asks for."""
     answer = f"<answer>\n{letter}\n</answer>"
     if any("<reasoning>" in message["content"] for message in task.prompt):
         return f"<reasoning>\nI compared the options with the question.\n</reasoning>\n{answer}"

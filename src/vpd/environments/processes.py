@@ -1,8 +1,8 @@
-"""Judges in processes of their own, which can be ended: a comparison that hangs must not take the run with it.
+"""A pool of processes for judges that may hang: such a process can be ended, so that the run does not hang with it.
 
 Each worker is a fresh interpreter that knows nothing of the caller's script. multiprocessing would import that script
-anew, and a script without a ``__main__`` guard would then train a second time; forking is no way either where torch has
-threads.
+once more, and a script without a ``__main__`` guard would then train a second time. Forking is not safe either, because
+torch has threads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SERVE = "import sys; sys.path[:0] = {path!r}; from vpd.environments.processes i
 
 
 class JudgeOutOfTimeError(Exception):
-    """The call took longer than it may; its process was ended."""
+    """The call took longer than its time limit, and its process was ended."""
 
 
 class JudgeProcessError(RuntimeError):
@@ -38,9 +38,9 @@ class JudgeProcesses:
     """A pool of processes that call module-level functions with plain values.
 
     Args:
-        seconds: for one call.
-        memory_mb: address space of a process.
-        workers: processes; one a core by default, each started at its first use.
+        seconds: The time limit of one call.
+        memory_mb: The limit of each process's address space.
+        workers: How many processes there are, by default one for each core; each starts at its first use.
     """
 
     def __init__(self, seconds: float, memory_mb: int = 4096, workers: int | None = None) -> None:
@@ -54,8 +54,8 @@ class JudgeProcesses:
         """Call ``package.module:function`` without holding up the event loop.
 
         Raises:
-            JudgeOutOfTimeError: it took too long.
-            JudgeProcessError: it raised an exception, whose text this one has, or ended its process.
+            JudgeOutOfTimeError: The function took too long.
+            JudgeProcessError: The function raised an exception, whose text the error repeats, or ended its process.
         """
         return await asyncio.to_thread(self._call, function, arguments)
 
@@ -91,7 +91,7 @@ class _Process:
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         assert self._process.stdin is not None
         if not self._begun:
-            # Imports take their time, which is not the first rollout's fault.
+            # The imports take time, which must not count against the first rollout.
             self._line(_START_SECONDS)
             self._begun = True
         try:
@@ -131,11 +131,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve(memory_mb: int) -> None:
-    """In the process: call what is asked for, one line of JSON each, until standard input ends."""
+    """Serve in the process: call the function that each line of JSON asks for, until standard input ends."""
     limit = memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     answers = os.fdopen(os.dup(1), "w")
-    # What a judge prints would be read as an answer.
+    # Standard output leads nowhere, because whatever a judge prints would be read as an answer.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for request in _requests(answers):
         module, _, name = request["function"].partition(":")

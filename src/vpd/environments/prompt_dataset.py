@@ -1,4 +1,4 @@
-"""Data with a ``prompt`` column, judged by reward functions with TRL's signature."""
+"""The environment for data with a ``prompt`` column, judged by reward functions with TRL's signature."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 
 
 class PromptDataset(Environment):
-    """What TRL's trainers take: prompts, and functions that reward completions.
+    """Prompts, and functions that reward completions, in the form that TRL's trainers take.
 
     A prompt is a text (shown as one user message; the functions see plain texts) or chat messages (the functions see
     messages). The other columns go to the functions. Rewards are summed with their weights; a function that returns
-    None has no part in the sum, and where all do the rollout is ungraded. Functions may return ``(reward, feedback)``
-    pairs; the feedback texts are joined.
+    None has no part in the sum, and where all return None the rollout is ungraded. Functions may return ``(reward,
+    feedback)`` pairs; the feedback texts are joined.
 
-    ``final`` is all of ``eval_dataset`` (or of the source's test split) where there is one; otherwise it is taken from
+    ``final`` is all of ``eval_dataset`` (or of the data's test split) where there is one; otherwise it is taken from
     the training prompts, as ``selection`` always is. Rows with the same prompt count once.
 
     Args:
-        train_dataset: a ``datasets.Dataset``, a list of rows, a JSONL file or a Hugging Face dataset id.
-        reward_funcs: one or several functions, plain or async, or their names as ``package.module:function``.
-        eval_dataset: held-out rows, in the same forms.
-        reward_weights: one number for each function; 1 by default.
-        selection_size, final_size: prompts taken from training; a tenth of it each by default, at most 100 and 300.
-        seed: of the split.
+        train_dataset: A ``datasets.Dataset``, a list of rows, a JSONL file or a Hugging Face dataset id.
+        reward_funcs: One or several functions, plain or async, or their names as ``package.module:function``.
+        eval_dataset: The held-out rows, in the same forms.
+        reward_weights: One number for each function; by default all weights are 1.
+        selection_size: How many training prompts become the selection split; by default a tenth, at most 100.
+        final_size: How many training prompts become the final split where no rows are held out; by default a tenth, at
+            most 300.
+        seed: Decides the split.
 
     Raises:
-        ConfigError: the data or a function cannot be used as it is; the message says which and why.
+        ConfigError: The data or a function cannot be used as it is; the message says which and why.
     """
 
-    # Reward functions for TRL may limit their time by an alarm, as math-verify's does, which only the main thread gets.
+    # Reward functions for TRL may limit their time by an alarm, as math-verify's does, and only the main thread
+    # receives alarms.
     judges_on_main_thread = True
 
     def __init__(
@@ -86,7 +89,7 @@ class PromptDataset(Environment):
         return self._verdict([call.read(call(arguments)) for call in self._calls], details)
 
     async def _judge_async(self, arguments: dict[str, Any], details: dict[str, Any]) -> Verdict:
-        # Plain functions first: an error in one must not leave an async one behind that nobody awaits.
+        # Plain functions are called first: an error in one must not leave an async call that nobody awaits.
         calls = sorted(self._calls, key=lambda call: call.is_async)
         results = [call(arguments) for call in calls]
         finished = dict(zip(calls, await asyncio.gather(*map(ready, results)), strict=True))
@@ -114,10 +117,10 @@ def _load(
     return train, test
 
 
-def _rows(source: Rows | str | Path, name: str) -> tuple[list[Row], list[Row] | None]:
-    if not isinstance(source, str | Path):
-        return rows_of(source, name), None
-    splits = load_rows(source)
+def _rows(dataset: Rows | str | Path, name: str) -> tuple[list[Row], list[Row] | None]:
+    if not isinstance(dataset, str | Path):
+        return rows_of(dataset, name), None
+    splits = load_rows(dataset)
     rows = [Row(row.id.replace("train", name, 1), row.origin, row.values) for row in splits["train"]]
     return rows, splits.get("test")
 
@@ -156,7 +159,7 @@ def _reward_calls(
 
 
 def _arguments(task: Task, completion: str, details: dict[str, Any]) -> dict[str, Any]:
-    """TRL's keyword arguments for one completion; what the functions log is kept in ``details``."""
+    """Make TRL's keyword arguments for one completion; ``details`` receives whatever the functions log."""
     prompt = task.data["prompt"]
     chat = not isinstance(prompt, str)
 

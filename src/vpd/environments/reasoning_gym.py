@@ -1,4 +1,4 @@
-"""Any dataset of reasoning-gym as an environment: generated questions, judged by the dataset's own scorer."""
+"""The environment for any dataset of reasoning-gym: generated questions, judged by the dataset's own scorer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from vpd.environments.splits import check_sizes, check_split, question_key
 from vpd.environments.worked import WORKED_FORMS, change_digit, read, write, write_wrong
 from vpd.types import Demonstration, Task, Verdict
 
-FeedbackLevel = Literal["outcome", "location", "reference"]
-
 PLAIN_INSTRUCTION = 'End with a line that says "Answer: " and then your final answer.'
 NO_ANSWER = 'Your answer could not be read: it has no line that begins with "Answer:".'
 EMPTY_ANSWER = 'Your answer could not be read: nothing follows "Answer:".'
@@ -28,9 +26,9 @@ class Part:
     """One dataset of a composite.
 
     Attributes:
-        dataset: name in reasoning-gym.
-        parameters: the dataset's own, without ``seed`` and ``size``.
-        weight: how often it is drawn, compared with the others.
+        dataset: The dataset's name in reasoning-gym.
+        parameters: The dataset's own parameters, without ``seed`` and ``size``.
+        weight: How often it is drawn, in proportion to the other parts.
     """
 
     dataset: str
@@ -41,26 +39,30 @@ class Part:
 class ReasoningGym(Environment):
     """Questions of one reasoning-gym dataset, or of several mixed by weight.
 
-    The reward is the dataset's own score of what follows the last ``Answer:``, so that partial scores stay what the
+    The reward is the dataset's own score of the text after the last ``Answer:``, so that partial scores stay what the
     package gives; a completion without an answer gets 0. With ``worked`` the prompt asks for the steps, and the reward
-    is 1 for a right final answer and 0 otherwise.
+    is 1 where every step and the final answer are right, and 0 otherwise.
 
     The splits are cut from one seeded stream of distinct questions, ``final`` first: its questions are the same
     whatever the size of the training split.
 
-    With a curriculum the training questions come in stages (:meth:`stages`), as many in each; ``selection`` and
-    ``final`` are of the last one.
+    With a curriculum the training questions come in stages of equal size (:meth:`stages`); ``selection`` and ``final``
+    hold questions of the last stage.
 
     Args:
-        dataset: name in reasoning-gym, such as ``chain_sum``; None for a composite.
-        parameters: the dataset's own, without ``seed`` and ``size``.
-        datasets: the parts of a composite, in place of ``dataset`` and ``parameters``.
-        curriculum: one entry a stage, from easy to hard: a level of the package's own curricula, or parameters that
-            change the given ones.
-        worked: ask for the steps and read them (datasets in :data:`vpd.environments.worked.WORKED_FORMS`).
-        feedback: what the text says: right or wrong; where the first error stands; the right answer too.
-        train_size, selection_size, final_size: questions of each split.
-        seed: of the questions.
+        dataset: The dataset's name in reasoning-gym, such as ``chain_sum``; None for a composite.
+        parameters: The dataset's own parameters, without ``seed`` and ``size``.
+        datasets: The parts of a composite, in place of ``dataset`` and ``parameters``.
+        curriculum: One entry for each stage, from easy to hard: a level of the package's own curricula, or parameters
+            that replace the given ones of the same names.
+        worked: Whether to ask for the steps and judge them (only for the datasets in
+            :data:`vpd.environments.worked.WORKED_FORMS`).
+        feedback: How much the text says: ``outcome`` tells right from wrong; ``location`` also says where the first
+            error is; ``reference`` also gives the right answer.
+        train_size: How many questions the train split has.
+        selection_size: How many questions the selection split has.
+        final_size: How many questions the final split has.
+        seed: Decides the questions.
 
     Raises:
         ConfigError: reasoning-gym is not installed, does not know the dataset or its parameters, or cannot make that
@@ -75,7 +77,7 @@ class ReasoningGym(Environment):
         datasets: Sequence[Part | Mapping[str, Any]] = (),
         curriculum: Sequence[int | Mapping[str, Any]] = (),
         worked: bool = False,
-        feedback: FeedbackLevel = "location",
+        feedback: Literal["outcome", "location", "reference"] = "location",
         train_size: int = 2000,
         selection_size: int = 100,
         final_size: int = 300,
@@ -97,20 +99,19 @@ class ReasoningGym(Environment):
         parts = [part if isinstance(part, Part) else Part(**part) for part in datasets]
         parts = parts or [Part(str(dataset), parameters or {})]
         stages = [[_at_stage(part, stage, bool(datasets)) for part in parts] for stage in curriculum or [{}]]
-        sizes = [
-            train_size * (rank + 1) // len(stages) - train_size * rank // len(stages) for rank in range(len(stages))
-        ]
-        # The last stage comes first, and of it the held-out questions: they stay the same whatever the training sizes.
+        last = len(stages) - 1
+        sizes = [train_size * (i + 1) // len(stages) - train_size * i // len(stages) for i in range(len(stages))]
+        # The last stage is drawn first, and its first questions are held out: so these stay the same whatever the
+        # training sizes.
         seen: set[str] = set()
         self._scorers: dict[int, Any] = {}
         self._stages: list[list[Task]] = []
         held_out: list[dict[str, Any]] = []
-        for rank in reversed(range(len(stages))):
-            extra = final_size + selection_size if rank == len(stages) - 1 else 0
-            entries, self._scorers[rank] = _distinct_entries(stages[rank], extra + sizes[rank], seed, seen)
+        for index in reversed(range(len(stages))):
+            extra = final_size + selection_size if index == last else 0
+            entries, self._scorers[index] = _distinct_entries(stages[index], extra + sizes[index], seed, seen)
             held_out += entries[:extra]
-            self._stages.insert(0, [self._task(rank, entry) for entry in entries[extra:]])
-        last = len(stages) - 1
+            self._stages.insert(0, [self._task(index, entry) for entry in entries[extra:]])
         splits: dict[Split, list[Task]] = {
             "train": [task for stage in self._stages for task in stage],
             "selection": [self._task(last, entry) for entry in held_out[final_size:]],
@@ -146,12 +147,12 @@ class ReasoningGym(Environment):
         return Verdict(score, self._with_steps(task, completion, outcome), {"answer": answer})
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
-        """Worked answers with one wrong digit in the attempt, or plain answers with a changed number as the attempt.
+        """Return worked answers with one wrong digit in the attempt, or plain answers with a changed number in it.
 
         Questions without a stored right answer are passed over.
         """
         rng = random.Random(self.seed)
-        # From all stages alike.
+        # The stages take turns, so that all of them are shown equally often.
         interleaved = (task for tasks in itertools.zip_longest(*self.stages()) for task in tasks if task is not None)
         with_reference = [task for task in interleaved if task.reference is not None]
         return [self._demonstration(task, rng) for task in with_reference[:count]]
@@ -173,19 +174,19 @@ class ReasoningGym(Environment):
         return Task("", [{"role": "user", "content": text}], data, None if answer is None else str(answer))
 
     def _score(self, answer: str, task: Task) -> float | None:
-        """The dataset's score, or None where its scorer cannot read the answer."""
+        """Return the dataset's score, or None where its scorer cannot read the answer."""
         entry = task.data["entry"]
         scorer = self._scorer(task)
         try:
             return float(scorer.score_answer(answer, entry))
         except Exception:
-            # Some scorers raise on malformed answers. A scorer that fails on the right answer too is broken itself.
+            # Some scorers raise on malformed answers. A scorer that fails on the right answer too is itself broken.
             if task.reference is not None:
                 scorer.score_answer(task.reference, entry)
             return None
 
     def _scorer(self, task: Task) -> Any:
-        """The dataset of reasoning-gym that made the question."""
+        """Return the dataset of reasoning-gym that made the question."""
         scorer = self._scorers[task.data["stage"]]
         parts = getattr(scorer, "datasets", None)
         return scorer if parts is None else parts[task.data["entry"]["metadata"]["source_dataset"]]
@@ -200,7 +201,7 @@ class ReasoningGym(Environment):
         return f"{said}: it has the form that was asked for, but {part}." if part else f"{said}."
 
     def _with_steps(self, task: Task, completion: str, text: str) -> str:
-        """The text, and what the level of feedback adds to it: the reading of the steps, the right answer."""
+        """Add what the feedback's level asks for to the text: the judgement of the steps, and the right answer."""
         if self._form is not None and self.feedback != "outcome":
             text = f"{text} {read(task.data['steps'], completion).text}"
         if self.feedback == "reference" and task.reference is not None:
@@ -220,7 +221,7 @@ class ReasoningGym(Environment):
 
 
 def _at_stage(part: Part, stage: int | Mapping[str, Any], composite: bool) -> Part:
-    """The part with a stage's parameters, or with those that its level of the package's curriculum stands for."""
+    """Give the part a stage's parameters: those listed, or those of a level of the package's own curriculum."""
     if not isinstance(stage, int):
         if stage and composite:
             raise ConfigError("The stages of a composite are levels: data.curriculum must hold whole numbers.")
@@ -241,11 +242,12 @@ def _at_stage(part: Part, stage: int | Mapping[str, Any], composite: bool) -> Pa
 
 
 def _distinct_entries(parts: Sequence[Part], size: int, seed: int, seen: set[str]) -> tuple[list[dict[str, Any]], Any]:
-    """The first ``size`` distinct questions that the seed gives, and the dataset that scores their answers.
+    """Return the first ``size`` distinct questions that the seed gives, and the dataset that scores their answers.
 
-    ``seen`` holds the keys of questions that are taken, and gets the new ones.
+    ``seen`` holds the keys of the questions taken so far, and the new keys are added to it.
     """
-    # Entry i of a dataset depends on seed + i: neighbouring seeds give nearly the same questions, so they are spread.
+    # Entry i of a dataset depends on seed + i, so that neighbouring seeds would give nearly the same questions. The
+    # random number spreads them.
     first_seed = random.Random(seed).randrange(2**30)
     scorer = _create(parts, first_seed, size)
     found: list[dict[str, Any]] = []
@@ -259,7 +261,7 @@ def _distinct_entries(parts: Sequence[Part], size: int, seed: int, seen: set[str
                 seen.add(key)
                 misses = 0
             misses += 1
-            # With M questions of which m are still missing, one of them turns up every M / m draws.
+            # Of M questions with m still missing, a missing one turns up once in M / m draws on average.
             if misses > 1000 + 10 * len(seen):
                 raise ConfigError(
                     f"reasoning-gym's {_names(parts)} gives only about {len(found)} distinct questions with these "
@@ -276,14 +278,14 @@ def _names(parts: Sequence[Part]) -> str:
 
 
 def _compares_texts(scorer: Any) -> bool:
-    """Whether the dataset inherits reasoning-gym's scorer, which compares with the one right answer."""
+    """Tell whether the dataset inherits reasoning-gym's scorer, which compares with the one right answer."""
     from reasoning_gym.factory import ProceduralDataset
 
     return type(scorer).score_answer is ProceduralDataset.score_answer
 
 
 def _factory(dataset: str) -> Any:
-    """reasoning-gym's factory, once it is known to have the dataset."""
+    """Return reasoning-gym's factory, after checking that it has the dataset."""
     try:
         import reasoning_gym.factory as factory
     except ImportError:

@@ -1,8 +1,8 @@
-"""TRL's reward functions: importing them by name, calling them, reading what they return.
+"""Reward functions with TRL's signature: this module imports them by name, calls them, and reads their results.
 
 A function is called as ``f(prompts=..., completions=..., **columns, log_extra=..., log_metric=...)`` with lists of one
-item, and returns a list of one float, None (it has nothing to say of this completion) or ``(reward, feedback)`` pair.
-TRL's ``completion_ids`` and ``trainer_state`` are not known where completions are judged and are not passed.
+item. It returns a list of one item: a float, None (it does not grade this completion) or a ``(reward, feedback)`` pair.
+TRL's ``completion_ids`` and ``trainer_state`` are not known where completions are judged, and are not passed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALWAYS_PASSED = frozenset({"prompts", "completions", "log_extra", "log_metric"})
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one function said of one completion."""
+    """One function's reward for one completion, and its feedback; None where it gave none."""
 
     reward: float | None
     feedback: str | None
@@ -32,12 +32,12 @@ class RewardCall:
     """One reward function with its name and weight.
 
     Args:
-        function: a callable or ``package.module:function``.
-        weight: of its reward in the sum.
-        columns: names of the data's columns, to check the signature.
+        function: A callable, or its name as ``package.module:function``.
+        weight: The weight of its reward in the sum.
+        columns: The names of the data's columns; the function's signature is checked against them.
 
     Raises:
-        ConfigError: it cannot be imported or called, or wants an argument that nobody passes.
+        ConfigError: The function cannot be imported or called, or needs an argument that nobody passes.
     """
 
     def __init__(self, function: RewardFunction | str, weight: float, columns: Set[str]) -> None:
@@ -50,13 +50,13 @@ class RewardCall:
         self._accepted = _accepted_arguments(self.function, self.name, columns | ALWAYS_PASSED)
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        """The raw result, awaitable for an async function."""
+        """Return the raw result; it is awaitable for an async function."""
         if self._accepted is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._accepted}
         return self.function(**arguments)
 
     def read(self, result: Any) -> Score:
-        """Read the raw result; raises TypeError where it is not one item for one completion."""
+        """Read the raw result; raise TypeError where it is not one item for one completion."""
         try:
             items = list(result)
         except TypeError:
@@ -73,12 +73,12 @@ class RewardCall:
 
 
 async def ready(result: Any) -> Any:
-    """The result, awaited if need be."""
+    """Return the result, and await it where it is awaitable."""
     return await result if isinstance(result, Awaitable) else result
 
 
 def import_function(name: str) -> RewardFunction:
-    """The object that ``package.module:function`` names."""
+    """Import the object that ``package.module:function`` names."""
     module_name, colon, path = name.partition(":")
     if not (module_name and colon and path):
         raise ConfigError(
@@ -100,14 +100,14 @@ def import_function(name: str) -> RewardFunction:
 
 
 def function_name(function: RewardFunction) -> str:
-    """A name for logs: the function's, the wrapped function's, or the class's."""
+    """Return a name for logs: that of the function, of the wrapped function, or of the class."""
     if isinstance(function, functools.partial):
         return function_name(function.func)
     return getattr(function, "__name__", type(function).__name__)
 
 
 def _check_callable(value: Any) -> RewardFunction:
-    # A torch module is callable too, but a reward model is called with token ids, not with these arguments.
+    # A reward model is a torch module and so callable too, but it takes token ids, not these arguments.
     if not callable(value) or hasattr(value, "forward"):
         raise ConfigError(
             f"A reward function must be a function of (prompts, completions, **columns), got {type(value).__name__}; "
@@ -117,7 +117,7 @@ def _check_callable(value: Any) -> RewardFunction:
 
 
 def _accepted_arguments(function: RewardFunction, name: str, passed: Set[str]) -> frozenset[str] | None:
-    """Names of the arguments that the function takes, or None where it takes all."""
+    """Return the names of the arguments that the function takes, or None where it takes all."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reading rows of data: JSONL files, folders of them, and whatever ``datasets.load_dataset`` reads.
+"""Functions that read rows of data from JSONL files, folders of them, and whatever ``datasets.load_dataset`` reads.
 
 Each row keeps its origin, so that an error can name the file and the line.
 """
@@ -20,12 +20,12 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row.
+    """One row of data.
 
     Attributes:
-        id: unique among the rows loaded together, such as ``train/12``.
-        origin: where it stands, for error messages.
-        values: its columns.
+        id: A name that is unique among the rows loaded together, such as ``train/12``.
+        origin: The place where the row was read, for error messages.
+        values: The row's values by column.
     """
 
     id: str
@@ -34,10 +34,10 @@ class Row:
 
 
 def read_jsonl(path: Path, name: str) -> list[Row]:
-    """The rows of a JSONL file; blank lines are passed over. ``name`` begins the rows' ids.
+    """Read the rows of a JSONL file; blank lines are passed over. The rows' ids begin with ``name``.
 
     Raises:
-        ConfigError: the file is missing or empty, or a line is not a JSON object (named by its number).
+        ConfigError: The file is missing or empty, or a line is not a JSON object (the message names its number).
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def read_jsonl(path: Path, name: str) -> list[Row]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}.") from None
     rows = []
-    # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+    # splitlines() would also split at other line separators, such as U+2028, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             rows.append(Row(f"{name}/{number}", f"{path}, line {number}", _json_object(line, path, number)))
@@ -56,14 +56,14 @@ def read_jsonl(path: Path, name: str) -> list[Row]:
 
 
 def load_rows(path: str | Path, config: str | None = None) -> dict[str, list[Row]]:
-    """Rows by split: ``train``, and ``test`` where the source has one.
+    """Read rows by split: ``train``, and ``test`` where there is one.
 
     ``path`` is a JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or anything that
-    ``datasets.load_dataset`` takes (a hub id, a folder of parquet files); of its splits ``train`` and ``test`` are
-    used, or the only one as ``train``. ``config`` names one of a hub dataset's configurations.
+    ``datasets.load_dataset`` takes (a hub id, a folder of parquet files). Such a dataset's splits ``train`` and
+    ``test`` are used; a single split counts as ``train``. ``config`` names one of a hub dataset's configurations.
 
     Raises:
-        ConfigError: there is nothing to read at ``path``, or it is malformed.
+        ConfigError: There is nothing to read at ``path``, or it is malformed.
     """
     folder = Path(path)
     if folder.is_dir() and (folder / "train.jsonl").is_file():
@@ -77,15 +77,15 @@ def load_rows(path: str | Path, config: str | None = None) -> dict[str, list[Row
 
 
 def rows_of(dataset: Iterable[Any], name: str, origin: str | None = None) -> list[Row]:
-    """The rows of a ``datasets.Dataset`` or of a list of dicts."""
+    """Return the rows of a ``datasets.Dataset`` or of a list of dicts."""
     return [Row(f"{name}/{index}", f"{origin or name}, row {index}", values) for index, values in enumerate(dataset)]
 
 
 def chat_prompt(row: Row) -> Messages:
-    """The column ``prompt`` as chat messages: a text becomes the user's.
+    """Return the column ``prompt`` as chat messages; a plain text becomes one user message.
 
     Raises:
-        ConfigError: it is neither a text nor chat messages that end with the user's; the row is named.
+        ConfigError: The prompt is neither a text nor a chat that ends with a user message; the message names the row.
     """
     prompt = row.values.get("prompt")
     if isinstance(prompt, str) and prompt.strip():

@@ -1,4 +1,4 @@
-"""Answers graded against a rubric by a chat model behind an OpenAI-compatible endpoint."""
+"""The environment whose judge is a chat model at an OpenAI-compatible endpoint, which grades answers by a rubric."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ _AGAIN = 'Your reply could not be read: {error}. Reply with one JSON object: {{"
 
 
 class Rubric(Environment):
-    """Questions whose answers a chat model grades: its score is the reward, its text the feedback.
+    """Questions whose answers a chat model grades: its score is the reward, and its text is the feedback.
 
     Rows have ``prompt`` (text or chat messages), and optionally ``answer`` (a right answer, shown to the judge alone)
-    and ``rubric`` (in place of the common one). A reply that cannot be read is asked for once more; after that, or
-    where the endpoint does not answer, the rollout is ungraded.
+    and ``rubric`` (in place of the common one). Where a reply cannot be read, the judge is asked once more; after that,
+    or where the endpoint does not answer, the rollout is ungraded.
 
-    Scores are rarely exactly 1: ``algorithm.success_threshold`` says from which on an answer is a success.
+    Scores are rarely exactly 1: ``algorithm.success_threshold`` sets the score at which an answer is a success.
 
     Args:
-        path: a JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or a Hugging Face dataset id.
-        rubric: what a good answer is.
-        endpoint: the judge; or whatever has an async method ``ask(messages) -> str``.
-        selection_size: questions taken from training.
-        final_size: at most so many of the test questions, all by default; without a test file, taken from training.
-        seed: of the split.
+        path: A JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or a Hugging Face dataset id.
+        rubric: A text that says what a good answer is.
+        endpoint: The judge's endpoint, or any object with an async method ``ask(messages) -> str``.
+        selection_size: How many training questions become the selection split.
+        final_size: How many test questions the final split has at most (all by default); without a test file it takes
+            this many training questions.
+        seed: Decides the split.
 
     Raises:
-        ConfigError: the data cannot be used, or the endpoint lacks its package or key.
+        ConfigError: The data cannot be used, or the endpoint lacks its package or key.
     """
 
     def __init__(
@@ -85,10 +86,10 @@ class Rubric(Environment):
 
 
 def read_reply(reply: str) -> Verdict:
-    """The verdict in a judge's reply: its last JSON object with a score.
+    """Read the verdict from a judge's reply: it is the last JSON object with a score.
 
     Raises:
-        ValueError: there is none, or the score is not a number from 0 to 1, or the feedback not a text.
+        ValueError: There is no such object, the score is not a number from 0 to 1, or the feedback is not a text.
     """
     found = None
     decoder = json.JSONDecoder()
@@ -120,7 +121,7 @@ def _task(row: Row, rubric: str) -> Task:
 
 
 def _messages(task: Task, completion: str) -> Messages:
-    # Nobody can close what begins with a mark that is drawn after the answer was written.
+    # The mark is drawn after the answer was written, so that no answer can contain it and end its own section.
     mark = secrets.token_hex(4)
     question = "\n\n".join(f"{message['role']}: {message['content']}" for message in task.prompt)
     parts = {"Rubric": task.data["rubric"], "Question": question, "Right answer": task.reference, "Answer": completion}

@@ -1,4 +1,4 @@
-"""Cutting questions into splits that never overlap.
+"""Functions that cut questions into splits that never overlap.
 
 Two questions are the same when their texts are equal up to white space; ids, seeds and other columns do not count.
 """
@@ -17,12 +17,12 @@ Item = TypeVar("Item")
 
 
 def question_key(text: str) -> str:
-    """The text as it is compared: with each run of white space as one blank."""
+    """Return the text in the form in which it is compared: each run of white space becomes one blank."""
     return " ".join(text.split())
 
 
 def without_duplicates(items: Iterable[Item], key: Callable[[Item], Hashable]) -> list[Item]:
-    """The first item of each key, in order."""
+    """Keep the first item of each key, in order."""
     kept: dict[Hashable, Item] = {}
     for item in items:
         kept.setdefault(key(item), item)
@@ -30,7 +30,7 @@ def without_duplicates(items: Iterable[Item], key: Callable[[Item], Hashable]) -
 
 
 def shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    """A copy in an order that depends on the seed and the number of items alone."""
+    """Return a copy in an order that depends on the seed and the number of items alone."""
     items = list(items)
     random.Random(seed).shuffle(items)
     return items
@@ -53,14 +53,23 @@ def cut_splits(
     seed: int,
     origin: str,
 ) -> dict[Split, list[Task]]:
-    """Three splits of distinct questions.
+    """Cut distinct questions into three splits.
 
-    ``final`` is ``test`` where there is one (at most ``final_size`` of it), and no training question that also stands
-    in ``test`` is kept: the published test set stays whole. Otherwise ``final`` is taken from the training questions,
-    as ``selection`` always is; the rest is ``train``.
+    Where there is a ``test``, ``final`` is made of it (at most ``final_size`` questions), and a training question that
+    also stands in ``test`` is dropped from training: the published test set stays whole. Otherwise ``final`` is taken
+    from the training questions, as ``selection`` always is; the rest is ``train``.
+
+    Args:
+        train: The tasks to train on and to take held-out ones from.
+        test: The published test tasks, or None where there are none.
+        key: Gives a task's identity; of several tasks with one key the first is kept.
+        selection_size: How many tasks of ``train`` become ``selection``.
+        final_size: How many tasks ``final`` has at most; None takes all of ``test``.
+        seed: Decides which tasks go where.
+        origin: Names the data in error messages.
 
     Raises:
-        ConfigError: nothing says where ``final`` comes from, or too few questions are left; ``origin`` is named.
+        ConfigError: Nothing says where ``final`` comes from, or too few questions are left to train on.
     """
     if test is None and final_size is None:
         raise ConfigError(f"{origin} has no test split: set data.final_size to take the final questions from training.")
@@ -90,7 +99,7 @@ def cut_splits(
 
 
 def check_split(tasks: dict[Split, list[Task]], split: Split) -> list[Task]:
-    """The tasks of a split, with a sentence for a name that is none."""
+    """Return the tasks of a split; raise ValueError with a sentence where there is no split of that name."""
     if split not in tasks:
         raise ValueError(f"There is no split {split!r}; the splits are {', '.join(SPLITS)}.")
     return tasks[split]

@@ -1,4 +1,4 @@
-"""Function calls, compared with the right ones by name and arguments."""
+"""The environment whose answers are function calls, which are compared with the right ones by name and arguments."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vpd.config import ConfigError
-from vpd.environments.answers import parse_integer, quoted
+from vpd.environments.answers import THINKING_END, parse_integer, quoted
 from vpd.environments.base import Environment, Split
 from vpd.environments.rows import Row, chat_prompt, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.environments.worked import change_digit
 from vpd.types import Demonstration, Task, Verdict
 
-FeedbackLevel = Literal["outcome", "location", "reference"]
-
 TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
-THINKING_END = "</think>"
 INSTRUCTION = """You may call these functions, one JSON schema a line:
 {tools}
 
@@ -33,43 +30,45 @@ Write each call between <tool_call> and </tool_call> as JSON with the function's
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function call; ``arguments`` are JSON values by name."""
+    """A function call; ``arguments`` holds JSON values by name."""
 
     name: str
     arguments: Mapping[str, Any]
 
 
 class UnreadableError(ValueError):
-    """Calls that do not have the form; the text is a part of a sentence."""
+    """A completion's calls do not have the required form; the error's text is a clause without a full stop."""
 
 
 class ToolUse(Environment):
     """Requests that are answered by function calls.
 
     Rows have ``prompt`` (text or chat messages), ``calls`` (a list of ``{"name", "arguments"}``, empty where no
-    function should be called), ``tools`` (JSON schemas; shown in a system text, left out where the prompt shows them
-    itself), and ``ordered`` where the order of the calls matters. Calls are read from ``<tool_call>`` tags, or from one
-    JSON block.
+    function should be called), ``tools`` (JSON schemas, shown in a system text; rows whose prompt shows them itself
+    leave the column out), and ``ordered`` where the order of the calls matters. Calls are read from ``<tool_call>``
+    tags, or from JSON blocks.
 
     The reward is 1 where every call is right and none is missing or too many, and 0 otherwise. Arguments are compared
-    as JSON: 1 and 1.0 are equal, true and 1 are not, keys have no order.
+    as JSON: 1 and 1.0 are equal, true and 1 are not, and the order of keys does not matter.
 
     Args:
-        path: a JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or a Hugging Face dataset id.
-        feedback: what the text says: right or wrong; which call or argument is wrong; the right calls too.
-        selection_size: requests taken from training.
-        final_size: at most so many of the test requests, all by default; without a test file, taken from training.
-        seed: of the split.
+        path: A JSONL file, a folder with ``train.jsonl`` and perhaps ``test.jsonl``, or a Hugging Face dataset id.
+        feedback: How much the text says: ``outcome`` tells right from wrong; ``location`` also names the call or the
+            argument that is wrong; ``reference`` also gives the right calls.
+        selection_size: How many training requests become the selection split.
+        final_size: How many test requests the final split has at most (all by default); without a test file it takes
+            this many training requests.
+        seed: Decides the split.
 
     Raises:
-        ConfigError: the data is missing or malformed (file and line are named), or holds too few requests.
+        ConfigError: The data is missing or malformed (the message names file and line), or holds too few requests.
     """
 
     def __init__(
         self,
         path: str,
         *,
-        feedback: FeedbackLevel = "location",
+        feedback: Literal["outcome", "location", "reference"] = "location",
         selection_size: int = 100,
         final_size: int | None = None,
         seed: int = 0,
@@ -104,7 +103,7 @@ class ToolUse(Environment):
         return self._verdict(task, float(not errors), text)
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
-        """The right calls, behind attempts with one argument changed or a call left out."""
+        """Return the right calls, with attempts in which one argument is changed or a call is left out."""
         rng = random.Random(self.seed)
         demonstrations = []
         for task in self._tasks["train"]:
@@ -121,10 +120,10 @@ class ToolUse(Environment):
 
 
 def read_calls(completion: str) -> list[Call]:
-    """The calls of a completion; none where it has neither tags nor a JSON block.
+    """Read the calls of a completion; there are none where it has neither tags nor a JSON block.
 
     Raises:
-        UnreadableError: what stands there is not a call.
+        UnreadableError: A tag or a block holds something that is not a call.
     """
     answer = completion.rpartition(THINKING_END)[2]
     texts = TAGGED.findall(answer)
@@ -149,7 +148,7 @@ def _call(value: Any) -> Call:
         raise UnreadableError(f'{quoted(json.dumps(value))} is not an object with a "name" and "arguments"')
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        # Some models write the arguments as OpenAI's interface gives them: JSON inside of JSON.
+        # Some models write the arguments as OpenAI's interface gives them: JSON inside JSON.
         try:
             arguments = json.loads(arguments)
         except ValueError:
@@ -160,7 +159,7 @@ def _call(value: Any) -> Call:
 
 
 def compare(calls: Sequence[Call], wanted: Sequence[Call], ordered: bool) -> list[str]:
-    """What is wrong with the calls, a sentence each; nothing where they are right. No right value is named."""
+    """Say what is wrong with the calls, one sentence for each fault; no sentence gives a right value away."""
     missing = list(wanted)
     wrong: list[tuple[int, Call]] = []
     for number, call in enumerate(calls, start=1):
@@ -171,7 +170,7 @@ def compare(calls: Sequence[Call], wanted: Sequence[Call], ordered: bool) -> lis
             missing.remove(found)
     sentences = []
     for number, call in wrong:
-        # The nearest of those that are still missing is the one that was meant.
+        # Of the calls that are still missing, the one with the most equal arguments is taken as the intended one.
         named = [other for other in missing if other.name == call.name]
         if named:
             nearest = max(named, key=lambda other: _equal_arguments(call, other))
@@ -224,7 +223,7 @@ def _equal_arguments(call: Call, other: Call) -> int:
 
 
 def same_json(first: Any, second: Any) -> bool:
-    """Equality of JSON values: numbers by value, but true and false are no numbers."""
+    """Compare two JSON values; numbers are compared by value, but true and false are not numbers."""
     if isinstance(first, bool) or isinstance(second, bool):
         return first is second
     if isinstance(first, Mapping) and isinstance(second, Mapping):
@@ -237,7 +236,7 @@ def same_json(first: Any, second: Any) -> bool:
 
 
 def write_calls(calls: Sequence[Call]) -> str:
-    """The calls in the form that the instruction asks for."""
+    """Write the calls in the form that the instruction asks for."""
     return "\n".join(
         f"<tool_call>\n{json.dumps({'name': call.name, 'arguments': call.arguments}, ensure_ascii=False)}\n</tool_call>"
         for call in calls
@@ -267,7 +266,7 @@ def _other_value(value: Any, rng: random.Random) -> Any:
 
 def _task(row: Row) -> Task:
     calls, tools = (row.values.get(name) for name in ("calls", "tools"))
-    # Data sets often keep such columns as text.
+    # Datasets often keep such columns as JSON text.
     try:
         calls, tools = (json.loads(v) if isinstance(v, str) and v.strip() else v for v in (calls, tools))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Tasksets of PrimeIntellect's verifiers, where one answer is all that is asked for."""
+"""The environment for tasksets of PrimeIntellect's verifiers whose tasks ask for a single answer."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from vpd.types import Messages, Task, Verdict
 class Verifiers(Environment):
     """The tasks of an installed taskset, scored by its own rewards and judges.
 
-    The reward is the taskset's weighted sum; ``algorithm.success_threshold`` says from which on an answer is a success.
-    The feedback is ``trace.info["feedback"]`` where the taskset's scoring writes a text there, else the names and
-    scores of its rewards and metrics.
+    The reward is the taskset's weighted sum; ``algorithm.success_threshold`` sets the reward at which an answer is a
+    success. The feedback is ``trace.info["feedback"]`` where the taskset's scoring writes a text there; otherwise it
+    lists the names and scores of the taskset's rewards and metrics.
 
     Args:
-        id: of the taskset, as verifiers imports it: a module, or ``owner/name`` of an installed hub environment.
-        arguments: the taskset's own settings.
-        tasks: read at most so many.
-        selection_size, final_size: tasks held out; the rest is trained on.
-        seed: of the split.
+        id: The taskset's name as verifiers imports it: a module, or ``owner/name`` of an installed hub environment.
+        arguments: The taskset's own settings.
+        tasks: How many tasks are read at most.
+        selection_size: How many tasks become the selection split.
+        final_size: How many tasks become the final split; training has the rest.
+        seed: Decides the split.
 
     Raises:
-        ConfigError: verifiers is not installed or has no such taskset; or its tasks need tools, a container, a user who
-            begins, or scoring inside a runtime, which one completion cannot give.
+        ConfigError: verifiers is not installed or has no such taskset; or the tasks need tools, a container, or scoring
+            inside a runtime, or do not begin with a user's text, so that one completion is not enough.
     """
 
     def __init__(
@@ -56,9 +57,9 @@ class Verifiers(Environment):
         return check_split(self._tasks, split)
 
     async def judge(self, task: Task, completion: str) -> Verdict:
-        source = task.data["task"]
-        trace = _trace(source, task.prompt, completion)
-        await source.score(trace)
+        original = task.data["task"]
+        trace = _trace(original, task.prompt, completion)
+        await original.score(trace)
         scores = {name: reward.score for name, reward in trace.rewards.items() if reward is not None}
         if not scores:
             raise ValueError("the taskset's scoring gave no reward")
@@ -87,13 +88,13 @@ def _load(id: str, arguments: Mapping[str, Any], limit: int) -> Iterator[Any]:
     yield from taskset.take(limit)
 
 
-def _task(index: int, source: Any, id: str) -> Task:
-    data = source.data
-    if source.NEEDS_CONTAINER or data.image is not None:
+def _task(index: int, original: Any, id: str) -> Task:
+    data = original.data
+    if original.NEEDS_CONTAINER or data.image is not None:
         raise ConfigError(_refusal(id, "run in a container"))
-    if type(source).toolsets(source.config):
+    if type(original).toolsets(original.config):
         raise ConfigError(_refusal(id, "bring tools"))
-    signals = [*source.hooks("reward"), *(judge.score for judge in source.plugged_judges())]
+    signals = [*original.hooks("reward"), *(judge.score for judge in original.plugged_judges())]
     if any(_requires_runtime(signal) for signal in signals):
         raise ConfigError(_refusal(id, "are scored inside a runtime"))
     messages: Messages = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
@@ -104,7 +105,7 @@ def _task(index: int, source: Any, id: str) -> Task:
     texts = all(isinstance(message["content"], str) for message in messages)
     if not messages or not texts or messages[-1]["role"] != "user":
         raise ConfigError(_refusal(id, "do not begin with a user's text"))
-    return Task(f"{id}/{index}", messages, {"task": source})
+    return Task(f"{id}/{index}", messages, {"task": original})
 
 
 def _requires_runtime(signal: Any) -> bool:
@@ -116,8 +117,8 @@ def _refusal(id: str, why: str) -> str:
     return f"The tasks of {id} {why}: only tasksets that one text answers can be trained on."
 
 
-def _trace(source: Any, prompt: Messages, completion: str) -> Any:
-    """What verifiers would have recorded of a chat that ends with the completion."""
+def _trace(original: Any, prompt: Messages, completion: str) -> Any:
+    """Make the trace that verifiers would have recorded of a chat that ends with the completion."""
     import verifiers.v1 as vf
     from verifiers.v1.state import state_cls
 
@@ -128,12 +129,12 @@ def _trace(source: Any, prompt: Messages, completion: str) -> Any:
         vf.MessageNode(parent=index - 1 if index else None, message=message, sampled=index == len(prompt))
         for index, message in enumerate(messages)
     ]
-    task = vf.TraceTask(type=type(source).__name__, data=source.data, key=source.key, hash=source.hash)
+    task = vf.TraceTask(type=type(original).__name__, data=original.data, key=original.key, hash=original.hash)
     return vf.Trace(
         task=task,
         agent=vf.AgentInfo(config=vf.AgentConfig()),
         nodes=nodes,
-        state=state_cls(type(source))(),
+        state=state_cls(type(original))(),
         is_completed=True,
         ok=True,
     )

@@ -1,12 +1,12 @@
-"""Questions that are answered step by step, one step a line, and a reader that finds the first wrong line.
+"""Worked answers: questions that are answered step by step, one step per line, and a reader of such answers.
 
-A worked answer succeeds where every line and the final answer are right: an answer that is right by luck behind wrong
-lines would be a bad example to learn from. So would be one that rambles on after its answer: a teacher that is shown it
-learns not to end.
+The reader finds the first wrong line. A worked answer succeeds where every line and the final answer are right: an
+answer that is right by luck after wrong lines would be a bad example to learn from. An answer that rambles on after its
+end would be one too, because a teacher that is shown it learns not to end.
 
-Three datasets of reasoning-gym have steps that are the same for everybody: ``chain_sum``, and ``basic_arithmetic`` with
-``+`` and ``-`` and no parentheses (terms added and subtracted from left to right), and ``products`` of two factors (by
-the digits of the second factor, ones first, then the partial results added up).
+Three datasets of reasoning-gym have steps on which everybody agrees. ``chain_sum``, and ``basic_arithmetic`` with ``+``
+and ``-`` and without parentheses, add and subtract terms from left to right. ``products`` of two factors multiply by
+the digits of the second factor, ones first, and then add the partial results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from vpd.environments.answers import first_line, parse_integer, quoted, split_at_answer, wrong_digits
 
-# Thirty digits are more than any task asks for, and keep int() away from runaway lines.
+# Thirty digits are more than any task asks for, and the bound keeps runaway lines away from int().
 NUMBER = r"\(?(-?[0-9,]{1,30})\)?"
 LINE = re.compile(rf"\s*{NUMBER}\s*([-+*])\s*{NUMBER}\s*=\s*{NUMBER}\s*\.?\s*")
 CHAIN_SUM = re.compile(r"-?[0-9]+( [+-] -?[0-9]+)+")
@@ -33,7 +33,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An operand that is the result of an earlier line (counted from 0)."""
+    """An operand that is the result of an earlier line; lines count from 0."""
 
     line: int
 
@@ -47,18 +47,18 @@ class Step:
     right: int | Result
 
     def operands(self, results: list[int]) -> tuple[int, int]:
-        """The two numbers, given what the earlier lines came to."""
+        """Return the two numbers, given the results of the earlier lines."""
         left, right = (results[x.line] if isinstance(x, Result) else x for x in (self.left, self.right))
         return left, right
 
 
 @dataclass(frozen=True, slots=True)
 class WorkedForm:
-    """How a dataset's questions are worked.
+    """The form of a dataset's worked answers.
 
     Attributes:
-        instruction: asks for the form; the expression follows on the next line.
-        steps: reads an expression, and raises ValueError where the form does not fit it.
+        instruction: The text that asks for the form; the expression follows on the next line.
+        steps: A function that turns an expression into steps, and raises ValueError where the form does not fit it.
     """
 
     instruction: str
@@ -69,7 +69,7 @@ class WorkedForm:
 
 
 def chain_sum_steps(expression: str) -> list[Step]:
-    """``47 + 38 - 56`` from left to right: one step fewer than there are terms."""
+    """Work ``47 + 38 - 56`` from left to right; there is one step fewer than there are terms."""
     if CHAIN_SUM.fullmatch(expression) is None:
         raise ValueError("a chain sum is two numbers or more with + or - between them")
     first, *rest = expression.split()
@@ -78,7 +78,7 @@ def chain_sum_steps(expression: str) -> list[Step]:
 
 
 def products_steps(expression: str) -> list[Step]:
-    """``47 * 38`` by the digits of the second factor from the ones on, zeros left out, then one sum a line."""
+    """Work ``47 * 38``: multiply by each digit of the second factor but zeros, ones first, then add, a sum per line."""
     factors = [int(factor) for factor in expression.split(" * ")]
     if len(factors) != 2 or min(factors) < 0:
         raise ValueError("a worked product needs two factors that are not negative")
@@ -106,7 +106,7 @@ WORKED_FORMS: Mapping[str, WorkedForm] = {
 
 
 def write(steps: list[Step], changed_line: int | None = None, changed_result: int = 0) -> str:
-    """The worked answer; with ``changed_line`` that line comes to ``changed_result`` and the rest follows from it."""
+    """Write the worked answer; line ``changed_line`` results in ``changed_result``, and the rest follows from it."""
     results: list[int] = []
     lines = []
     for index, step in enumerate(steps):
@@ -117,7 +117,7 @@ def write(steps: list[Step], changed_line: int | None = None, changed_result: in
 
 
 def write_wrong(steps: list[Step], rng: random.Random) -> str:
-    """A worked answer with one wrong digit in one line, continued consistently to a wrong answer."""
+    """Write a worked answer with one wrong digit in one line, continued consistently to a wrong answer."""
     results: list[int] = []
     for step in steps:
         results.append(OPERATIONS[step.operator](*step.operands(results)))
@@ -126,7 +126,7 @@ def write_wrong(steps: list[Step], rng: random.Random) -> str:
 
 
 def change_digit(number: int, rng: random.Random) -> int:
-    """The number with one digit changed and as many digits as before."""
+    """Change one digit of the number and keep the number of digits."""
     digits = list(str(abs(number)))
     position = rng.randrange(len(digits))
     leading = position == 0 and len(digits) > 1
@@ -136,11 +136,12 @@ def change_digit(number: int, rng: random.Random) -> int:
 
 
 class Reading(NamedTuple):
-    """What the steps of a worked answer are worth.
+    """The judgement of a worked answer's steps.
 
     Attributes:
-        is_right: every step is there and right, the final answer is the last line's result, and nothing follows it.
-        text: each right line up to the first wrong one, and what is wrong there.
+        is_right: Whether every step is there and right, the final answer is the last line's result, and nothing follows
+            it.
+        text: The feedback: it names each right line up to the first wrong one, and says what is wrong there.
     """
 
     is_right: bool
@@ -178,7 +179,7 @@ def read(steps: list[Step], completion: str) -> Reading:
 
 
 def _line_error(steps: list[Step], index: int, line: str, results: list[int]) -> str | None:
-    """What is wrong with a line whose predecessors are right; None for a right line, whose result is then noted."""
+    """Say what is wrong with a line whose predecessors are right; for a right line, note its result and return None."""
     match = LINE.fullmatch(line.translate(SIGNS))
     if match is None:
         return "it does not have the form of a step"

@@ -1,1 +1,1 @@
-"""What a run says of itself while it goes on, and what it notices: metrics, progress, warnings, measurements."""
+"""Monitoring shows a run while it goes on, and notices what goes wrong: metrics, progress, warnings, measurements."""

@@ -1,4 +1,4 @@
-"""What single batches cannot show: a run that drifts away from where it began, or whose teacher has nothing left."""
+"""Warnings that no single batch can give: the run drifts away from its beginning, or its teacher has nothing left."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 
 _FIRST = 3
-"""Batches whose mean is the run's beginning."""
+"""The number of batches whose mean stands for the run's beginning."""
 
 _RATE = 0.3
-"""Share of the newest batch in the running mean that is compared with it."""
+"""The share of the newest batch in the running mean that is compared with the beginning."""
 
 _PLATEAU_FROM = 10
-"""Batches before a teacher's margin is judged."""
+"""The number of batches after which a teacher's margin is judged."""
 
 _DRIFTS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "truncated_share": (
@@ -39,11 +39,11 @@ _DRIFTS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def drift_warnings(history: dict[str, float], metrics: Mapping[str, float | None]) -> dict[str, str]:
-    """Warnings, name to text, after one more batch; each cause is told once.
+    """Return the warnings after one more batch, by name; each cause is told once in a run.
 
     Args:
-        history: what is known of the batches before, {} at first; updated in place, and saved with the run.
-        metrics: of the batch.
+        history: Running values of the batches so far, {} at first. It is updated in place, and saved with the run.
+        metrics: The batch's metrics.
     """
     causes = []
     for name, (text, is_drift) in _DRIFTS.items():
@@ -67,7 +67,7 @@ def drift_warnings(history: dict[str, float], metrics: Mapping[str, float | None
 
 
 def _observe(history: dict[str, float], name: str, value: float | None) -> tuple[int, float, float]:
-    """Take in one more value; how many there were, the mean of the first ones, and the running mean."""
+    """Take in one more value, and return the number of values, the mean of the first ones, and the running mean."""
     batches, first, now = (history.get(f"{name}.{part}", 0.0) for part in ("batches", "first", "now"))
     if value is None or not math.isfinite(value):
         return int(batches), first, now

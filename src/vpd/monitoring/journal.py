@@ -1,4 +1,4 @@
-"""What a run says while it goes on: on the screen, in its folder, and to the trackers."""
+"""The journal of a run: it writes to the screen, to the run's folder, and to the trackers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vpd.runs.folder import RunFolder
 
 
 class Journal:
-    """One place for lines, metrics and warnings; only the main process writes.
+    """The one place that lines, metrics and warnings go through; only the main process writes.
 
     Attributes:
-        folder: the run's, on the main process once it is open; None elsewhere.
-        progress: the display.
+        folder: The run's folder, on the main process once it is open; None elsewhere.
+        progress: The display on the screen.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -25,22 +25,22 @@ class Journal:
         self.progress = Progress()
 
     def say(self, text: str) -> None:
-        """A line on the screen that stays."""
+        """Show a line on the screen that stays."""
         if self._accelerator.is_main_process:
             self.progress.message(text)
 
     def log(self, step: int, event: str, values: Mapping[str, Any]) -> None:
-        """A line in ``metrics.jsonl``."""
+        """Write a line to ``metrics.jsonl``."""
         if self.folder is not None:
             self.folder.log(step, event, values)
 
     def warn(self, name: str, text: str, step: int = 0) -> None:
-        """A line on the screen, and one in ``metrics.jsonl`` under ``name``."""
+        """Show a line on the screen, and write it to ``metrics.jsonl`` as the warning ``name``."""
         self.log(step, "warning", {"name": name, "text": text})
         self.say(f"Warning: {text}")
 
     def log_step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The metrics of one rollout batch, everywhere."""
+        """Give the metrics of one rollout batch to the folder, the screen and the trackers."""
         self.log(step, "train", metrics)
         if self._accelerator.is_main_process:
             self.progress.step({"step": step, **metrics})

@@ -1,4 +1,4 @@
-"""Says what goes wrong in a run, and ends it where the settings ask for that."""
+"""The monitor watches a run, warns of what goes wrong, and ends the run where the settings ask for it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from vpd.runs.state import TrainingState
 
 
 class Monitor:
-    """Warnings of a run.
+    """It warns of what goes wrong in a run.
 
     Args:
-        journal: where they are told.
-        state: of the run; ``stopped_by`` is set here.
-        sources: names of the feedback sources; None where a batch without feedback teaches as much.
-        stop_on: names of the warnings that end the run.
+        journal: The run's journal, which shows and keeps the warnings.
+        state: The run's state; the monitor sets its ``stopped_by``.
+        sources: The names of the feedback sources; None where a batch without feedback teaches as much.
+        stop_on: The names of the warnings that end the run.
     """
 
     def __init__(
@@ -29,18 +29,18 @@ class Monitor:
         self._stop_on = stop_on
 
     def warn(self, name: str, text: str) -> None:
-        """Say what is wrong, and stop where the settings ask for it."""
+        """Say what is wrong, and stop the run where the settings ask for it."""
         self._journal.warn(name, text, self._state.step)
         if name in self._stop_on:
             self.stop(name)
 
     def stop(self, name: str) -> None:
-        """Let the run end after the batch under way."""
+        """Let the run end after the current batch."""
         self._state.stopped_by = name
         self._journal.say(f"Training ends here: {name}.")
 
     def watch(self, metrics: Mapping[str, float | None]) -> None:
-        """Look at a batch's metrics, and at the run's course."""
+        """Warn of what a batch's metrics show, alone or together with the batches before."""
         warnings = batch_warnings(metrics, self._sources) | drift_warnings(self._state.history, metrics)
         for name, text in warnings.items():
             self.warn(name, text)

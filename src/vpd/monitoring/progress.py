@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live line on a terminal, one plain line a step elsewhere."""
+"""The display of a run that trains: a live line on a terminal, and one plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _SHOWN = (
     ("trained tok/s", "tokens_per_second_train", "{:,.0f}"),
 )
 _SHOWN_LIVE = ("reward", "margin", "tok/s")
-"""What fits into 80 columns."""
+"""The metrics of the live line, which has room for 80 columns."""
 
 
 class Progress:
-    """Shows the steps of a training run. Also a context manager that stops on leaving.
+    """The display of a training run's steps; as a context manager, it stops on leaving.
 
     Args:
-        console: where to write; standard output by default. Live where it is a terminal.
+        console: The console to write to, by default standard output. The display is live where it is a terminal.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -45,9 +45,12 @@ class Progress:
         self._bar: Bar | None = None
 
     def start(self, total_steps: int, completed: int = 0, max_seconds: float = math.inf) -> None:
-        """Begin training, which ends after ``total_steps`` or ``max_seconds`` from now, whichever is first.
+        """Begin to show training, which ends after ``total_steps`` or ``max_seconds`` from now, whichever is first.
 
-        ``completed`` of the steps were done before, by a run that is resumed.
+        Args:
+            total_steps: The number of rollout batches.
+            completed: How many of them a resumed run has done before.
+            max_seconds: The time limit of training, in seconds.
         """
         self.stop()
         self._max_seconds = max_seconds
@@ -66,7 +69,7 @@ class Progress:
             self._bar.start()
 
     def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show one more step done; a metric that is missing or None is left out."""
+        """Show that one more step is done; a metric that is missing or None is left out."""
         self._done = int(metrics.get("step") or self._done + 1)
         if self._bar is not None:
             numbers = _numbers(metrics, _SHOWN_LIVE)
@@ -77,7 +80,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Show a line that stays."""
-        # Brackets in the text are text, not rich's markup, and a log file's lines are not wrapped.
+        # Without these options rich would read brackets as markup, and wrap the lines of a log file.
         elapsed = time.monotonic() - self._began
         self._console.print(f"[{elapsed:6.1f}s] {text}", markup=False, highlight=False, soft_wrap=True)
 
@@ -105,7 +108,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: ``42s``, ``3m 20s``, ``5h 02m``."""
+    """Write a time for people: ``42s``, ``3m 20s``, ``5h 02m``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

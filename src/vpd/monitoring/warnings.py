@@ -1,4 +1,4 @@
-"""What a run should say by name when a batch teaches nothing."""
+"""The warnings of a run by name: they say why a batch teaches nothing, or what may go wrong."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 
 def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] | None) -> dict[str, str]:
-    """Warnings, name to text, for the metrics of one training step.
+    """Return the warnings for the metrics of one training step, by name.
 
     Args:
-        metrics: of the step.
-        sources: names of the feedback sources; None where a batch without feedback teaches as much.
+        metrics: The step's metrics.
+        sources: The names of the feedback sources; None where a batch without feedback teaches as much.
     """
     warnings = {}
     if metrics.get("active_share") == 0 and sources is not None:
@@ -53,26 +53,26 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] |
 
 
 def template_warning(low: float) -> str | None:
-    """What to say where the teacher is clearly ahead with the feedback of other tasks, too.
+    """Return the warning that the teacher is clearly better even with the feedback of other tasks; None where not.
 
     Args:
-        low: lower end of that gap's interval.
+        low: The lower end of the interval of the gap with the feedback of other tasks.
     """
     if not low > 0:
         return None
     return (
         "The teacher is ahead of the student with the feedback of other tasks, too: it gains from the template, not "
-        "from what the text says. Let the text say more (data.feedback), or warm-start on feedback that is read "
-        "(warm_start.demonstrations)."
+        "from what the text says. Let the text say more (data.feedback), or teach the model to read feedback by a warm "
+        "start (warm_start.demonstrations)."
     )
 
 
 def gap_warning(low: float, tasks_with_feedback: int) -> str | None:
-    """What to say where the teacher is not clearly ahead before training.
+    """Return the warning that the teacher is not clearly better before training; None where it is.
 
     Args:
-        low: lower end of the gap's interval.
-        tasks_with_feedback: tasks that it was measured on.
+        low: The lower end of the gap's interval.
+        tasks_with_feedback: How many tasks the gap was measured on.
     """
     if not tasks_with_feedback:
         return "In the pre-flight no rollout got any feedback, so there is nothing to distil."

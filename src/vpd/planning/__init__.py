@@ -1,1 +1,1 @@
-"""What a step will cost, before it is run."""
+"""Planning predicts what a training step will cost, before it is run."""

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from vpd.config import VPDConfig
 from vpd.packing import PackedBatch, pack
-from vpd.planning.plan import Hardware, Lengths, Shape, cache_bytes, pass_flops, shape_of_config
+from vpd.planning.plan import Hardware, NetworkSize, cache_bytes, network_size_of, pass_flops
+from vpd.planning.step_passes import Lengths
 from vpd.policy.cpu.allocator import keep_freed_memory
 from vpd.policy.cpu.embedding import fuse_embedding
 from vpd.policy.cpu.mlp import fuse_mlps
@@ -66,13 +67,13 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
 
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    shape = shape_of_config(config)
-    while shape.parameters > _LARGEST and text.num_hidden_layers > 2:
+    size = network_size_of(config)
+    while size.parameters > _LARGEST and text.num_hidden_layers > 2:
         text.num_hidden_layers //= 2
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[: text.num_hidden_layers]
-        shape = shape_of_config(config)
-    if shape.parameters > 2 * _LARGEST:
+        size = network_size_of(config)
+    if size.parameters > 2 * _LARGEST:
         return replace(plain, name=f"{plain.name} (what a run reaches of it is a guess)")
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
@@ -86,13 +87,13 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         fuse_embedding(network)
     half = autocasts(settings.model, device)
 
-    decode_share = _decode_share(network, shape, settings, lengths, plain)
+    decode_share = _decode_share(network, size, settings, lengths, plain)
     policy = PolicyModule(
         network, share_prefixes=may_share_prefixes(network), chunk_size=settings.model.logits_chunk_tokens
     ).train()
     batch = _micro_batch(settings, lengths, text.vocab_size, policy.share_prefixes).to(device)
     tokens = len(batch.targets)
-    flops, head = pass_flops(shape, lengths, batch.rollout_count, batch.token_count)
+    flops, head = pass_flops(size, lengths, batch.rollout_count, batch.token_count)
 
     def run(objective: Objective, learns: bool) -> None:
         with torch.set_grad_enabled(learns), torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -136,7 +137,7 @@ def _micro_batch(settings: VPDConfig, lengths: Lengths, vocabulary: int, share_p
     return pack(sequences, starts, share_prefixes=share_prefixes)
 
 
-def _decode_share(network: Any, shape: Shape, settings: VPDConfig, lengths: Lengths, plain: Hardware) -> float:
+def _decode_share(network: Any, size: NetworkSize, settings: VPDConfig, lengths: Lengths, plain: Hardware) -> float:
     """Of the bandwidth, what a step of decoding reaches with a batch as full as the run's."""
     rows = min(settings.rollout.prompts_per_step * settings.rollout.num_generations, settings.rollout.batch_size)
     group = min(settings.rollout.num_generations, rows)
@@ -155,7 +156,7 @@ def _decode_share(network: Any, shape: Shape, settings: VPDConfig, lengths: Leng
     decoding = whole - seconds(1)
     if decoding < _LEAST_PART * whole:
         return plain.decode_share
-    read = 2 * shape.parameters + (rows // group * group) * cache_bytes(shape) * (lengths.prompt + _DECODED / 2)
+    read = 2 * size.parameters + (rows // group * group) * cache_bytes(size) * (lengths.prompt + _DECODED / 2)
     return _DECODED * read / decoding / plain.bandwidth
 
 

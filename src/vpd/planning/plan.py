@@ -1,10 +1,10 @@
-"""What a training step will cost: tokens, operations, memory and time, before it is run.
+"""The plan predicts what a training step will cost before it is run: tokens, operations, memory and time.
 
-Counts follow what the trainer does: distinct prefixes once, completions without padding, the M-step's teacher in a pass
-without gradient, an E-step every F batches. Matrix products decide the time of training passes, reading the weights
-that of decoding; both are divided by what the hardware gives, times the share of it that such work reaches. On the
-machine at hand all of these are measured (:mod:`vpd.planning.calibration`); those of GPUs are the makers' and a guess,
-and nothing here has been run on one.
+The counts follow what the trainer does: distinct prefixes are computed once, completions have no padding, the M-step's
+teacher is a pass without gradient, and an E-step comes every F batches. Matrix products decide the time of training
+passes, and reading the weights decides that of decoding. Both are divided by what the hardware gives, times the share
+of it that such work reaches. On this machine all of these are measured (:mod:`vpd.planning.calibration`). For the
+listed GPUs the figures are the makers' and the shares are guesses; nothing here has been run on one of them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vpd.config import ConfigError, VPDConfig
+from vpd.planning.step_passes import Lengths, StepPasses, step_passes
 
 _ACTIVATION_BYTES = 34
-"""Of one layer and hidden unit for each token, in 2-byte precision (arXiv 2205.05198, eq. 1, without the attention's
-scores, which are never held)."""
+"""The bytes of activations for each token, layer and hidden unit, in 2-byte precision (arXiv 2205.05198, eq. 1, without
+the attention's scores, which are never held)."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a step is divided by.
+    """A device's speed and memory.
 
     Attributes:
-        flops: matrix products a second, in the precision of training.
-        bandwidth: bytes a second from memory.
-        memory: bytes.
-        train_share, score_share: of the products, what passes with and without gradient reach.
-        decode_share: of the bandwidth, what decoding reaches.
+        name: The device's name, for people.
+        flops: The operations of matrix products per second, in the precision of training.
+        bandwidth: The bytes per second that are read from memory.
+        memory: The size of the memory, in bytes.
+        train_share: The share of ``flops`` that passes with a gradient reach.
+        score_share: The share of ``flops`` that passes without a gradient reach.
+        decode_share: The share of ``bandwidth`` that decoding reaches.
     """
 
     name: str
@@ -50,18 +53,21 @@ GPUS = {
     "l40s": Hardware("L40S", 362e12, 0.86e12, 48e9),
     "rtx4090": Hardware("RTX 4090", 165e12, 1.0e12, 24e9),
 }
-"""Dense bfloat16 products and bandwidth, from the makers' data sheets."""
+"""GPUs with the dense bfloat16 products and the bandwidth of the makers' data sheets."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a network.
+class NetworkSize:
+    """The sizes of a network.
 
     Attributes:
-        parameters: all of them.
-        layers, hidden, vocabulary: L, H and V.
-        attention_width: query heads times their size.
-        cache_width: of keys and values of one token and layer.
+        parameters: How many parameters it has in all.
+        layers: How many layers it has.
+        hidden: The hidden width, H.
+        vocabulary: The size of the vocabulary, V.
+        attention_width: The number of query heads times the size of a head.
+        cache_width: How many numbers the keys and values of one token have in one layer.
+        is_tied: Whether the head's weight is the embedding's.
     """
 
     parameters: int
@@ -74,23 +80,13 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        """Parameters that every token passes through, the head left aside."""
+        """The number of parameters that every token passes through, without the head."""
         return self.parameters - self.vocabulary * self.hidden * (1 if self.is_tied else 2)
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Tokens of a rollout's parts: the question, the completion, and what the teacher's prompt has behind the question
-    (of its own, where each rollout has its own text)."""
-
-    prompt: int
-    completion: int
-    feedback: int
-
-
-@dataclass(frozen=True)
 class Step:
-    """The parts of one step; of tokens, operations, bytes or seconds."""
+    """An amount (tokens, operations or seconds) for each part of one step."""
 
     rollout: float
     student: float
@@ -105,14 +101,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The prediction for one step; the E-step's share is that of an average one, every F batches.
+    """The prediction for one step; with an E-step every F batches, each step has 1 / F of an E-step.
 
     Attributes:
-        tokens: computed by each part; those of ``rollout`` are sampled or read.
-        tokens_unshared: what the training passes would compute with every sequence by itself.
-        flops: of matrix products.
-        seconds: of each part.
-        memory: bytes at the peak.
+        tokens: The tokens that each part computes; those of ``rollout`` are sampled or read.
+        tokens_unshared: The tokens that the training passes would compute without prefix sharing.
+        flops: The operations of each part's matrix products.
+        seconds: The time of each part.
+        memory: The peak of memory, in bytes.
     """
 
     tokens: Step
@@ -122,13 +118,13 @@ class Plan:
     memory: float
 
 
-def shape_of_config(config: Any) -> Shape:
-    """The sizes of a model of this config; its weights are never made."""
+def network_size_of(config: Any) -> NetworkSize:
+    """Return the sizes of a model with this transformers config; its weights are never made."""
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Shape(
+    return NetworkSize(
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
@@ -139,117 +135,191 @@ def shape_of_config(config: Any) -> Shape:
     )
 
 
-def predict(settings: VPDConfig, shape: Shape, lengths: Lengths, hardware: Hardware) -> Plan:
-    """The cost of one step.
+def predict(
+    settings: VPDConfig,
+    size: NetworkSize,
+    lengths: Lengths,
+    hardware: Hardware,
+    teacher_size: NetworkSize | None = None,
+) -> Plan:
+    """Predict the cost of one step.
 
     Args:
-        settings: of the run; prompts and generations of a step, the algorithm, precision and checkpointing.
-        shape: of the network.
-        lengths: of a typical rollout.
-        hardware: one device that does all of it.
-    """
-    prompts, group = settings.rollout.prompts_per_step, settings.rollout.num_generations
-    rollouts = prompts * group
-    algorithm = settings.make_algorithm()
-    has_teacher, passes = algorithm.has_teacher, algorithm.passes(prompts)
-    student = prompts * (lengths.prompt + group * lengths.completion)
-    # A sibling's answer is the same text for all of a group but its own author.
-    own_texts = 2 if settings.feedback.sources[0] == "sibling" else group
-    teacher = prompts * (lengths.prompt + own_texts * lengths.feedback + group * lengths.completion) * has_teacher
-    e_share, epochs, reads, teachers = passes.e_steps, passes.e_epochs, passes.student_reads, passes.teacher_reads
-    fits = passes.e_is_whole and teacher <= settings.optim.micro_batch_tokens
-    # The M-step's teacher may take the questions' keys and values from the student's pass.
-    has_dropout = settings.model.lora is not None and settings.model.lora.lora_dropout > 0
-    reuses_keys = settings.model.packed_attention == "blocks" and not has_dropout
-    is_conditioned = reuses_keys and passes.teacher_reuses_keys
-    m_teacher = teacher - is_conditioned * prompts * lengths.prompt
-    # The E-step's prior may take them from the teacher's, where that is one pass.
-    known_to_prior = lengths.prompt if reuses_keys and fits and passes.prior_reuses_keys else 0
-    prior = student - prompts * known_to_prior
-    scored = rollouts * lengths.completion
+        settings: The run's settings; prompts and generations of a step, the algorithm, the precision and gradient
+            checkpointing have a part in the cost.
+        size: The network's sizes.
+        lengths: The lengths of a typical rollout.
+        hardware: The one device that does all of the work.
+        teacher_size: The sizes of the teacher's network, where it is another one.
 
-    backward = 2 + settings.model.gradient_checkpointing
-    student_pass, head = pass_flops(shape, replace(lengths, feedback=0), rollouts, student)
-    teacher_pass, _ = pass_flops(shape, lengths, rollouts, teacher)
-    m_teacher_pass, _ = pass_flops(shape, lengths, rollouts, m_teacher, is_conditioned * lengths.prompt)
-    prior_pass, _ = pass_flops(shape, replace(lengths, feedback=0), rollouts, prior, known_to_prior)
-    prefill, _ = pass_flops(shape, Lengths(lengths.prompt, 0, 0), prompts, prompts * lengths.prompt)
-    flops = Step(
-        rollout=student_pass + head,
-        student=(1 + backward + reads) * student_pass + (3 + reads) * head,
-        teacher=teachers * (m_teacher_pass + head),
-        # The prior; the training pass, whose head is computed once more in its backward pass; delta's pass.
-        e_step=e_share
-        * (
-            prior_pass
-            + head
-            + epochs * ((1 + backward) * teacher_pass + 4 * head)
-            + (0 if fits else teacher_pass + head)
-        ),
-    )
+    Raises:
+        ValueError: The teacher is another network, and its sizes are not given.
+    """
+    passes = step_passes(settings, lengths)
+    if passes.teacher_model is not None and teacher_size is None:
+        raise ValueError(f"The teacher is {passes.teacher_model}: give the sizes of its network as teacher_size.")
+    flops = _flops_of_passes(settings, size, teacher_size or size, lengths, passes)
+    prompts, rollouts = settings.rollout.prompts_per_step, passes.rollouts
     tokens = Step(
-        rollout=prompts * lengths.prompt + scored,
-        student=(1 + reads) * student,
-        teacher=teachers * m_teacher,
-        e_step=e_share * (prior + (epochs + (not fits)) * teacher),
+        rollout=prompts * lengths.prompt + rollouts * lengths.completion,
+        student=(1 + passes.reads) * passes.student,
+        teacher=passes.teachers * passes.m_teacher,
+        e_step=passes.e_share * (passes.prior + (passes.e_epochs + passes.separate_shift) * passes.teacher),
     )
     unshared = rollouts * (lengths.prompt + lengths.completion)
-    unshared += has_teacher * rollouts * (lengths.prompt + lengths.feedback + lengths.completion)
+    feedback = lengths.feedback * settings.make_algorithm().has_teacher
+    unshared += (passes.teachers > 0) * rollouts * (lengths.prompt + feedback + lengths.completion)
+    return Plan(
+        tokens,
+        unshared,
+        _step_flops(settings, passes, flops),
+        _step_seconds(settings, size, lengths, hardware, passes, flops),
+        _peak_memory(settings, size, lengths, passes) + _teacher_bytes(settings, teacher_size),
+    )
 
-    width = 2 if settings.model.dtype == "bfloat16" else 4
-    # Adapters have gradients and moments of their own alone, which are next to nothing.
-    trained = 0 if settings.model.lora is not None else width
-    copies = len(algorithm.weight_copies()) + settings.optim.extrapolation
+
+@dataclass(frozen=True)
+class _PassFlops:
+    """The operations of the passes without a gradient that a step is made of.
+
+    Attributes:
+        student, teacher, m_teacher, prior: The operations of these passes' blocks (see :class:`.StepPasses`).
+        prefill: The operations of the prompts' pass in sampling.
+        head: The operations of the head over all completions.
+        teacher_head: The same of the M-step's teacher.
+    """
+
+    student: float
+    teacher: float
+    m_teacher: float
+    prior: float
+    prefill: float
+    head: float
+    teacher_head: float
+
+
+def _flops_of_passes(
+    settings: VPDConfig, size: NetworkSize, teacher_size: NetworkSize, lengths: Lengths, passes: StepPasses
+) -> _PassFlops:
+    prompts, rollouts = settings.rollout.prompts_per_step, passes.rollouts
+    own = replace(lengths, feedback=0)
+    student, head = pass_flops(size, own, rollouts, passes.student)
+    teacher, _ = pass_flops(size, lengths, rollouts, passes.teacher)
+    m_teacher, teacher_head = pass_flops(teacher_size, lengths, rollouts, passes.m_teacher, passes.m_teacher_reused)
+    prior, _ = pass_flops(size, own, rollouts, passes.prior, passes.prior_reused)
+    prefill, _ = pass_flops(size, Lengths(lengths.prompt, 0, 0), prompts, prompts * lengths.prompt)
+    return _PassFlops(student, teacher, m_teacher, prior, prefill, head, teacher_head)
+
+
+def _step_flops(settings: VPDConfig, passes: StepPasses, flops: _PassFlops) -> Step:
+    backward = 2 + settings.model.gradient_checkpointing
+    return Step(
+        rollout=flops.student + flops.head,
+        student=(1 + backward + passes.reads) * flops.student + (3 + passes.reads) * flops.head,
+        teacher=passes.teachers * (flops.m_teacher + flops.teacher_head),
+        # The training pass computes its head once more in its backward pass.
+        e_step=passes.e_share
+        * (
+            flops.prior
+            + flops.head
+            + passes.e_epochs * ((1 + backward) * flops.teacher + 4 * flops.head)
+            + (flops.teacher + flops.head if passes.separate_shift else 0)
+        ),
+    )
+
+
+def _step_seconds(
+    settings: VPDConfig, size: NetworkSize, lengths: Lengths, hardware: Hardware, passes: StepPasses, flops: _PassFlops
+) -> Step:
+    step = _step_flops(settings, passes, flops)
     train, score = hardware.flops * hardware.train_share, hardware.flops * hardware.score_share
-    batches = -(-rollouts // settings.rollout.batch_size)
-    rows = min(rollouts, settings.rollout.batch_size)
-    # A step of decoding reads the weights, in two bytes, and the keys and values so far.
-    read = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion / 2)
+    batches = -(-passes.rollouts // settings.rollout.batch_size)
+    rows = min(passes.rollouts, settings.rollout.batch_size)
+    # A step of decoding reads the weights, with two bytes each, and the keys and values so far.
+    read = 2 * size.parameters + rows * cache_bytes(size) * (lengths.prompt + lengths.completion / 2)
     read *= lengths.completion * batches
     # The E-step's prior and a separate pass for delta have no gradient.
-    without = e_share * (prior_pass + head + (0 if fits else teacher_pass + head))
-    reading = reads * (student_pass + head)
-    # Weights, gradient and two moments, read and written, and the copy that samples.
-    optimizer = shape.parameters * (7 * trained * (1 + e_share) + width + 2) / hardware.bandwidth
-    seconds = Step(
-        rollout=prefill / score
-        + max((flops.rollout - prefill) / score, read / (hardware.bandwidth * hardware.decode_share)),
-        student=(flops.student - reading) / train + reading / score,
-        teacher=flops.teacher / score,
-        e_step=(flops.e_step - without) / train + without / score,
+    without = passes.e_share * (flops.prior + flops.head + (flops.teacher + flops.head if passes.separate_shift else 0))
+    reading = passes.reads * (flops.student + flops.head)
+    # The optimizer reads and writes weights, gradient and two moments, and the inference copy is written anew.
+    width, trained = _parameter_bytes(settings)
+    optimizer = size.parameters * (7 * trained * (1 + passes.e_share) + width + 2) / hardware.bandwidth
+    return Step(
+        rollout=flops.prefill / score
+        + max((step.rollout - flops.prefill) / score, read / (hardware.bandwidth * hardware.decode_share)),
+        student=(step.student - reading) / train + reading / score,
+        teacher=step.teacher / score,
+        e_step=(step.e_step - without) / train + without / score,
         optimizer=optimizer,
     )
-    held = min(settings.optim.micro_batch_tokens, max(student, teacher * (e_share > 0)))
+
+
+def _peak_memory(settings: VPDConfig, size: NetworkSize, lengths: Lengths, passes: StepPasses) -> float:
+    budget = settings.optim.micro_batch_tokens
+    width, trained = _parameter_bytes(settings)
+    copies = len(settings.make_algorithm().weight_copies()) + settings.optim.extrapolation
+    held = min(budget, max(passes.student, passes.teacher * (passes.e_share > 0)))
     kept_layers = 2 if settings.model.gradient_checkpointing else _ACTIVATION_BYTES
-    activations = held * shape.layers * shape.hidden * kept_layers
+    activations = held * size.layers * size.hidden * kept_layers
     if settings.model.gradient_checkpointing:
-        # Keys and values that are lent; without checkpointing they are held for the backward pass anyway.
-        lent = max(student * is_conditioned, teacher * (known_to_prior > 0) * (e_share > 0))
-        activations += cache_bytes(shape) * min(settings.optim.micro_batch_tokens, lent)
-    # The copy that samples and its cache are freed before the update.
-    sampling = 2 * shape.parameters + rows * cache_bytes(shape) * (lengths.prompt + lengths.completion)
-    memory = shape.parameters * (width + (3 + copies) * trained) + max(activations, sampling)
-    return Plan(tokens, unshared, flops, seconds, memory)
+        # Keys and values for reuse are held on top; without checkpointing the backward pass holds them anyway.
+        reused = max(
+            passes.student * (passes.m_teacher_reused > 0),
+            passes.teacher * (passes.prior_reused > 0) * (passes.e_share > 0),
+        )
+        activations += cache_bytes(size) * min(budget, reused)
+    # The inference copy and its cache are freed before the update.
+    rows = min(passes.rollouts, settings.rollout.batch_size)
+    sampling = 2 * size.parameters + rows * cache_bytes(size) * (lengths.prompt + lengths.completion)
+    return size.parameters * (width + (3 + copies) * trained) + max(activations, sampling)
 
 
-def pass_flops(shape: Shape, lengths: Lengths, rollouts: int, tokens: float, known: int = 0) -> tuple[float, float]:
-    """Operations of a pass without gradient over ``tokens`` distinct ones, which stand behind ``known`` ones of another
-    pass: of the blocks, and of the head, which scores the completions alone."""
-    context = (known + lengths.prompt + lengths.feedback + lengths.completion) / 2
-    blocks = tokens * (2 * shape.blocks + 4 * shape.layers * shape.attention_width * context)
-    return blocks, 2 * rollouts * lengths.completion * shape.vocabulary * shape.hidden
+def _teacher_bytes(settings: VPDConfig, teacher_size: NetworkSize | None) -> int:
+    """Return the bytes of another network's weights, which are held during the whole run."""
+    if teacher_size is None:
+        return 0
+    return teacher_size.parameters * settings.make_algorithm().passes(settings.rollout.prompts_per_step).teacher_bytes
 
 
-def cache_bytes(shape: Shape) -> int:
-    """Of one token's keys and values in all layers, in two bytes a number."""
-    return 2 * shape.layers * shape.cache_width
+def _parameter_bytes(settings: VPDConfig) -> tuple[int, int]:
+    """Return the bytes of one weight, and those of one trained weight.
+
+    Adapters count as no trained weights: their gradients and moments take next to nothing.
+    """
+    width = 2 if settings.model.dtype == "bfloat16" else 4
+    return width, 0 if settings.model.lora is not None else width
+
+
+def pass_flops(
+    size: NetworkSize, lengths: Lengths, rollouts: int, tokens: float, reused: int = 0
+) -> tuple[float, float]:
+    """Count the operations of a pass without a gradient.
+
+    Args:
+        size: The network's sizes.
+        lengths: The lengths of a typical rollout, which give the average context.
+        rollouts: How many completions the head scores.
+        tokens: How many distinct tokens are computed.
+        reused: How many tokens before each sequence have keys and values that are reused from another pass.
+
+    Returns:
+        The operations of the blocks, and those of the head, which scores the completions alone.
+    """
+    context = (reused + lengths.prompt + lengths.feedback + lengths.completion) / 2
+    blocks = tokens * (2 * size.blocks + 4 * size.layers * size.attention_width * context)
+    return blocks, 2 * rollouts * lengths.completion * size.vocabulary * size.hidden
+
+
+def cache_bytes(size: NetworkSize) -> int:
+    """Return the bytes of one token's keys and values in all layers, with two bytes for a number."""
+    return 2 * size.layers * size.cache_width
 
 
 def hardware_named(name: str) -> Hardware:
-    """A preset.
+    """Return the preset of :data:`GPUS` with this name.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: There is no such preset.
     """
     if name not in GPUS:
         raise ConfigError(f"There is no hardware {name!r}; there are {', '.join(sorted(GPUS))}, and this.")

@@ -1,4 +1,4 @@
-"""HTML that is escaped unless it was built here, so that no text of a model can become markup."""
+"""Functions that build HTML and escape all other text, so that no text of a model can become markup."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ class Html(str):
 
 
 def element(name: str, /, *children: str | None, **attributes: str | bool) -> Html:
-    """``<name attributes>children</name>``; children that are not :class:`Html` are escaped, None is left out.
+    """Build ``<name attributes>children</name>``.
 
     Args:
-        attributes: values are escaped; True is a bare attribute, False is none. ``class_`` stands for ``class``, and
-            ``aria_label`` for ``aria-label``.
+        name: The element's name.
+        children: The contents; those that are not :class:`Html` are escaped, and None is left out.
+        attributes: The attributes, with escaped values. True makes a bare attribute, and False leaves it out.
+            ``class_`` stands for ``class``, and ``aria_label`` for ``aria-label``.
     """
     opening = name
     for key, value in attributes.items():
@@ -31,5 +33,5 @@ def element(name: str, /, *children: str | None, **attributes: str | bool) -> Ht
 
 
 def join(*children: str | None) -> Html:
-    """The children one after the other, escaped where they are not :class:`Html`."""
+    """Join the children one after the other, escaped where they are not :class:`Html`; None is left out."""
     return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child is not None))

@@ -1,4 +1,4 @@
-"""The page of a run: what was run, what came of it, how it went, and what the model wrote."""
+"""The page of a run: it shows the settings, the results, the curves, and rollouts that the model wrote."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from vpd.monitoring.progress import duration
 from vpd.report import plots
-from vpd.report.data import Entry, RunData, load_run, number
 from vpd.report.markup import Html, element, join
-from vpd.report.rollouts import rollout_section
+from vpd.report.rollout_section import rollout_section
+from vpd.report.run_data import Entry, RunData, load_run, number
 from vpd.runs import atomic_write_text
 
 SAMPLES = 20
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Even if markup slipped through, the browser would run no script and load nothing."""
+"""The page's security policy: even if markup slipped through, the browser would run no script and load nothing."""
 
 _CURVES = (
     ("Reward and accuracy", plots.reward_and_accuracy, "Accuracy on held-out questions with its 95% interval."),
@@ -28,27 +28,27 @@ _CURVES = (
     (
         "Divergence and entropy",
         plots.divergence_and_entropy,
-        "Near-zero divergence leaves nothing to distil; an entropy that falls to zero is a collapse.",
+        "A divergence near zero leaves nothing to distil; an entropy that falls to zero is a collapse.",
     ),
     ("Length and truncation", plots.lengths, "A runaway length or repetition is the usual first sign of a collapse."),
-    ("Gradient norm", plots.gradient_norms, "Before clipping."),
+    ("Gradient norm", plots.gradient_norms, "The norm before clipping."),
     (
         "Rollouts that teach",
         plots.activity,
         "A rollout is active where it has feedback; a group is one prompt's rollouts.",
     ),
-    ("Speed", plots.speed, "Tokens sampled and tokens trained on, each by the time of its own phase."),
-    ("Time by phase", plots.phases, "Where the seconds of a step go, on average over neighbouring steps in long runs."),
+    ("Speed", plots.speed, "Tokens sampled and tokens trained on, each divided by the time of its own phase."),
+    ("Time by phase", plots.phases, "The seconds of a step by phase; in long runs, the mean over neighbouring steps."),
 )
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` from the files of a run's folder, finished or not, and give its path.
+    """Write ``report.html`` from the files of a run's folder, and return its path; the run need not have finished.
 
-    The page is self-contained: no script, and nothing is loaded from anywhere.
+    The page is self-contained: it has no script, and loads nothing from anywhere.
 
     Raises:
-        RunError: the folder holds no run, or a file of it is broken.
+        RunError: The folder holds no run, or one of its files is broken.
     """
     run = load_run(Path(folder), SAMPLES)
     path = Path(folder) / "report.html"
@@ -81,7 +81,7 @@ def _page(run: RunData) -> str:
 
 def _header(run: RunData) -> Html:
     result = run.result or {}
-    train = run.of("train")
+    train = run.entries("train")
     done = max((int(step) for entry in train if (step := number(entry.get("step"))) is not None), default=0)
     total = number(run.setting("run.max_steps"))
     what = (
@@ -153,7 +153,7 @@ def _results(run: RunData) -> Html | None:
 
 
 def _interval_bar(row: Entry) -> Html | None:
-    """The accuracy as a dot on a line from 0 to 100%, its interval as a bar."""
+    """Draw the accuracy as a dot on a line from 0 to 100%, and its interval as a bar."""
     accuracy, low, high = (number(row.get(key)) for key in ("accuracy", "low", "high"))
     if accuracy is None:
         return None
@@ -167,7 +167,7 @@ def _interval_bar(row: Entry) -> Html | None:
 
 
 def _gaps(run: RunData) -> Html | None:
-    entries = run.of("gap")
+    entries = run.entries("gap")
     if not entries:
         return None
     paragraphs = []
@@ -185,12 +185,12 @@ def _gaps(run: RunData) -> Html | None:
             )
         )
     advice = "A teacher that is no better has nothing to teach; a warm start mends that."
-    return join(element("h2", "The teacher's lead"), *paragraphs, element("p", advice))
+    return join(element("h2", "The gap between teacher and student"), *paragraphs, element("p", advice))
 
 
 def _warnings(run: RunData) -> Html | None:
     by_name: dict[str, list[Entry]] = {}
-    for entry in run.of("warning"):
+    for entry in run.entries("warning"):
         by_name.setdefault(str(entry.get("name") or "unnamed"), []).append(entry)
     if not by_name:
         return None
@@ -224,8 +224,8 @@ def _curves(run: RunData) -> Html:
         if cards
         else element("p", "No step has been recorded yet.", class_="card")
     )
-    smoothed = len(run.of("train")) >= plots.SMOOTHED_FROM
-    note = element("p", "Where a thin and a thick line run together, the thick one is a running mean.", class_="soft")
+    smoothed = len(run.entries("train")) >= plots.SMOOTHED_FROM
+    note = element("p", "Where a curve has a thin and a thick line, the thick one is the running mean.", class_="soft")
     return join(element("h2", "Curves"), note if smoothed else None, body)
 
 
@@ -273,13 +273,13 @@ def _steps(entries: list[Entry]) -> str:
 
 
 def percent(share: Any) -> str:
-    """A share for people: 0.4213 is ``42.1%``; ``unknown`` without one."""
+    """Write a share for people: 0.4213 becomes ``42.1%``, and anything but a number ``unknown``."""
     value = number(share)
     return "unknown" if value is None else f"{100 * value:.1f}%"
 
 
 def interval(row: Entry) -> str:
-    """The bounds of a share: ``36.0 to 48.2%``; nothing without them."""
+    """Write the bounds of a share, such as ``36.0 to 48.2%``; without bounds the text is empty."""
     low, high = number(row.get("low")), number(row.get("high"))
     return "" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f}%"
 

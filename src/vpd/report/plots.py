@@ -1,4 +1,4 @@
-"""A run's curves: each function takes the run and gives a matplotlib figure, or None where nothing was recorded."""
+"""The curves of a run: each public function draws a matplotlib figure, or returns None where nothing was recorded."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from vpd.report.data import Entry, RunData, number, series
+from vpd.report.run_data import Entry, RunData, number, series
 
 BLUE, ORANGE, GREEN, RED, VIOLET = "#3b82f6", "#f08c2e", "#22a06b", "#e5484d", "#9a6dd7"
 GREY = "#8a8f98"
-"""Readable on a white and on a dark page."""
+"""A grey that is readable on a white and on a dark page."""
 
 _INK = "#010203"
-"""Stands for the page's text colour, by which it is replaced in the finished SVG."""
+"""A colour that stands for the page's text colour; the finished SVG has that colour in its place."""
 
 SMOOTHED_FROM = 40
-"""Points from which a noisy curve gets a running mean."""
+"""The number of points at which a noisy curve gets a running mean."""
 
 _BARS = 60
-"""At most so many bars; a bar of a longer run is the mean of several steps."""
+"""The largest number of bars; in a longer run each bar is the mean of several steps."""
 
 
 def reward_and_accuracy(run: RunData) -> Figure | None:
-    train, evaluations = run.of("train"), run.of("eval")
+    train, evaluations = run.entries("train"), run.entries("eval")
     figure, (axes,) = _figure()
     _line(axes, train, "reward", "reward of rollouts", BLUE, noisy=True)
     if _differs(train, "success_rate", "reward"):
@@ -39,7 +39,7 @@ def reward_and_accuracy(run: RunData) -> Figure | None:
 
 
 def margins(run: RunData) -> Figure | None:
-    train = run.of("train")
+    train = run.entries("train")
     figure, (axes,) = _figure()
     for entry in train:
         step, low, high = (number(entry.get(key)) for key in ("step", "margin_before", "margin_after"))
@@ -59,13 +59,13 @@ def margins(run: RunData) -> Figure | None:
 
 def divergence_and_entropy(run: RunData) -> Figure | None:
     figure, (upper, lower) = _figure(2)
-    _line(upper, run.of("train"), "divergence", "student and teacher", BLUE, noisy=True)
-    _line(lower, run.of("train"), "entropy", "student", VIOLET, noisy=True)
+    _line(upper, run.entries("train"), "divergence", "student and teacher", BLUE, noisy=True)
+    _line(lower, run.entries("train"), "entropy", "student", VIOLET, noisy=True)
     return _finish(figure, "divergence\n[nats/token]", "entropy\n[nats/token]")
 
 
 def lengths(run: RunData) -> Figure | None:
-    train = run.of("train")
+    train = run.entries("train")
     figure, (upper, lower) = _figure(2)
     _line(upper, train, "length_mean", "mean", BLUE, noisy=True)
     _line(upper, train, "length_max", "longest", ORANGE)
@@ -75,7 +75,7 @@ def lengths(run: RunData) -> Figure | None:
 
 
 def gradient_norms(run: RunData) -> Figure | None:
-    train = run.of("train")
+    train = run.entries("train")
     figure, (axes,) = _figure()
     _line(axes, train, "grad_norm", "M-step", BLUE, noisy=True)
     _line(axes, train, "e_grad_norm", "E-step", ORANGE)
@@ -89,7 +89,7 @@ def gradient_norms(run: RunData) -> Figure | None:
 
 
 def activity(run: RunData) -> Figure | None:
-    train = run.of("train")
+    train = run.entries("train")
     figure, (axes,) = _figure()
     _line(axes, train, "active_share", "active rollouts", BLUE)
     _line(axes, train, "all_success_groups", "groups that all succeeded", GREEN)
@@ -99,14 +99,14 @@ def activity(run: RunData) -> Figure | None:
 
 def speed(run: RunData) -> Figure | None:
     figure, (axes,) = _figure()
-    _line(axes, run.of("train"), "tokens_per_second_rollout", "sampling", BLUE, noisy=True)
-    _line(axes, run.of("train"), "tokens_per_second_train", "training", ORANGE, noisy=True)
+    _line(axes, run.entries("train"), "tokens_per_second_rollout", "sampling", BLUE, noisy=True)
+    _line(axes, run.entries("train"), "tokens_per_second_train", "training", ORANGE, noisy=True)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     return _finish(figure, "tokens per second", from_zero=True)
 
 
 def phases(run: RunData) -> Figure | None:
-    train = [entry for entry in run.of("train") if number(entry.get("step")) is not None]
+    train = [entry for entry in run.entries("train") if number(entry.get("step")) is not None]
     size = -(-len(train) // _BARS) or 1
     bins = [train[start : start + size] for start in range(0, len(train), size)]
     figure, (axes,) = _figure()
@@ -128,10 +128,11 @@ def phases(run: RunData) -> Figure | None:
 
 
 def as_svg(figure: Figure, salt: str) -> str:
-    """The figure as an SVG element to stand inside a page, in the page's text colour.
+    """Write the figure as an SVG element for a page, in the page's text colour.
 
     Args:
-        salt: unique on the page; equal figures with equal salts give equal text.
+        figure: The figure.
+        salt: A text that is unique on the page; equal figures with equal salts give equal SVG text.
     """
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -139,7 +140,7 @@ def as_svg(figure: Figure, salt: str) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    # Ids that nothing refers to would stand on the page once for each figure.
+    # Nothing refers to these ids, and each would stand on the page once for every figure.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
 
@@ -161,7 +162,7 @@ def _figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _finish(figure: Figure, *labels: str, from_zero: bool = False) -> Figure | None:
-    """Label the axes and remove empty ones; None where all are empty."""
+    """Label the axes and remove empty ones; return None where all are empty."""
     for axes, label in zip(figure.axes, labels, strict=True):
         if not axes.has_data():
             axes.remove()
@@ -200,7 +201,7 @@ def _line(
 
 
 def _running_mean(values: list[float], reach: int) -> list[float]:
-    """The mean of each value with up to ``reach`` neighbours on either side."""
+    """Return the mean of each value with up to ``reach`` neighbours on either side."""
     windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
     return [_mean(window) for window in windows]
 
@@ -210,7 +211,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _accuracy(axes: Axes, entries: list[Entry], split: str, color: str) -> None:
-    """Accuracy with its interval, where one was recorded."""
+    """Draw the accuracy, with its interval where one was recorded."""
     steps, values = series(entries, "accuracy")
     if not steps:
         return

@@ -1,4 +1,4 @@
-"""Runs model-written programs behind the kernel's isolation."""
+"""The sandbox: it runs model-written programs behind the kernel's isolation."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vpd.sandbox.levels import SAFE_LEVELS, choose_level, why_not
     from vpd.sandbox.limits import Limits
-    from vpd.sandbox.sandbox import Answer, Functions, Sandbox
-    from vpd.sandbox.worker import Ended, Level, SandboxError
+    from vpd.sandbox.sandbox import CallResult, Functions, Sandbox
+    from vpd.sandbox.worker import Level, ProgramResult, SandboxError
 
 __all__ = [
     "SAFE_LEVELS",
-    "Answer",
-    "Ended",
+    "CallResult",
     "Functions",
     "Level",
     "Limits",
+    "ProgramResult",
     "Sandbox",
     "SandboxError",
     "choose_level",
@@ -26,7 +26,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The sandboxed side imports this package too, and should hold none of the trainer's side.
+    # The sandboxed process imports this package too, and should load nothing of the trainer's side.
     if name in __all__:
         for module in ("limits", "worker", "levels", "sandbox"):
             found = importlib.import_module(f"vpd.sandbox.{module}")

@@ -1,4 +1,4 @@
-"""The levels of isolation, and which of them a machine offers."""
+"""The levels of isolation, and the functions that find out which of them a machine offers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from vpd.sandbox.limits import Limits
 from vpd.sandbox.worker import Level, SandboxError, Worker
 
 SAFE_LEVELS: tuple[Level, ...] = ("full", "bubblewrap", "landlock")
-"""From the strongest on."""
+"""The levels that isolate programs, from the strongest to the weakest."""
 
-# Before version 3 (Linux 6.2) it lets files be emptied, which only a root of one's own keeps out of reach.
+# Before version 3 (Linux 6.2) Landlock does not forbid emptying files, which only a root of its own keeps out of a
+# program's reach.
 _LANDLOCK_VERSIONS = {"full": 1, "bubblewrap": 1, "landlock": 3}
 
 
 def choose_level(level: Level | Literal["auto"]) -> Level:
-    """The level that is asked for, or the strongest, where this machine offers it.
+    """Return the given level, or with ``auto`` the strongest that this machine offers.
 
     Raises:
-        SandboxError: it does not; the message says why.
+        SandboxError: The machine does not offer the level, or with ``auto`` any; the message says why.
     """
     if level == "unsafe":
         return level
@@ -40,7 +41,7 @@ def choose_level(level: Level | Literal["auto"]) -> Level:
 
 @cache
 def why_not(level: Level) -> str | None:
-    """Why this machine does not offer a level; None where it does, which is tried with a program."""
+    """Say why this machine does not offer a level; return None where it does, after running a first program with it."""
     if platform.system() != "Linux":
         return "it needs Linux."
     if level != "unsafe":

@@ -1,6 +1,6 @@
-"""The C library's functions that Python's own modules leave out, with errors raised as OSError.
+"""Functions of the C library that Python's own modules leave out; they raise errors as OSError.
 
-``PyDLL`` keeps the interpreter's lock: ``clone`` returns twice, and the child must hold it.
+``PyDLL`` keeps the interpreter's lock, because ``clone`` returns twice and the child must hold the lock.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def check(result: int, what: str) -> int:
-    """The result, or an OSError with C's errno where it is negative."""
+    """Return the result; raise OSError with C's errno where it is negative."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
@@ -21,7 +21,7 @@ def check(result: int, what: str) -> int:
 
 
 def syscall(number: int, *arguments: int | bytes | None) -> int:
-    """A raw system call; integers are passed as long, bytes as pointers. May return a negative number: see check."""
+    """Make a raw system call, with integers passed as long and bytes as pointers; a negative result is an error."""
     converted = [ctypes.c_long(value) if isinstance(value, int) else ctypes.c_char_p(value) for value in arguments]
     return _libc.syscall(ctypes.c_long(number), *converted)
 

@@ -1,4 +1,4 @@
-"""What a program may use before it is stopped."""
+"""The limits of a program: how much it may use before it is stopped."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Resources of one program.
+    """The resources of one program.
+
+    A program may start no processes, but as many threads as have room for their stacks in its memory.
 
     Attributes:
-        seconds: of wall clock, and of processor time, for a script; for each call of a function.
-        memory_mb: of address space, the interpreter's own 60 or so included.
-        disk_mb: of all the files that it writes.
-        output_kb: of standard output, standard error and returned values, each.
-        descriptors: open files.
-
-    New processes are not allowed; threads are, as many as their stacks fit into the memory.
+        seconds: How much wall-clock time, and how much processor time, a script may take, or each call of a function.
+        memory_mb: How much address space it may have, in MB; the interpreter itself takes about 60 of them.
+        disk_mb: How much all the files that it writes may hold together, in MB.
+        output_kb: How much it may write to standard output, to standard error, and as returned values, each in kB.
+        descriptors: How many files it may have open.
     """
 
     seconds: float = 5.0

@@ -1,7 +1,7 @@
-"""Inside the sandbox: runs one program, as a script or as a server of its functions, and never returns.
+"""The code that runs one program inside the sandbox, as a script or as a server of its functions.
 
-What is here shares the interpreter with the program, which may break it at will. So nothing here decides anything: the
-program's output, returned values and end are read and judged outside.
+This code shares the interpreter with the program, which may break it at will. So it decides nothing: the program's
+output, returned values and exit code are read and judged outside. Its two entry points never return.
 """
 
 from __future__ import annotations
@@ -22,26 +22,33 @@ from typing import Any
 
 from vpd.sandbox import values
 
-NAME = "program.py"
+PROGRAM_NAME = "program.py"
 
 
 def run_script(source: str) -> None:
-    """Run the source as ``__main__``, with the interpreter's usual end: threads, exit handlers, flush."""
+    """Run the source as ``__main__`` and end as the interpreter does: join threads, call exit handlers, flush."""
     code = _attempt(lambda: exec(_compiled(source), _main_module().__dict__))
     _finish(code)
 
 
 def serve_functions(source: str, prelude: str, requests: int, answers: int) -> None:
-    """Run the prelude and the source, then call its functions as asked, one line of JSON a request and an answer.
+    """Run the prelude and the source, then call the program's functions on request.
 
-    A request is ``{"function": "name" or "Class.method", "arguments": values.dumps((args, kwargs))}``; an answer is
-    ``{"value": values.dumps(...)}`` or ``{"error": text, "line": number}``. The first answer says how the source itself
-    ran. Meanwhile the program may call ``outside(*args)``: ``{"outside": values.dumps(args)}`` goes out as an answer
-    would, and the next line that comes in is what it came to.
+    Each request and each answer is one line of JSON. A request is ``{"function": "name" or "Class.method",
+    "arguments": values.dumps((args, kwargs))}``; an answer is ``{"value": values.dumps(...)}`` or ``{"error": text,
+    "line": number}``. The first answer says how the source itself ran. During a call the program may call
+    ``outside(*args)``: then ``{"outside": values.dumps(args)}`` goes out in place of an answer, and the next line that
+    comes in holds the result.
+
+    Args:
+        source: The program.
+        prelude: Code that runs before it in the same namespace.
+        requests: The file descriptor that requests are read from.
+        answers: The file descriptor that answers are written to.
     """
     module = _main_module()
     namespace = module.__dict__
-    # It is loaded to be called: what it would do as a script stays undone.
+    # The program is loaded for its functions; under this name, the part for use as a script does not run.
     namespace["__name__"] = "program"
     exec(prelude, namespace)
 
@@ -67,10 +74,10 @@ def serve_functions(source: str, prelude: str, requests: int, answers: int) -> N
 
 def _main_module() -> ModuleType:
     module = ModuleType("__main__")
-    module.__dict__["__file__"] = NAME
+    module.__dict__["__file__"] = PROGRAM_NAME
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
-    sys.argv = [NAME]
+    sys.argv = [PROGRAM_NAME]
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8", "replace")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "replace")
     sys.stderr = io.TextIOWrapper(
@@ -81,13 +88,13 @@ def _main_module() -> ModuleType:
 
 
 def _compiled(source: str) -> Any:
-    # So that tracebacks show the program's lines.
-    linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
-    return compile(source, NAME, "exec")
+    # With this entry tracebacks show the program's lines.
+    linecache.cache[PROGRAM_NAME] = (len(source), None, source.splitlines(keepends=True), PROGRAM_NAME)
+    return compile(source, PROGRAM_NAME, "exec")
 
 
 def _attempt(action: Any) -> int:
-    """The exit code of running ``action`` as the interpreter would run a script."""
+    """Run ``action`` as the interpreter would run a script, and return the exit code."""
     try:
         action()
     except SystemExit as error:
@@ -106,7 +113,7 @@ def _outcome(action: Any) -> dict[str, Any]:
         return {"value": values.dumps(action())}
     except BaseException as error:
         frames = traceback.extract_tb(_of_program(error.__traceback__))
-        lines = [frame.lineno for frame in frames if frame.filename == NAME]
+        lines = [frame.lineno for frame in frames if frame.filename == PROGRAM_NAME]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         text = "".join(traceback.format_exception_only(type(error), error)).strip()
         if isinstance(error, values.NotPlainError):
@@ -115,8 +122,8 @@ def _outcome(action: Any) -> dict[str, Any]:
 
 
 def _of_program(trace: TracebackType | None) -> TracebackType | None:
-    """The part of a traceback that begins in the program."""
-    while trace is not None and trace.tb_frame.f_code.co_filename != NAME:
+    """Return the part of a traceback that begins in the program."""
+    while trace is not None and trace.tb_frame.f_code.co_filename != PROGRAM_NAME:
         trace = trace.tb_next
     return trace
 
@@ -140,7 +147,7 @@ def _answer(descriptor: int, outcome: dict[str, Any]) -> None:
 def _finish(code: int) -> None:
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
-    # As at the interpreter's end: files that the program has left open are written, and its streams, old and new.
+    # Files that the program left open are written, and all its streams are flushed, as at the interpreter's own end.
     sys.modules["__main__"].__dict__.clear()
     gc.collect()
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):

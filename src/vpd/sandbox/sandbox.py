@@ -1,11 +1,11 @@
-"""Runs model-written Python behind the kernel's isolation: a pool of warm workers, and what became of each program.
+"""A pool of warm workers that run model-written Python behind the kernel's isolation.
 
     with Sandbox() as sandbox:
         ended = sandbox.run("print(int(input()) + 1)", stdin="41")
         with sandbox.functions("def add(a, b): return a + b") as program:
             answer = program.call("add", 1, 2)
 
-The program's own process decides nothing: output and returned values come out as data, and are compared here.
+The program's own process decides nothing: output and returned values come out as data, and are compared outside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 from vpd.sandbox import values
 from vpd.sandbox.levels import choose_level
 from vpd.sandbox.limits import Limits
-from vpd.sandbox.worker import Ended, Level, Worker
+from vpd.sandbox.worker import Level, ProgramResult, Worker
 
 _REACHED = {
     "time": "ran out of time",
@@ -36,14 +36,14 @@ _REACHED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a call of a program's function gave.
+class CallResult:
+    """The result of one call of a program's function.
 
     Attributes:
-        value: made of builtin values only; meaningful where ``error`` is None.
-        error: the exception as Python prints it, or what else went wrong.
-        line: of the program where it went wrong, where that is known.
-        stopped: the limit that ended the program, as in :class:`Ended`.
+        value: The returned value, made of builtin values only; it has a meaning only where ``error`` is None.
+        error: The exception as Python prints it, or a text on what else went wrong.
+        line: The program's line where it went wrong, or None where that is not known.
+        stopped: The limit that ended the program, as in :class:`ProgramResult`.
     """
 
     value: Any = None
@@ -53,16 +53,16 @@ class Answer:
 
 
 class Sandbox:
-    """A pool of workers that run programs, thread-safe.
+    """A thread-safe pool of workers that run programs.
 
     Args:
-        level: which isolation; ``auto`` takes the strongest that this machine offers.
-        workers: programs at the same time; one a core by default.
-        limits: of each program.
+        level: The isolation; ``auto`` takes the strongest that this machine offers. Only ``unsafe`` runs programs
+            without isolation.
+        workers: How many programs run at the same time, by default one for each core.
+        limits: The limits of each program.
 
     Raises:
-        SandboxError: the machine does not offer the level, and with ``auto`` none at all. Only ``unsafe`` runs
-            programs without isolation.
+        SandboxError: The machine does not offer the level, or with ``auto`` any level at all.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class Sandbox:
         self._all: set[Worker] = set()
         self._lock = threading.Lock()
 
-    def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> Ended:
+    def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> ProgramResult:
         """Run a program as a script.
 
         Raises:
-            SandboxError: it could not be run in isolation.
+            SandboxError: The program could not be run in isolation.
         """
         limits = limits or self.limits
         with self._worker() as worker:
@@ -93,20 +93,20 @@ class Sandbox:
         self,
         source: str,
         limits: Limits | None = None,
-        outside: Callable[..., Answer] | None = None,
+        outside: Callable[..., CallResult] | None = None,
         prelude: str = "",
     ) -> Iterator[Functions]:
-        """Load a program whose functions are to be called.
+        """Load a program, so that its functions can be called.
 
         Args:
-            source: the program.
-            limits: of this program, in place of the sandbox's.
-            outside: what the program's calls of ``outside(*args)`` come to, for a program that calls another one; by
-                default such a call ends the program's turn with an error.
-            prelude: run before the program in the same namespace, such as imports that it may rely on.
+            source: The program.
+            limits: The limits of this program, in place of the sandbox's.
+            outside: The function that answers the program's calls of ``outside(*args)``, for a program that calls
+                another one; by default such a call is an unreadable answer, and so an error.
+            prelude: Code that runs before the program in the same namespace, such as imports that it may rely on.
 
         Raises:
-            SandboxError: it could not be run in isolation.
+            SandboxError: The program could not be run in isolation.
         """
         with self._worker() as worker:
             program = Functions(worker, source, limits or self.limits, outside, prelude)
@@ -116,7 +116,10 @@ class Sandbox:
                 program.close()
 
     def companion(self) -> Sandbox:
-        """A second pool, made on first use, for programs that call this one's: they wait for each other."""
+        """Return a second pool, made at first use, for programs that call programs of this one.
+
+        With one pool such programs could wait for each other forever: each holds a worker while it waits for another.
+        """
         with self._lock:
             if self._companion is None:
                 self._companion = Sandbox(self.level, self._workers, self.limits)
@@ -144,7 +147,7 @@ class Sandbox:
         worker = self._idle.get()
         try:
             if worker is not None and not worker.is_alive():
-                # Killed by somebody else, out of memory perhaps.
+                # Somebody else killed it; perhaps the machine was out of memory.
                 worker.close()
                 with self._lock:
                     self._all.discard(worker)
@@ -155,7 +158,7 @@ class Sandbox:
                     self._all.add(worker)
             yield worker
         except BaseException:
-            # What state it is in is not known.
+            # The worker's state is unknown after an error.
             broken, worker = worker, None
             if broken is not None:
                 with self._lock:
@@ -167,14 +170,20 @@ class Sandbox:
 
 
 class Functions:
-    """A program that stays alive between calls. The first that runs out of a limit ends it; later ones say so."""
+    """A program that stays alive between calls of its functions.
+
+    A call that reaches a limit ends the program, and every later call returns the same error.
+
+    Attributes:
+        loaded: The result of running the source itself; its value has no meaning.
+    """
 
     def __init__(
         self,
         worker: Worker,
         source: str,
         limits: Limits,
-        outside: Callable[..., Answer] | None = None,
+        outside: Callable[..., CallResult] | None = None,
         prelude: str = "",
     ) -> None:
         self._limits = limits
@@ -182,15 +191,14 @@ class Functions:
         job = {"kind": "functions", "source": source, "prelude": prelude}
         self._running = worker.start(job, limits, wall_seconds=3600.0, cpu_seconds=3600.0)
         self._running.close_stdin()
-        self._over: Answer | None = None
+        self._over: CallResult | None = None
         self.loaded = self._answer()
-        """How the source itself ran; its value means nothing."""
 
-    def call(self, function: str, *args: Any, **kwargs: Any) -> Answer:
-        """Call ``name`` or ``Class.method`` (of a new instance) with builtin values.
+    def call(self, function: str, *args: Any, **kwargs: Any) -> CallResult:
+        """Call ``name``, or ``Class.method`` of a new instance, with builtin values.
 
         Raises:
-            NotPlainError: an argument is no builtin value.
+            NotPlainError: An argument is not a builtin value.
         """
         request = {"function": function, "arguments": values.dumps((args, kwargs))}
         if self._over is None and self.loaded.error is None:
@@ -203,38 +211,39 @@ class Functions:
         self._running.abort()
         self._running.wait()
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> CallResult:
         deadline = time.monotonic() + self._limits.seconds
         line, stopped = self._running.read_line(self._limits.seconds)
         while self._outside is not None and line is not None and (asked := _arguments_of_outside(line)) is not None:
             self._running.send(_reply(self._outside(*asked)))
             line, stopped = self._running.read_line(deadline - time.monotonic())
         if line is None:
-            # It may also have closed the channel and go on; one that has ended keeps its own exit code.
+            # The program may have closed the channel and still be running, so it is aborted. A program that has ended
+            # keeps its own exit code.
             self._running.abort()
             if stopped is None:
                 ended = self._running.wait()
-                self._over = Answer(error=_how_it_ended(ended), stopped=ended.stopped)
+                self._over = CallResult(error=_how_it_ended(ended), stopped=ended.stopped)
             else:
-                self._over = Answer(error=_REACHED[stopped], stopped=stopped)
+                self._over = CallResult(error=_REACHED[stopped], stopped=stopped)
             return self._over
         try:
             answer = json.loads(line)
             if "value" in answer:
-                return Answer(values.loads(answer["value"]))
-            # Half of a surrogate pair is no text that could be encoded later on.
+                return CallResult(values.loads(answer["value"]))
+            # A text with half of a surrogate pair could not be encoded later on.
             error, number = str(answer["error"]).encode("utf-8", "replace").decode(), answer.get("line")
             stopped = "memory" if error.startswith("MemoryError") else None
-            return Answer(error=error, line=number if isinstance(number, int) else None, stopped=stopped)
+            return CallResult(error=error, line=number if isinstance(number, int) else None, stopped=stopped)
         except values.NotPlainError as error:
-            return Answer(error=f"returned {error}")
+            return CallResult(error=f"returned {error}")
         except (ValueError, TypeError, KeyError, RecursionError):
-            # The program has written to the channel of answers by itself.
-            return Answer(error="gave no readable answer")
+            # The program itself has written to the channel of answers.
+            return CallResult(error="gave no readable answer")
 
 
 def _arguments_of_outside(line: bytes) -> tuple[Any, ...] | None:
-    """The arguments where a line of answers is a call of ``outside``."""
+    """Return the arguments where a line of answers is a call of ``outside``; None where it is not."""
     try:
         arguments = values.loads(json.loads(line)["outside"])
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -242,12 +251,12 @@ def _arguments_of_outside(line: bytes) -> tuple[Any, ...] | None:
     return arguments if isinstance(arguments, tuple) else None
 
 
-def _reply(answer: Answer) -> bytes:
+def _reply(answer: CallResult) -> bytes:
     reply = {"value": values.dumps(answer.value)} if answer.error is None else {"error": answer.error}
     return json.dumps(reply).encode() + b"\n"
 
 
-def _how_it_ended(ended: Ended) -> str:
+def _how_it_ended(ended: ProgramResult) -> str:
     if ended.stopped is not None:
         return _REACHED[ended.stopped]
     if ended.exit_code < 0:

@@ -1,11 +1,12 @@
-"""A filter of system calls (seccomp-bpf): what a pure Python program needs, and nothing that reaches others.
+"""A filter of system calls (seccomp-bpf) that allows what a pure Python program needs, and nothing that reaches others.
 
-The list says what is allowed; all else is refused with EPERM, also what kernels will add later. Some calls are allowed
-with certain arguments only: new threads but no processes, signals to itself alone, and pairs of connected stream
-sockets (event loops wake themselves with one) but no socket that could reach anybody. Calls that change files without
-Landlock knowing (modes, times, owners, attributes) are refused, and files in memory, which no limit would count.
+The tables list the calls that are allowed; all others are refused with EPERM, also those that kernels will add later.
+Some calls are allowed with certain arguments only: a program may start threads but no processes, signal itself alone,
+and make pairs of connected stream sockets (event loops wake themselves with one) but no socket that could reach
+anybody. Calls that change files without Landlock knowing (modes, times, owners, attributes) are refused. So are files
+in memory, because no limit would count them.
 
-Numbers are those of the kernel's tables for x86-64 and for the generic table of 64-bit ARM.
+The numbers are those of the kernel's tables for x86-64 and of the generic table for 64-bit ARM.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _AARCH64 = """
     getpeername=205 getsockopt=209 setsockopt=208 sendto=206 recvfrom=207 sendmsg=211 recvmsg=212 shutdown=210
 """
 
-# name: (audit architecture, allowed calls, and those that are allowed with some arguments)
+# These calls are allowed with certain arguments only.
 _CONDITIONAL = {
     "x86_64": {
         "clone": 56,
@@ -97,33 +98,35 @@ _X32_BIT = 0x40000000
 
 _CLONE_VM_THREAD = 0x00010100
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
-# isatty, the window's size, close-on-exec on and off, bytes waiting, not to block: what Python's own files ask for.
+# Python's own files make these requests: isatty, the window's size, close-on-exec on and off, the number of waiting
+# bytes, and non-blocking mode.
 _IOCTLS = (0x5401, 0x5413, 0x5451, 0x5450, 0x541B, 0x5421)
-# Duplicates, flags, locks and the size of pipes; not who gets a descriptor's signals, which could be anybody.
+# These commands make duplicates and set flags, locks and the size of pipes. The command that sets who gets a
+# descriptor's signals is left out, because that could be anybody.
 _FCNTLS = (*range(8), 36, 37, 38, *range(1030, 1035))
 _PR_SET_NAME, _PR_GET_NAME, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 15, 16, 38, 22
 _SECCOMP_MODE_FILTER = 2
 
 
 def is_supported() -> bool:
-    """Whether there is a table for this processor."""
+    """Tell whether there is a table for this processor."""
     return platform.machine() in _TABLES
 
 
 def restrict_system_calls(own_pid: int) -> None:
-    """Filter this process's calls from now on, for good.
+    """Filter this process's system calls from now on, for good.
 
     Args:
-        own_pid: the process's id as it sees it, the only one that it may send signals to.
+        own_pid: The process's id as the process itself sees it; it may send signals to this process alone.
 
     Raises:
-        OSError: the kernel refuses, or the processor has no table here.
+        OSError: The kernel refuses, or there is no table for the processor.
     """
     if not is_supported():
         raise OSError(errno.ENOSYS, f"there is no table of system calls for {platform.machine()}")
     program = _program(platform.machine(), own_pid)
     buffer = ctypes.create_string_buffer(program)
-    # struct sock_fprog: the number of instructions of 8 bytes, and where they are.
+    # A struct sock_fprog holds the number of instructions, which have 8 bytes each, and their address.
     fprog = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
     check(prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     check(prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog), 0, 0), "PR_SET_SECCOMP")
@@ -136,14 +139,14 @@ def _program(machine: str, own_pid: int) -> bytes:
         _instruction(_JUMP_EQUAL, _AUDIT_ARCHITECTURES[machine], 1, 0),
         _instruction(_RETURN, _KILL),
         _instruction(_LOAD, _NUMBER),
-        # On x86-64 the same kernel also takes the x32 numbers, which mean other calls.
+        # On x86-64 the same kernel also takes the x32 numbers, which stand for other calls.
         _instruction(_JUMP_GREATER_EQUAL, _X32_BIT, 0, 1),
         _instruction(_RETURN, _KILL),
     ]
     for entry in _TABLES[machine].split():
         instructions += _on(int(entry.partition("=")[2]), [_instruction(_RETURN, _ALLOW)])
     instructions += _on(calls["clone"], _if_all_bits(0, _CLONE_VM_THREAD))
-    # glibc then falls back to clone, whose flags can be read here.
+    # After ENOSYS glibc falls back to clone, whose flags the filter can read.
     instructions += _on(calls["clone3"], [_instruction(_RETURN, _REFUSE | errno.ENOSYS)])
     instructions += _on(calls["kill"], _if_argument(0, (own_pid,)))
     instructions += _on(calls["tgkill"], _if_argument(0, (own_pid,)))
@@ -169,12 +172,12 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
 
 
 def _on(number: int, block: list[bytes]) -> list[bytes]:
-    """The block, which ends the program, where the call has this number."""
+    """Run the block where the call has this number; the block ends the filter."""
     return [_instruction(_JUMP_EQUAL, number, 0, len(block)), *block]
 
 
 def _if_argument(index: int, values: tuple[int, ...]) -> list[bytes]:
-    """Allowed where the lower half of an argument, an int in C, is one of the values."""
+    """Allow the call where the lower half of an argument, which is an int in C, is one of the values."""
     block = [_instruction(_LOAD, _ARGUMENTS + 8 * index)]
     for value in values:
         block += [_instruction(_JUMP_EQUAL, value, 0, 1), _instruction(_RETURN, _ALLOW)]

@@ -1,7 +1,7 @@
-"""Plain Python values as text, and back: how arguments go into the sandbox and results come out.
+"""Functions that write plain Python values as text and read them back; arguments and results cross the sandbox so.
 
-Nothing but builtin values passes, so that what was compared outside is what it seems to be: a result whose class
-overrides ``==`` arrives as the plain value beneath it, or not at all. The reader takes nothing for granted.
+Only builtin values pass, so that a value compared outside is what it seems to be: a result whose class overrides ``==``
+arrives as the plain value beneath it, or not at all. The reader takes nothing for granted.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# Equal hashes can be made at will, and a set of them takes quadratic time.
+# A program can make values with equal hashes at will, and a set of these takes quadratic time.
 _MOST_KEYS = 10_000
 
 
 class NotPlainError(ValueError):
-    """A value that is not made of builtin values, or text that does not describe one."""
+    """A value is not made of builtin values, or a text does not describe such a value."""
 
 
 def dumps(value: Any) -> str:
-    """The value as one line of text.
+    """Write the value as one line of text.
 
     Raises:
-        NotPlainError: it holds something else than None, booleans, numbers, text, bytes, lists, tuples, dicts and sets.
+        NotPlainError: It holds something other than None, booleans, numbers, text, bytes, lists, tuples, dicts, sets.
     """
     try:
         return json.dumps(_tagged(value))
@@ -30,10 +30,10 @@ def dumps(value: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """What the text describes.
+    """Read the value that the text describes.
 
     Raises:
-        NotPlainError: the text was not made by :func:`dumps`.
+        NotPlainError: The text was not made by :func:`dumps`.
     """
     try:
         return _plain(json.loads(text))
@@ -49,7 +49,7 @@ def _tagged(value: Any) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
-        # In hexadecimal, which Python reads and writes in linear time.
+        # Python reads and writes hexadecimal in linear time, and decimal not.
         return {"int": int.__format__(value, "x")}
     if isinstance(value, float):
         return {"float": float.__repr__(value)}

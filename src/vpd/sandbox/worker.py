@@ -1,4 +1,4 @@
-"""A worker of the sandbox, seen from outside: a zygote in isolation, and the pipes of the program that it runs."""
+"""The outer side of a sandbox's worker: it starts a zygote in isolation and holds the pipes of the running program."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ _SOURCE_ROOT = Path(__file__).resolve().parents[2]
 _BOOTSTRAP = (
     "import sys; sys.path.insert(0, {root!r}); from vpd.sandbox import zygote; sys.path.pop(0); zygote.main({args})"
 )
-# glibc otherwise reserves 64 MB of address space for each thread.
+# Without MALLOC_ARENA_MAX glibc reserves 64 MB of address space for each thread.
 _ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
 _START_SECONDS = 20
 _GRACE_SECONDS = 5
-"""How long a program's pipes may stay open beyond its own time."""
+"""How long a program's pipes may stay open after its own time has passed."""
 _CLEARING_SECONDS = 20
-"""How long a worker may take then before it counts as broken: on a busy machine what a program leaves behind, such as
-folders thousands deep, takes seconds to remove."""
-_PATIENCE = 0.2
+"""How long a worker may take after that before it counts as broken. On a busy machine it takes seconds to remove what a
+program leaves behind, such as folders thousands deep."""
+_POLL_SECONDS = 0.2
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself does not work: nothing is said about the program."""
+    """The sandbox itself does not work; the error says nothing about the program."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """What became of a program.
+class ProgramResult:
+    """The output of a program, and how it ended.
 
     Attributes:
-        output, errors: what it wrote, up to the limit; undecodable bytes are replaced.
-        exit_code: as a shell has it; minus the signal's number where one killed it.
-        stopped: the limit that ended it: ``time``, ``memory``, ``output``, ``disk``; None where it ended by itself.
-        seconds: from its start to its end.
+        output: The text that it wrote to standard output, up to the limit; undecodable bytes are replaced.
+        errors: The text that it wrote to standard error, likewise.
+        exit_code: Its exit code; minus the signal's number where a signal killed it.
+        stopped: The limit that ended it; None where it ended by itself.
+        seconds: The wall-clock time from its start to its end.
     """
 
     output: str
@@ -59,14 +60,14 @@ class Ended:
 
 
 class Worker:
-    """A zygote, and the socket to it."""
+    """A zygote and the socket to it, as the trainer holds them."""
 
     def __init__(self, level: Level) -> None:
         ours, theirs = socket.socketpair()
         self._channel = ours
         self._folder = tempfile.mkdtemp(prefix="vpd-sandbox-") if level in ("landlock", "unsafe") else None
         if self._folder is not None:
-            # Also where nobody closes the sandbox before the trainer ends.
+            # The folder is removed even where nobody closes the sandbox before the trainer ends.
             weakref.finalize(self, zygote.remove_tree, self._folder)
         arguments = f"{theirs.fileno()}, {level!r}, {_paths()!r}, {self._folder!r}"
         command = [
@@ -90,23 +91,23 @@ class Worker:
         except OSError:
             ready = b""
         if ready != b"ready":
-            reason = self._last_words()
+            reason = self._last_error_line()
             self.close()
             raise SandboxError(f'The sandbox of level "{level}" did not start: {reason}')
 
-    def run_script(self, source: str, stdin: str, limits: Limits) -> Ended:
+    def run_script(self, source: str, stdin: str, limits: Limits) -> ProgramResult:
         running = self.start({"kind": "script", "source": source}, limits, limits.seconds, limits.seconds)
         running.feed(stdin.encode())
         return running.wait()
 
-    def start(self, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float) -> Running:
-        return Running(self, job, limits, wall_seconds, cpu_seconds)
+    def start(self, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float) -> RunningProgram:
+        return RunningProgram(self, job, limits, wall_seconds, cpu_seconds)
 
     def send(self, job: dict[str, Any], descriptors: tuple[int, ...]) -> None:
         try:
             zygote.send(self._channel, job, descriptors)
         except OSError as error:
-            raise SandboxError(f"The sandbox's worker is gone: {error}. {self._last_words()}") from error
+            raise SandboxError(f"The sandbox's worker is gone: {error}. {self._last_error_line()}") from error
 
     def receive(self, seconds: float) -> dict[str, Any]:
         self._channel.settimeout(seconds)
@@ -115,7 +116,7 @@ class Worker:
         except OSError as error:
             raise SandboxError(f"The sandbox's worker does not answer: {error}.") from error
         if message is None:
-            raise SandboxError(f"The sandbox's worker has ended. {self._last_words()}")
+            raise SandboxError(f"The sandbox's worker has ended. {self._last_error_line()}")
         return message[0]
 
     def close(self) -> None:
@@ -130,15 +131,15 @@ class Worker:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def _last_words(self) -> str:
+    def _last_error_line(self) -> str:
         self._process.kill()
         self._process.wait()
         said = self._process.stderr.read() if self._process.stderr is not None else b""
         return said.decode(errors="replace").strip().rpartition("\n")[2] or "it said nothing."
 
 
-class Running:
-    """One program under way: its pipes, and what came through them."""
+class RunningProgram:
+    """A program that runs: its pipes, and the bytes that came through them."""
 
     def __init__(
         self, worker: Worker, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float
@@ -149,10 +150,11 @@ class Running:
         self._kept: dict[int, bytearray] = {}
         self._too_much = False
         self._wall_seconds = wall_seconds
-        self._ended: Ended | None = None
+        self._ended: ProgramResult | None = None
         self._selector = selectors.DefaultSelector()
         ours, theirs = [], []
-        # Standard input, output and error; for functions also requests and answers; and the one to abort by.
+        # The pipes are standard input, output and error, for functions also requests and answers, and last the one
+        # that aborts the program when it is closed.
         for outward in (False, True, True, *((False, True) if job["kind"] == "functions" else ()), False):
             read, write = os.pipe()
             ours.append(read if outward else write)
@@ -177,14 +179,14 @@ class Running:
         self._open = set(ours)
 
     def feed(self, data: bytes) -> None:
-        """Write standard input while reading output, so that neither side waits for the other for good."""
+        """Write standard input while reading output, so that the two sides never wait for each other forever."""
         os.set_blocking(self._stdin, False)
         deadline = time.monotonic() + self._wall_seconds + _GRACE_SECONDS
         while data and time.monotonic() < deadline and self._output in self._open:
             try:
                 data = data[os.write(self._stdin, data) :]
             except BlockingIOError:
-                self._read(_PATIENCE / 10)
+                self._read(_POLL_SECONDS / 10)
             except BrokenPipeError:
                 break
         self.close_stdin()
@@ -193,7 +195,7 @@ class Running:
         self._close(self._stdin)
 
     def send(self, data: bytes) -> None:
-        """Write a request. The program reads requests only between calls, so that this ends or its pipe is closed."""
+        """Write a request; give up at the time limit, or where the program has closed its end of the pipe."""
         assert self._requests is not None
         os.set_blocking(self._requests, False)
         deadline = time.monotonic() + self._limits.seconds
@@ -201,12 +203,12 @@ class Running:
             try:
                 data = data[os.write(self._requests, data) :]
             except BlockingIOError:
-                self._read(_PATIENCE / 10)
+                self._read(_POLL_SECONDS / 10)
             except BrokenPipeError:
                 return
 
     def read_line(self, seconds: float) -> tuple[bytes | None, Literal["time", "output"] | None]:
-        """The next line of answers; or None, and the limit that was met (None where the program has ended)."""
+        """Read the next line of answers, or return None and the limit that was reached (None: the program ended)."""
         assert self._answers is not None
         kept = self._kept[self._answers]
         deadline = time.monotonic() + seconds
@@ -225,16 +227,16 @@ class Running:
             self._read(left)
 
     def abort(self) -> None:
-        """Have the program killed; nothing happens where it has ended."""
+        """Let the zygote kill the program; nothing happens where the program has ended."""
         self._close(self._abort)
 
-    def wait(self) -> Ended:
-        """Until the program has ended, and read what it wrote."""
+    def wait(self) -> ProgramResult:
+        """Wait until the program has ended, and return what it wrote and how it ended."""
         if self._ended is not None:
             return self._ended
         deadline = time.monotonic() + self._wall_seconds + _GRACE_SECONDS
         while not self._too_much and {self._output, self._errors} & self._open and time.monotonic() < deadline:
-            if not self._read(_PATIENCE):
+            if not self._read(_POLL_SECONDS):
                 continue
         if self._too_much:
             self.abort()
@@ -247,7 +249,9 @@ class Running:
         if not report["isolated"]:
             raise SandboxError(f"A program could not be isolated and was not run: {report['problem']}")
         output, errors = (self._kept[d].decode(errors="replace") for d in (self._output, self._errors))
-        self._ended = Ended(output, errors, report["exit_code"], self._stopped(report, errors), report["seconds"])
+        self._ended = ProgramResult(
+            output, errors, report["exit_code"], self._stopped(report, errors), report["seconds"]
+        )
         return self._ended
 
     def _stopped(self, report: dict[str, Any], errors: str) -> Literal["time", "memory", "output", "disk"] | None:
@@ -268,7 +272,10 @@ class Running:
         return None
 
     def _read(self, seconds: float) -> bool:
-        """Read what is there, waiting up to ``seconds`` for it; whether anything came, an end included."""
+        """Read what the pipes hold, and wait up to ``seconds`` for it.
+
+        Return whether anything came; the end of a pipe counts too.
+        """
         if not self._selector.get_map():
             return False
         ready = self._selector.select(seconds)
@@ -295,20 +302,20 @@ class Running:
 
 
 def _paths() -> zygote.Paths:
-    """What an interpreter needs to read: its library, and shared libraries.
+    """Return the paths that an interpreter needs to read: its library, and shared libraries.
 
-    Packages that are installed into it stay out: a dataset among them could hold the solutions.
+    Installed packages stay out, because a dataset among them could hold the solutions.
     """
     paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
     readable = _without_packages(paths["stdlib"])
-    # Once each: an interpreter of the system's has its library in /usr/lib too.
+    # Each folder counts once: the system's interpreter has its own library in /usr/lib too.
     for folder in dict.fromkeys((str(Path(sys.base_prefix, "lib")), "/lib", "/lib64", "/usr/lib", "/usr/lib64")):
         readable += [folder] if os.path.islink(folder) else _without_packages(folder)
     return {"readable": [*readable, "/etc/ld.so.cache", "/usr/share/zoneinfo"], "listable": [paths["stdlib"]]}
 
 
 def _without_packages(folder: str) -> list[str]:
-    """What a library folder holds, but for interpreters' folders and installed packages."""
+    """Return the entries of a library folder, without interpreters' folders and installed packages."""
     if not os.path.isdir(folder):
         return []
     return [

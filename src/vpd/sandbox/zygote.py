@@ -1,8 +1,8 @@
-"""A process that has an interpreter ready and forks it for each program, behind the kernel's isolation.
+"""The zygote: a process that has an interpreter ready and forks it for each program, behind the kernel's isolation.
 
-It runs under ``python -I -S`` with no environment, and one socket to the trainer. For each program it forks, the child
-takes limits and isolation upon itself, and only then runs the program; the zygote waits, ends it when its time is up,
-and reports how it ended. A program that could not be isolated is not run.
+It runs under ``python -I -S`` with an empty environment, and has one socket to the trainer. It forks for each program;
+the child takes limits and isolation upon itself, and only then runs the program. The zygote waits, ends the program
+when its time is up, and reports how it ended. A program that could not be isolated is not run.
 
     level       new root, process and network namespaces    Landlock    system calls filtered
     full        for every program                           yes         yes
@@ -10,7 +10,7 @@ and reports how it ended. A program that could not be isolated is not run.
     landlock    no                                          yes         yes
     unsafe      no                                          no          no
 
-What it does not cover: bugs of the kernel, and what can be told from the time that things take.
+The isolation does not cover bugs of the kernel, nor what a program can learn from the time that things take.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 
 from vpd.sandbox import landlock, namespaces, program, seccomp
 
-# Loaded before the first fork, so that programs find them ready.
+# These modules are loaded before the first fork, so that programs find them ready.
 _COMMON_MODULES = """
 abc asyncio bisect collections concurrent.futures copy dataclasses datetime decimal encodings.idna enum fractions
 functools heapq itertools math operator queue random re statistics string typing
@@ -42,11 +42,12 @@ _THREADS = 64
 
 
 class Paths(TypedDict):
-    """What programs may read.
+    """The paths that programs may read.
 
     Attributes:
-        readable: files and folders: the interpreter's library without installed packages, and shared libraries.
-        listable: folders of which they may read the names, so that modules are found.
+        readable: The files and folders that they may read: the interpreter's library without installed packages, and
+            shared libraries.
+        listable: The folders whose entries they may list, so that the interpreter finds modules.
     """
 
     readable: list[str]
@@ -57,14 +58,14 @@ def main(control: int, level: str, paths: Paths, folder: str | None) -> None:
     """Serve programs until the trainer closes the socket.
 
     Args:
-        control: descriptor of the socket.
-        level: which isolation to take.
-        paths: what programs may read.
-        folder: where work folders are made, outside of level "full".
+        control: The file descriptor of the socket.
+        level: The isolation's level.
+        paths: The paths that programs may read.
+        folder: The folder in which work folders are made; level "full" does not need it.
     """
     for name in _COMMON_MODULES.split():
         __import__(name)
-    # The terminal's Ctrl-C reaches the whole group; the trainer decides when this process ends.
+    # The terminal's Ctrl-C reaches the whole process group, but the trainer decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
     channel = socket.socket(fileno=control)
@@ -77,7 +78,7 @@ def main(control: int, level: str, paths: Paths, folder: str | None) -> None:
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """The next message with the descriptors sent along; None at the end."""
+    """Receive the next message with the descriptors sent along; return None at the end."""
     header, descriptors, _, _ = socket.recv_fds(channel, 4, 8)
     if not header:
         return None
@@ -102,13 +103,15 @@ def send(channel: socket.socket, message: dict[str, Any], descriptors: tuple[int
 def _run(
     job: dict[str, Any], descriptors: list[int], abort: int, level: str, paths: Paths, folder: str | None
 ) -> dict[str, Any]:
-    """Run one program to its end: what became of it.
+    """Run one program to its end, and report how it ended.
 
     Args:
-        job: the program's ``source`` and ``kind``, its ``limits``, and ``wall_seconds`` until it is killed.
-        descriptors: standard input, output and error; for functions also requests and answers.
-        abort: readable, or closed at its other end, where the trainer wants the program killed.
-        level, paths, folder: as :func:`main` has them.
+        job: The program's ``source`` and ``kind``, its ``limits``, and ``wall_seconds``, after which it is killed.
+        descriptors: Standard input, output and error; for functions also requests and answers.
+        abort: A pipe that is readable, or closed at its other end, once the trainer wants the program killed.
+        level: The isolation's level.
+        paths: The paths that the program may read.
+        folder: The folder in which the work folder is made.
     """
     work = namespaces.WORK if level == "full" else tempfile.mkdtemp(prefix="program-", dir=folder or namespaces.WORK)
     isolated, report = os.pipe()
@@ -136,11 +139,11 @@ def _run(
     pid = namespaces.fork_into(child) if level == "full" else _fork(child)
     for descriptor in (*descriptors, report):
         os.close(descriptor)
-    # At level full the folder is in memory and has a limit of its own.
+    # At level full the work folder is in memory and has a size limit of its own.
     watched = None if level == "full" else work
     ended_by = _wait(pid, abort, job["wall_seconds"], watched, job["limits"]["disk_mb"])
     if level == "unsafe":
-        # Without isolation a program may have started others.
+        # Without isolation a program may have started other processes.
         _kill(-pid)
     _kill(pid)
     _, status, usage = os.wait4(pid, 0)
@@ -170,7 +173,7 @@ def _fork(child: Any) -> int:
 
 
 def _wait(pid: int, abort: int, seconds: float, watched: str | None, disk_mb: int) -> str | None:
-    """Until the program has ended by itself, or must be: because of its ``time``, its ``disk``, or the ``trainer``."""
+    """Wait until the program ends by itself (None), or must be ended for ``time``, ``disk`` or the ``trainer``."""
     ended = os.pidfd_open(pid)
     deadline = time.monotonic() + seconds
     waiting = select.poll()
@@ -193,9 +196,10 @@ def _wait(pid: int, abort: int, seconds: float, watched: str | None, disk_mb: in
 
 
 def _holds_at_most(folder: str, limit: int) -> bool:
-    """Whether a folder has at most ``limit`` bytes and a few thousand files; not so where it cannot be read.
+    """Tell whether a folder has at most ``limit`` bytes and a few thousand files; a folder that cannot be read has not.
 
-    Files that were removed while they are open are not seen: each is within the limit, and so is their number.
+    Files that were removed while they are open are not seen, but each is within the file-size limit, and their number
+    is within the limit of open files.
     """
     size = count = 0
     folders = [folder]
@@ -211,7 +215,7 @@ def _holds_at_most(folder: str, limit: int) -> bool:
                     if size > limit or count > _MOST_FILES:
                         return False
     except FileNotFoundError:
-        # Removed in the meantime.
+        # The program has removed it in the meantime.
         return True
     except OSError:
         return False
@@ -219,9 +223,9 @@ def _holds_at_most(folder: str, limit: int) -> bool:
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder that a program has filled, however deep and whatever the modes; what cannot be removed stays.
+    """Remove a folder that a program has filled, however deep it is and whatever its modes; the rest stays.
 
-    Folders are moved up before they are emptied, so that no path becomes too long, and nothing recurses.
+    Folders are moved up before they are emptied, so that no path becomes too long and the function need not recurse.
     """
     if not os.path.lexists(folder):
         return
@@ -240,7 +244,7 @@ def remove_tree(folder: str) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     number += 1
                     moved = os.path.join(pile, str(number))
-                    # A folder is moved to another parent only by who may write it.
+                    # Only a writable folder can be moved to another parent.
                     os.chmod(entry.path, 0o700)
                     os.rename(entry.path, moved)
                     waiting.append(moved)
@@ -257,7 +261,7 @@ def _kill(pid: int) -> None:
 
 
 def _isolate(limits: dict[str, Any], level: str, paths: Paths, work: str) -> None:
-    """Take the limits and the level's isolation upon this process."""
+    """Put the limits and the level's isolation on this process."""
     if level == "full":
         namespaces.mount_work_folder(limits["disk_mb"])
     os.chdir(work)
@@ -272,7 +276,7 @@ def _isolate(limits: dict[str, Any], level: str, paths: Paths, work: str) -> Non
 
 
 def _only(descriptors: list[int], report: int) -> list[int]:
-    """Make the given descriptors 0, 1, 2, ... and the report the one after, and close all others."""
+    """Renumber the given descriptors to 0, 1, 2, ... and the report to the next number, and close all others."""
     high = [os.dup2(descriptor, 100 + i, inheritable=False) for i, descriptor in enumerate([*descriptors, report])]
     os.closerange(0, 100)
     low = [os.dup2(descriptor, i) for i, descriptor in enumerate(high)]
@@ -297,11 +301,14 @@ def _limit(limits: dict[str, Any], level: str) -> None:
     if level != "unsafe":
         tasks = _THREADS if level in ("full", "bubblewrap") else _THREADS + _tasks_of_machine()
         resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
-    # A thread's stack is address space of this size, so that many threads meet the memory limit too.
+    # A thread's stack takes address space of this size, so that many threads reach the memory limit too.
     resource.setrlimit(resource.RLIMIT_STACK, (8 * _MEGABYTE, 8 * _MEGABYTE))
 
 
 def _tasks_of_machine() -> int:
-    """How many tasks there are: without a user namespace all of the user's count, which are no more than these."""
+    """Return the number of tasks on the machine.
+
+    Without a user namespace all tasks of the user count towards the limit, and they are at most as many.
+    """
     with open("/proc/loadavg") as file:
         return int(file.read().split()[3].partition("/")[2])

@@ -1,1 +1,1 @@
-"""Several settings by several seeds: running them, and setting them side by side."""
+"""Studies run several settings by several seeds (:mod:`.study`) and set them side by side (:mod:`.comparison`)."""

@@ -1,4 +1,4 @@
-"""What a study's runs say together: a table with intervals and paired differences, and curves with bands."""
+"""The comparison of a study's arms: a table with intervals and paired differences, and curves with bands."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vpd.evaluation import crossed_interval
-from vpd.report.data import Entry, number, series
 from vpd.report.plots import BLUE, GREEN, GREY, ORANGE, RED, VIOLET
+from vpd.report.run_data import Entry, number, series
 from vpd.runs.files import RunError, atomic_write_text
 from vpd.runs.folder import read_json, read_metrics
 from vpd.studies.study import START, Study, runs_of
@@ -27,34 +27,38 @@ _COLORS = (BLUE, ORANGE, GREEN, RED, VIOLET, GREY)
 _STYLES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (6, 3)))
 
 _LEGEND_LINE = 0.18
-"""Inches."""
+"""The height of one line of the legend, in inches."""
 
 _SMOOTHED_OVER = 5
+"""The number of neighbouring batches over which a curve is averaged."""
 
 _END = 0.25
-"""Share of an arm's batches, the last ones, over which its margin at the end is averaged."""
+"""The share of an arm's batches, the last ones, over which its margin at the end is averaged."""
 
 _LINE_FROM = 5
-"""Points from which a line needs no markers; a single point would not be seen at all."""
+"""The number of points at which a line needs no markers; a single point without a marker would be invisible."""
 
 _MOST_LEFT_OUT = 0.05
-"""Share of the questions that may have been ungraded in some run."""
+"""The largest share of the questions that may be ungraded in some run."""
 
 Curve = list[tuple[float, float]]
-"""Steps and values."""
+"""Pairs of a step and a value."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run.
+    """The numbers of one finished run.
 
     Attributes:
-        outcomes: the share of successes of each question of the study's split.
-        steps, train_seconds: of training.
-        tokens_rollout, tokens_computed: sampled in training, and run through training passes.
-        success_rate: of the rollouts, by step.
-        selection: accuracy on the selection split, where it was measured.
-        margin: ``margin_on_arrival``, by step.
+        seed: The run's seed.
+        outcomes: The share of successes for each question of the study's split.
+        steps: How many rollout batches it trained on.
+        train_seconds: How long training took, a warm start included.
+        tokens_rollout: How many tokens were sampled in training.
+        tokens_computed: How many tokens went through training passes.
+        success_rate: The success rate of the rollouts, by step.
+        selection: The accuracy on the selection split, by step, where it was measured.
+        margin: The metric ``margin_on_arrival``, by step.
     """
 
     seed: int
@@ -70,14 +74,20 @@ class RunResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm's runs in numbers; accuracies and differences in [0, 1], each with its 95% interval.
+    """The numbers of an arm over its runs.
+
+    Each of the triples is a value with the bounds of its 95% interval; accuracies and their differences are shares.
 
     Attributes:
-        accuracy: mean over seeds and questions.
-        gain: on the shared start, on the same questions; None where the start has not been asked them.
-        difference: of this arm and the first one, on the same seeds and questions; None for the first.
-        margin: on fresh rollouts, mean over the last quarter of the batches and over seeds, with the interval over
-            seeds (of one seed, the value alone); None where some run has none there, as without a teacher.
+        name: The arm's name.
+        runs: The arm's runs, one for each seed.
+        accuracy: The mean accuracy over seeds and questions.
+        gain: The accuracy minus that of the shared start on the same questions; None where the start has not answered
+            them all.
+        difference: The accuracy minus the first arm's, on the same seeds and questions; None for the first arm.
+        margin: The margin on fresh rollouts, as the mean over the last quarter of the batches and over seeds; its
+            interval is over seeds, and with one seed the three values are equal. None where some run has no margin
+            there, for example without a teacher.
     """
 
     name: str
@@ -90,14 +100,14 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A finished study.
+    """The numbers of a finished study.
 
     Attributes:
-        start: the measurements of the shared start.
-        arms: in their order.
-        questions: of the split that every run has graded; the others are left out.
-        left_out: how many these are.
-        split: ``final``, or ``selection``.
+        start: The rows of the shared start's table.
+        arms: The arms in their order.
+        questions: How many questions of the split were graded in every run.
+        left_out: How many questions were not, and are left out.
+        split: The split that is compared, ``final`` or ``selection``.
     """
 
     start: list[Entry]
@@ -108,33 +118,33 @@ class Comparison:
 
 
 def compare(study: Study) -> Comparison:
-    """Read the runs of a finished study.
+    """Read the runs of a finished study and compare its arms.
 
     Raises:
-        RunError: a run has no evaluation on the split, or the arms were asked too different questions: more than a
-            twentieth of all would have to be left out.
+        RunError: A run has no evaluation on the split, or the arms' questions differ too much: more than a twentieth of
+            all questions would have to be left out.
     """
     start = read_json(Path(study.output_dir) / START / "result.json") or {}
     runs = [
         [_read(run.folder, seed, study.split) for run, seed in zip(runs_of(study, arm), study.seeds, strict=True)]
         for arm in study.arms
     ]
-    asked = set[str]().union(*(run.outcomes for of_arm in runs for run in of_arm))
-    questions = sorted(asked.intersection(*(run.outcomes for of_arm in runs for run in of_arm)))
+    asked = set[str]().union(*(run.outcomes for arm_runs in runs for run in arm_runs))
+    questions = sorted(asked.intersection(*(run.outcomes for arm_runs in runs for run in arm_runs)))
     left_out = len(asked) - len(questions)
     if not questions or left_out > _MOST_LEFT_OUT * len(asked):
         raise RunError(
             f"Only {len(questions)} of {len(asked)} questions were graded in every run of the study in "
             f"{study.output_dir}, so that its arms cannot be compared: do they have the same data settings?"
         )
-    scores = [[[run.outcomes[question] for question in questions] for run in of_arm] for of_arm in runs]
-    begun = _outcomes(Path(study.output_dir) / START, study.split)
-    before = [begun[question] for question in questions] if begun.keys() >= set(questions) else None
+    scores = [[[run.outcomes[question] for question in questions] for run in arm_runs] for arm_runs in runs]
+    of_start = _outcomes(Path(study.output_dir) / START, study.split)
+    before = [of_start[question] for question in questions] if of_start.keys() >= set(questions) else None
     arms = []
-    for arm, of_arm, values in zip(study.arms, runs, scores, strict=True):
-        gain = None if before is None else _lead(values, [before] * len(values))
-        lead = None if values is scores[0] else _lead(values, scores[0])
-        arms.append(ArmResult(arm.name, of_arm, _mean(values), gain, lead, _margin_at_end(of_arm)))
+    for arm, arm_runs, values in zip(study.arms, runs, scores, strict=True):
+        gain = None if before is None else _difference(values, [before] * len(values))
+        difference = None if values is scores[0] else _difference(values, scores[0])
+        arms.append(ArmResult(arm.name, arm_runs, _mean(values), gain, difference, _margin_at_end(arm_runs)))
     return Comparison(start.get("rows", []), arms, len(questions), left_out, study.split)
 
 
@@ -154,12 +164,12 @@ def write_comparison(study: Study) -> str:
 
 
 def report_folder(study: Study) -> Path:
-    """Where :func:`write_comparison` writes."""
+    """Return the folder that :func:`write_comparison` writes to."""
     return Path(study.report_dir or study.output_dir)
 
 
 def table_of(comparison: Comparison) -> str:
-    """The comparison as a Markdown table."""
+    """Write the comparison as a Markdown table, with a note on its intervals and columns."""
     first = comparison.arms[0].name
     lines = [
         f"| | accuracy (95% interval) | gain on the start | difference from {first} | margin at the end | seeds "
@@ -196,7 +206,10 @@ def table_of(comparison: Comparison) -> str:
 
 
 def _json(comparison: Comparison) -> str:
-    """All numbers; the questions stand once, and each run's outcomes in their order, null where not graded."""
+    """Write all numbers as JSON.
+
+    The questions' ids are listed once; each run's outcomes are in the same order, with null where it was not graded.
+    """
     values = asdict(comparison)
     runs = [run for arm in values["arms"] for run in arm["runs"]]
     names = sorted(set[str]().union(*(run["outcomes"] for run in runs)))
@@ -206,7 +219,7 @@ def _json(comparison: Comparison) -> str:
 
 
 def learning_curves(comparison: Comparison) -> Figure | None:
-    """Success rate of the rollouts, and accuracy on the selection split where it was measured."""
+    """Draw the success rate of the rollouts, and the accuracy on the selection split where it was measured."""
     return _curves(
         comparison,
         {"success rate of rollouts": "success_rate", "accuracy, selection split": "selection"},
@@ -214,7 +227,7 @@ def learning_curves(comparison: Comparison) -> Figure | None:
 
 
 def margin_curves(comparison: Comparison) -> Figure | None:
-    """The margin of implicit rewards on fresh rollouts."""
+    """Draw the margin of implicit rewards on fresh rollouts."""
     return _curves(comparison, {"margin on fresh rollouts": "margin"})
 
 
@@ -225,7 +238,7 @@ def _read(folder: Path, seed: int, split: str) -> RunResult:
         remedy = "eval.final_tasks above 0" if split == "final" else "eval.eval_steps, at most run.max_steps"
         raise RunError(f"The run in {folder} has no evaluation on the {split} split: set {remedy}.")
     train = [entry for entry in metrics if entry.get("event") == "train"]
-    # An arm that trains on demonstrations alone does so before its first step.
+    # An arm may have a warm start of its own, which trains before the first step.
     supervised = sum(number(entry.get("seconds")) or 0.0 for entry in metrics if entry.get("event") == "warm_start")
     return RunResult(
         seed=seed,
@@ -245,7 +258,7 @@ def _evaluations(metrics: Sequence[Entry], split: str) -> list[Entry]:
 
 
 def _outcomes(folder: Path, split: str) -> dict[str, float]:
-    """Of the last evaluation on a split, by question; empty where there was none."""
+    """Return the outcomes of the last evaluation on a split, by question; they are empty where there was none."""
     found = _evaluations(read_metrics(folder), split)
     return found[-1]["outcomes"] if found else {}
 
@@ -255,7 +268,7 @@ def _points(entries: Sequence[Entry], key: str) -> Curve:
 
 
 def _points_of(difference: tuple[float, float, float] | None) -> str:
-    """In percentage points, with the interval."""
+    """Write a difference in percentage points, with its interval."""
     if difference is None:
         return ""
     value, low, high = (100 * part for part in difference)
@@ -267,8 +280,8 @@ def _percent(value: Any) -> str:
     return "" if found is None else f"{found:.1%}"
 
 
-def _lead(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Of the one over the other, paired by seed and question."""
+def _difference(values: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Return the mean of ``values`` minus ``others``, paired by seed and question, with its interval."""
     return _mean(
         [
             [own - other for own, other in zip(mine, theirs, strict=True)]
@@ -289,13 +302,16 @@ def _margin_at_end(runs: Sequence[RunResult]) -> tuple[float, float, float] | No
 
 
 def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
-    """One panel for each label with data: an arm's mean over seeds, in a band from its lowest to its highest seed."""
+    """Draw one panel for each label with data.
+
+    A line shows an arm's mean over seeds, and a band reaches from its lowest to its highest seed.
+    """
     shown = {
         label: name for label, name in panels.items() if any(getattr(r, name) for a in comparison.arms for r in a.runs)
     }
     if not shown:
         return None
-    # Seven bands at the strength of three would hide the lines.
+    # The more arms, the paler the bands: many strong bands would hide the lines.
     strength = min(0.15, 0.45 / len(comparison.arms))
     height = max(3.4 * len(shown), _LEGEND_LINE * len(comparison.arms) + 0.4)
     figure = Figure(figsize=(8.6, height), layout="constrained")
@@ -310,7 +326,7 @@ def _curves(comparison: Comparison, panels: dict[str, str]) -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # One for all panels, beside them: a study may have more arms than a panel has room for.
+    # One legend stands beside all panels, because a study may have more arms than a panel has room for.
     handles = {str(line.get_label()): line for axes in reversed(figure.axes) for line in axes.get_lines()}
     names = [arm.name for arm in comparison.arms if arm.name in handles]
     figure.legend([handles[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=8)
@@ -332,7 +348,7 @@ def _band(axes: Axes, name: str, curves: Sequence[Curve], color: str, style: Any
 
 
 def _smoothed(curve: Curve) -> Curve:
-    """The mean of each value with the ones right before it, since single batches are noisy."""
+    """Average each value with the ones right before it, because single batches are noisy."""
     if len(curve) < 4 * _SMOOTHED_OVER:
         return curve
     values = [value for _, value in curve]

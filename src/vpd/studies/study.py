@@ -1,4 +1,4 @@
-"""A study: several settings (arms) by several seeds, all from one shared start.
+"""A study runs several settings (arms) by several seeds, all from one shared start.
 
     config = "quickstart.toml"          # of all arms, relative to this file
     output_dir = "runs/compare"
@@ -37,7 +37,6 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, ValidationError, model_validator
 
 from vpd.config import ConfigError, Section, VPDConfig, sentences_of
@@ -48,30 +47,32 @@ from vpd.runs.folder import RunFolder, changed_settings, read_json
 
 class Arm(Section):
     name: str = Field(min_length=1)
-    """As the table and the plots have it."""
+    """The arm's name in the table and in the plots."""
     set: list[str] = Field(default_factory=list)
-    """``section.key=value`` or ``section={...}``, on top of the study's."""
+    """The arm's own settings, on top of the study's: ``section.key=value`` or ``section={...}``."""
 
 
 class Study(Section):
     config: str
     """The TOML file of settings that all arms share, relative to the study's file."""
     output_dir: str
-    """Where the runs, the table and the plots go, from where the command is run. Studies with one ``output_dir`` share
-    its start and the runs that they have in common."""
+    """The folder of the runs, the table and the plots, relative to the folder in which the command is run. Studies with
+    the same ``output_dir`` share its start and the runs that they have in common."""
     report_dir: str | None = None
-    """Where the table and the plots go instead: each of several studies with one ``output_dir`` needs its own."""
+    """The folder of the table and the plots, in place of ``output_dir``: of several studies with the same
+    ``output_dir`` each needs its own."""
     seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
-    """``run.seed`` of the runs; every arm has a run of each."""
+    """The values of ``run.seed``; every arm has one run for each."""
     set: list[str] = Field(default_factory=list)
-    """``section.key=value`` or ``section={...}``, for all arms and the start."""
+    """Settings for all arms and the start: ``section.key=value`` or ``section={...}``."""
     split: Literal["final", "selection"] = "final"
-    """Whose questions the table is about. ``selection`` is for tuning: its last evaluation counts
+    """The split whose questions the table is about. ``selection`` is for tuning: the last evaluation on it counts
     (``eval.eval_steps``), and the final questions are not asked."""
     keep_models: bool = True
-    """Keep the model, the best weights and the checkpoints of finished runs; without them the figures stay."""
+    """Keep the model, the best weights and the checkpoints of finished runs. Otherwise they are removed, and the runs'
+    figures stay."""
     arms: list[Arm] = Field(min_length=1)
-    """The first is the one that the others are compared with."""
+    """The settings to compare; all other arms are compared with the first one."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Study:
@@ -89,10 +90,10 @@ class Study(Section):
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        """Read a TOML file.
+        """Read a study from a TOML file.
 
         Raises:
-            ConfigError: the file is missing or malformed, or settings in it are wrong.
+            ConfigError: The file is missing or malformed, or settings in it are wrong.
         """
         try:
             study = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -107,27 +108,33 @@ class Study(Section):
 
 
 START = "start"
-"""Folder of the run that all arms begin with."""
+"""The name of the folder of the run that all arms begin with."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: the settings on top of the study's config, and its folder."""
+    """One run of a study.
+
+    Attributes:
+        name: The arm and the seed, for people.
+        folder: The run's folder.
+        overrides: The run's settings, on top of the study's config.
+    """
 
     name: str
     folder: Path
     overrides: list[str]
 
     def settings(self, config: str) -> VPDConfig:
-        """The run's settings in full."""
+        """Return all settings of the run."""
         return VPDConfig.load(config, self.overrides)
 
     def is_finished(self) -> bool:
         result = read_json(self.folder / "result.json")
         return result is not None and result.get("interrupted") is None
 
-    def forget_what_cannot_go_on(self) -> None:
-        """Remove a run that was cut off before its first checkpoint; another folder is refused."""
+    def remove_if_unresumable(self) -> None:
+        """Remove the folder of a run that ended before its first checkpoint; refuse a folder that holds no run."""
         if not self.folder.exists() or not any(self.folder.iterdir()):
             return
         folder = RunFolder(self.folder, resume=True)
@@ -138,46 +145,50 @@ class PlannedRun:
 
 
 def start_of(study: Study) -> PlannedRun:
-    """The run that makes the shared start, and measures it."""
+    """Plan the run that makes the shared start and measures it."""
     folder = Path(study.output_dir) / START
-    return PlannedRun(START, folder, [*_of_all(study), "run.max_steps=0", f"run.output_dir={_quoted(folder)}"])
+    return PlannedRun(START, folder, [*_shared_settings(study), "run.max_steps=0", f"run.output_dir={_quoted(folder)}"])
 
 
 def runs_of(study: Study, arm: Arm) -> list[PlannedRun]:
-    """The runs of an arm, one a seed.
+    """Plan the runs of an arm, one for each seed.
 
-    An arm's own settings come last: one that names another model leaves the shared start, and one that sets a warm
-    start makes it on top of the shared one.
+    An arm's own settings come last: an arm that names another model leaves the shared start, and an arm that sets a
+    warm start makes it on top of the shared one.
     """
-    begins = [f"model.name={_quoted(start_of(study).folder / 'model')}", "warm_start.demonstrations=0"]
+    common = [
+        *_shared_settings(study),
+        f"model.name={_quoted(start_of(study).folder / 'model')}",
+        "warm_start.demonstrations=0",
+    ]
     runs = []
     for seed in study.seeds:
         folder = Path(study.output_dir) / _folder_name(arm.name) / f"seed-{seed}"
-        own = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false"]
+        of_seed = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false"]
         place = f"run.output_dir={_quoted(folder)}"
-        runs.append(PlannedRun(f"{arm.name}, seed {seed}", folder, [*_of_all(study), *begins, *own, *arm.set, place]))
+        runs.append(PlannedRun(f"{arm.name}, seed {seed}", folder, [*common, *of_seed, *arm.set, place]))
     return runs
 
 
-def _of_all(study: Study) -> list[str]:
+def _shared_settings(study: Study) -> list[str]:
     return [*study.set, *(["eval.final_tasks=0"] if study.split == "selection" else [])]
 
 
 def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print) -> None:
-    """Run what is not finished yet; the runs' own lines go to a file beside each run's folder, such as ``seed-0.log``.
+    """Run whatever is not finished yet; each run's output goes to a file beside its folder, such as ``seed-0.log``.
 
-    SIGINT and SIGTERM are handed on to the runs under way, which save a checkpoint and end.
+    SIGINT and SIGTERM are passed on to the current runs, which save a checkpoint and end.
 
     Args:
-        study: what to run.
-        workers: runs at the same time; where there are several GPUs, each takes the next one, and where there is none,
-            each takes its share of the processor's cores.
-        say: is told of each run that begins and ends.
+        study: The study.
+        workers: How many runs go at the same time. Where there are several GPUs, each run takes the next one; where
+            there is none, each takes its share of the processor's cores.
+        say: A function that receives a line whenever a run begins or ends.
 
     Raises:
-        ConfigError: settings of an arm are wrong, or a run was begun with others. Nothing has been run then.
-        RunError: a run failed; no further one is begun. Or the study is being run already.
-        KeyboardInterrupt: after a signal, when the runs under way have ended.
+        ConfigError: Settings of an arm are wrong, or a run was begun with other settings. Nothing has been run then.
+        RunError: A run failed, and no further one has begun. Or another process is running the study.
+        KeyboardInterrupt: A signal came, and the current runs have ended.
     """
     start = start_of(study)
     runs = [run for arm in study.arms for run in runs_of(study, arm)]
@@ -186,7 +197,7 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
     with _locked(Path(study.output_dir)), _Pool(study.config, workers, say) as pool:
         pool.run_all([start])
         if not study.keep_models:
-            # Of runs that finished before this was set, or whose study was killed before it got to it.
+            # Some runs may have finished before this was set, or before their study was killed.
             for run in runs:
                 if run.is_finished():
                     _remove_weights(run)
@@ -195,7 +206,7 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, so that two studies cannot write the same runs."""
+    """Lock the folder, so that two processes cannot write the same runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
@@ -206,7 +217,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class _Pool:
-    """Runs in processes of their own, several at a time. Once one fails or a signal comes, no further one begins."""
+    """A pool that runs several processes at a time. After a failure or a signal no further run begins."""
 
     def __init__(self, config: str, workers: int, say: Callable[[str], None]) -> None:
         self._config = config
@@ -220,7 +231,7 @@ class _Pool:
     def __enter__(self) -> _Pool:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._hand_on)
+                self._previous[number] = signal.signal(number, self._forward)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -228,9 +239,9 @@ class _Pool:
             signal.signal(number, handler)
 
     def run_all(self, runs: Sequence[PlannedRun], then: Callable[[PlannedRun], None] | None = None) -> None:
-        """Run what is not finished yet, and call ``then`` with each run that now is."""
+        """Run whatever is not finished yet, and call ``then`` with each run that has finished now."""
         unfinished = [run for run in runs if not run.is_finished()]
-        # A run that is alone has the whole machine.
+        # A single run has the whole machine.
         workers = max(1, min(self._workers, len(unfinished)))
         environments: SimpleQueue[dict[str, str]] = SimpleQueue()
         for index in range(workers):
@@ -242,7 +253,7 @@ class _Pool:
         for future in futures:
             future.result()
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+    def _forward(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
         self._stopped.set()
         for process in list(self._running):
@@ -256,7 +267,7 @@ class _Pool:
     ) -> None:
         if self._stopped.is_set():
             return
-        run.forget_what_cannot_go_on()
+        run.remove_if_unresumable()
         log = run.folder.with_name(f"{run.folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         changes = [part for override in run.overrides for part in ("--set", override)]
@@ -264,7 +275,8 @@ class _Pool:
         environment = environments.get()
         self._say(f"{run.name} begins; its log is {log}.")
         with open(log, "ab") as file:
-            # In a group of its own: a terminal's Ctrl-C comes once, through this process, and not twice.
+            # The run has a process group of its own, so that a terminal's Ctrl-C reaches it once, through this
+            # process, and not twice.
             process = subprocess.Popen(
                 command,
                 stdout=file,
@@ -293,11 +305,14 @@ def _remove_weights(run: PlannedRun) -> None:
 
 
 def _environment(worker: int, workers: int) -> dict[str, str]:
-    """What a worker's runs find in their environment, so that runs at the same time share the machine.
+    """Return the environment variables of a worker's runs, by which runs at the same time share the machine.
 
-    Of several GPUs a worker gets its own. Without a GPU it gets as many threads as it has cores: with more, the
-    threads of one run wait for a core that another's holds, and every product of matrices waits for them.
+    Where there are several GPUs, each worker gets its own. Without a GPU a worker gets as many threads as its share of
+    the cores: with more, the threads of one run would wait for a core that another run holds, and every matrix product
+    would wait for these threads.
     """
+    import torch  # Loading it takes seconds, and planning a study or reading its settings does not need it.
+
     count = torch.cuda.device_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(count)]
@@ -332,5 +347,5 @@ def _folder_name(name: str) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """As a TOML string."""
+    """Write the path as a TOML string."""
     return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,4 +1,4 @@
-"""What a study's table says, against numbers known by construction."""
+"""A study's table holds the numbers that are known by construction."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from vpd.studies.study import Study, runs_of
 
 
 def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None, margins=None):
-    """A finished study: ``outcomes[arm][seed]`` lists the questions' scores, ``start`` those of the shared start.
+    """Write a finished study.
 
-    ``margins[arm][seed]`` lists the margins by step, None where there is none.
+    ``outcomes[arm][seed]`` lists the questions' scores, ``start`` lists those of the shared start, and
+    ``margins[arm][seed]`` lists the margins by step, with None where there is none.
     """
     arms = [{"name": name} for name in outcomes]
     study = Study(config="none.toml", output_dir=str(tmp_path), seeds=list(seeds), arms=arms)  # pyright: ignore
@@ -41,7 +42,7 @@ def make_study(tmp_path, outcomes, seeds=(0, 1), selection=(), start=None, margi
 
 
 def test_differences_are_paired_by_seed_and_question(tmp_path):
-    # Seeds and questions differ widely, but B is always ahead by half a point: the difference has no spread.
+    # Seeds and questions differ widely, but B is always half a point better, so that the difference has no spread.
     first = [[0.0, 0.5, 0.0, 0.5], [0.5, 0.5, 0.5, 0.0]]
     ahead = [[score + 0.5 for score in seed] for seed in first]
     comparison = compare(make_study(tmp_path, {"A": first, "B": ahead}))

@@ -1,11 +1,11 @@
-"""The part of the page that shows sampled rollouts."""
+"""The section of the page that shows sampled rollouts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vpd.report.data import RunData
 from vpd.report.markup import Html, element, join
+from vpd.report.run_data import RunData
 from vpd.runs import RolloutRecord
 
 _STRIP_BARS = 400
@@ -14,7 +14,7 @@ _STRIP_HEIGHT = 40
 
 
 def rollout_section(run: RunData) -> Html | None:
-    """Each sampled rollout with its reward, feedback, teacher's prompt and completion; the first one open."""
+    """Show each sampled rollout with its reward, feedback, teacher's prompt and completion; the first one is open."""
     if not run.samples:
         return None
     successes = sum(_is_success(record, run) for record in run.samples)
@@ -66,7 +66,7 @@ def _text(title: str, text: str | None) -> Html | None:
 
 
 def _strip(record: RolloutRecord) -> Html | None:
-    """One bar a token: as high as the divergence, coloured by whether the teacher likes the token more or less."""
+    """Draw a bar for each token: its height is the divergence, its colour shows who finds the token more likely."""
     student, teacher = record.student_log_probs, record.teacher_log_probs
     if not student or not teacher or len(student) != len(teacher):
         return None
@@ -103,7 +103,7 @@ def _strip(record: RolloutRecord) -> Html | None:
 
 
 def _thinned(gaps: Sequence[float], heights: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most so many bars, each the highest of its neighbours, so that peaks stay visible."""
+    """Keep a limited number of bars, each the highest among its neighbours, so that peaks stay visible."""
     width = -(-len(gaps) // _STRIP_BARS)
     starts = range(0, len(gaps), width)
     peaks = [max(range(start, min(start + width, len(gaps))), key=lambda i: heights[i]) for start in starts]

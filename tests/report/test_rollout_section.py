@@ -2,8 +2,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from vpd.report.data import RunData
-from vpd.report.rollouts import rollout_section
+from vpd.report.rollout_section import rollout_section
+from vpd.report.run_data import RunData
 from vpd.runs import RolloutRecord
 
 

@@ -1,7 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from vpd.report.data import load_run, sample_rollouts, series
+from vpd.report.run_data import load_run, sample_rollouts, series
 from vpd.runs import RolloutRecord, RunFolder
 
 RECORD = RolloutRecord(1, 0, "t", "p", "c", [1], [-1.0], 1.0, None, None, None, False)

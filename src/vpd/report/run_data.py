@@ -1,4 +1,4 @@
-"""What the page needs of a run, read from the run's folder; anything may be missing."""
+"""The data of one run that its page shows, read from the run's folder; anything may be missing there."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SAMPLED_STEPS = 10
 
 @dataclass(frozen=True)
 class RunData:
-    """The files of one run.
+    """The contents of one run's files.
 
     Attributes:
-        name: of the folder.
-        config: the resolved settings; empty where they are missing.
-        metrics: the lines of ``metrics.jsonl`` in their order.
-        result: None while the run has not finished.
-        samples: rollouts to show, in the order of their steps.
+        name: The name of the run's folder.
+        config: The resolved settings; empty where they are missing.
+        metrics: The lines of ``metrics.jsonl``, in their order.
+        result: The contents of ``result.json``; None while the run has not finished.
+        samples: The rollouts to show, in the order of their steps.
     """
 
     name: str
@@ -40,12 +40,12 @@ class RunData:
     def success_threshold(self) -> float:
         return threshold_of(self.config)
 
-    def of(self, event: str) -> list[Entry]:
-        """The metrics of one kind of event."""
+    def entries(self, event: str) -> list[Entry]:
+        """Return the metrics of one kind of event."""
         return [entry for entry in self.metrics if entry.get("event") == event]
 
     def setting(self, key: str) -> Any:
-        """The setting at a dotted key; None where it is missing."""
+        """Return the setting at a dotted key; None where it is missing."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -53,10 +53,14 @@ class RunData:
 
 
 def load_run(folder: Path, samples: int) -> RunData:
-    """Read the folder of a run, finished or not.
+    """Read the folder of a run that may or may not have finished.
+
+    Args:
+        folder: The run's folder.
+        samples: How many rollouts to read at most.
 
     Raises:
-        RunError: the folder holds no run, or a file of it is broken.
+        RunError: The folder holds no run, or one of its files is broken.
     """
     config = read_json(folder / "config.json")
     metrics = read_metrics(folder)
@@ -73,14 +77,14 @@ def load_run(folder: Path, samples: int) -> RunData:
 
 
 def threshold_of(config: Entry) -> float:
-    """The reward from which a rollout counts as a success."""
+    """Return the reward at which a rollout counts as a success."""
     algorithm = config.get("algorithm")
     threshold = number(algorithm.get("success_threshold")) if isinstance(algorithm, dict) else None
     return 1.0 if threshold is None else threshold
 
 
 def sample_rollouts(files: dict[int, Path], count: int, threshold: float) -> list[RolloutRecord]:
-    """Up to ``count`` rollouts, spread evenly over the steps and over successes and failures; no randomness."""
+    """Choose up to ``count`` rollouts, spread evenly over steps, successes and failures, without any randomness."""
     steps = list(files)
     if len(steps) > _SAMPLED_STEPS:
         last = len(steps) - 1
@@ -92,7 +96,10 @@ def sample_rollouts(files: dict[int, Path], count: int, threshold: float) -> lis
 
 
 def _alternating(records: Iterable[RolloutRecord], threshold: float) -> list[RolloutRecord]:
-    """A success, a failure, a success, ...; of each kind, every group's first rollout before any group's second."""
+    """Order the rollouts as success, failure, success, ...
+
+    Among the rollouts of one kind, the first of every group comes before the second of any group.
+    """
     seen: dict[tuple[int, bool], int] = defaultdict(int)
     ranked: dict[bool, list[tuple[int, RolloutRecord]]] = {True: [], False: []}
     for record in records:
@@ -106,12 +113,12 @@ def _alternating(records: Iterable[RolloutRecord], threshold: float) -> list[Rol
 
 
 def number(value: Any) -> float | None:
-    """``value`` where it is a finite number."""
+    """Return ``value`` as a float where it is a finite number, and None otherwise."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def series(entries: Iterable[Entry], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it is a finite number."""
+    """Return the steps and the values of one metric, where it is a finite number."""
     points = [
         (step, value)
         for entry in entries
