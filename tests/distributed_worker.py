@@ -12,7 +12,7 @@ import torch
 from toy import ToyEnvironment, toy_trainer
 
 from vpd.rollout import Sampled
-from vpd.types import Rollout
+from vpd.types import Rollout, Turn
 
 
 def recorded(trainer, scenario: str) -> list[Rollout]:
@@ -31,7 +31,7 @@ def recorded(trainer, scenario: str) -> list[Rollout]:
                 verdict = replace(verdict, feedback=None)
             graded = scenario != "one_rank_idle" or group == 0
             rollouts.append(
-                Rollout(task, group, prompt, ids, [0.0] * len(ids), False, text, verdict if graded else None)
+                Rollout(task, group, [Turn(prompt, ids, [0.0] * len(ids), False, text)], verdict if graded else None)
             )
     return rollouts
 

@@ -14,7 +14,7 @@ import vpd
 from vpd.config import VPDConfig
 from vpd.feedback import FeedbackTexts, Group, choose_texts
 from vpd.studies.study import Study, runs_of, start_of
-from vpd.types import Rollout, Task, Verdict
+from vpd.types import Rollout, Task, Turn, Verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +76,7 @@ def test_an_environment_of_ones_own(namespace):
 
 def test_a_feedback_source_of_ones_own(namespace):
     run(EXAMPLES[2], namespace)
-    attempts = [Rollout(Task("t", []), 0, [1], [2], [0.0], False, text, Verdict(0.0)) for text in "ab"]
+    attempts = [Rollout(Task("t", []), 0, [Turn([1], [2], [0.0], False, text)], Verdict(0.0)) for text in "ab"]
     ((first, second),) = choose_texts([Group(attempts, [False, True])], [namespace["Hint"]()])
     assert first == FeedbackTexts("hint", False, feedback="Read the question twice.")
     assert second is not None

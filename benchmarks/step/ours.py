@@ -115,9 +115,9 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
 
 
 def _needed(batch: Batch, has_teacher: bool) -> tuple[int, int]:
-    students = [rollout.prompt_ids + rollout.completion_ids for rollout in batch.rollouts]
+    students = [turn.prompt_ids + turn.completion_ids for rollout in batch.rollouts for turn in rollout.turns]
     teachers = [
-        view.prompt_ids + rollout.completion_ids
+        view.first.prompt_ids + rollout.completion_ids
         for rollout, view in zip(batch.rollouts, batch.views, strict=True)
         if view is not None and has_teacher
     ]

@@ -18,7 +18,7 @@ def show_one_group(trainer: VPDTrainer, console: Console) -> None:
     task = trainer.curriculum.tasks_of_step(1)[0]
     sampled = trainer.sampler.sample([task], trainer.args.rollout.num_generations, seed=trainer.args.run.seed)
     batch = trainer.with_feedback(sampled)
-    student = batch.rollouts[0].prompt_ids
+    student = batch.rollouts[0].turns[0].prompt_ids
     show(f"student's prompt, {len(student)} tokens", str(trainer.processing_class.decode(student)))
     show("as tokens", str(trainer.processing_class.convert_ids_to_tokens(student)))
     for index, (rollout, success, view) in enumerate(zip(batch.rollouts, batch.is_success, batch.views, strict=True)):
@@ -29,9 +29,10 @@ def show_one_group(trainer: VPDTrainer, console: Console) -> None:
         if view is None:
             show("teacher's prompt", "none: this rollout has no feedback and is left out of both steps")
         else:
-            show(f"teacher's prompt ({view.source}), {len(view.prompt_ids)} tokens", view.text)
+            show(f"teacher's prompt ({view.source}), {len(view.first.prompt_ids)} tokens", view.first.text)
     view = next((view for view in batch.views if view is not None), None)
     if view is not None:
         show(
-            "the first teacher's prompt as tokens", str(trainer.processing_class.convert_ids_to_tokens(view.prompt_ids))
+            "the first teacher's prompt as tokens",
+            str(trainer.processing_class.convert_ids_to_tokens(view.first.prompt_ids)),
         )

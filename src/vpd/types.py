@@ -69,41 +69,86 @@ class Demonstration:
 
 
 @dataclass(slots=True)
-class Rollout:
-    """One completion sampled from the student, with its verdict.
+class Turn:
+    """One completion of a rollout, conditioned on everything that the student had read by then.
 
     Attributes:
-        task: the question it answers.
-        group: index of the prompt within the batch; rollouts of one group answer the same prompt.
-        prompt_ids: the student's prompt as token ids.
-        completion_ids: the sampled token ids, T of them, the end-of-sequence token included where one was sampled.
-        log_probs: log-probability of each sampled token at the sampling temperature, before top-p, top-k or min-p
-            cut the distribution; T of them. From the rollout engine: for logs, never for losses.
-        truncated: the length limit ended it, not an end-of-sequence token or a stop string.
-        text: the completion decoded without special tokens; what the judge sees.
-        verdict: None while unjudged, or where the judge itself failed (then the rollout is ungraded).
+        prompt_ids: The student's prompt as token ids. From the second turn on it mostly begins with the turn before it,
+            prompt and completion; where a chat template rewrites the history (and strips thinking, for example), it
+            does not, and is simply another prompt.
+        completion_ids: The sampled token ids, T of them, the end-of-sequence token included where one was sampled.
+        log_probs: The log-probability of each sampled token at the sampling temperature, before top-p, top-k or min-p
+            cut the distribution; T of them. They come from the rollout engine: for logs, never for losses.
+        truncated: Whether the length limit ended the completion, and no end-of-sequence token or stop string did.
+        text: The completion, decoded without special tokens.
     """
 
-    task: Task
-    group: int
     prompt_ids: list[int]
     completion_ids: list[int]
     log_probs: list[float]
     truncated: bool
     text: str
+
+
+@dataclass(slots=True)
+class Rollout:
+    """What the student wrote for one task, in one turn or in several, with its verdict.
+
+    Attributes:
+        task: The question that it answers.
+        group: The index of the prompt within the batch; rollouts of one group answer the same prompt.
+        turns: The completions, at least one, in their order.
+        verdict: The environment's verdict; None while unjudged, or where the judge itself failed (then the rollout is
+            ungraded).
+    """
+
+    task: Task
+    group: int
+    turns: list[Turn]
     verdict: Verdict | None = None
+
+    @property
+    def text(self) -> str:
+        """The last turn's completion, which the judge sees."""
+        return self.turns[-1].text
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit ended any of the turns."""
+        return any(turn.truncated for turn in self.turns)
+
+    @property
+    def completion_ids(self) -> list[int]:
+        """The completion tokens of all turns, one turn after another."""
+        return [token for turn in self.turns for token in turn.completion_ids]
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherView:
-    """The teacher's prompt for one rollout: the task with what is known about the attempt.
+class TeacherPrompt:
+    """What the teacher reads before one completion.
 
     Attributes:
-        prompt_ids: token ids, ready for the completion to follow.
-        text: the same as text, for people.
-        source: the kind of feedback it carries, ``"environment"`` or ``"sibling"``.
+        prompt_ids: The token ids, ready for the completion to follow.
+        text: The same as text, for people.
     """
 
     prompt_ids: list[int]
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherView:
+    """The teacher's prompts for one rollout: the task with what is known about the attempt.
+
+    Attributes:
+        turns: The prompt of each of the rollout's turns, at least one of them; None where a turn has no teacher.
+        source: The kind of feedback that they carry, such as ``"environment"`` or ``"sibling"``.
+    """
+
+    turns: list[TeacherPrompt | None]
     source: str
+
+    @property
+    def first(self) -> TeacherPrompt:
+        """The prompt of the first turn that has a teacher."""
+        return next(prompt for prompt in self.turns if prompt is not None)

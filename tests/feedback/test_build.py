@@ -46,7 +46,9 @@ def test_a_critique_is_drawn_by_seed_and_place_whatever_was_sampled_before():
     rollouts = group(*[0] * 6)
 
     def critiques(seed):
-        return [view.text for view in build_views(rollouts, [False] * 6, prompts, seed=seed, sources=sources).views]
+        return [
+            view.first.text for view in build_views(rollouts, [False] * 6, prompts, seed=seed, sources=sources).views
+        ]
 
     first, other, again = critiques(1), critiques(2), critiques(1)
     assert first == again != other

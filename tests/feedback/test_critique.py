@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from openai_server import Server
 from test_texts import group
@@ -84,7 +86,7 @@ def test_only_failures_of_groups_that_no_earlier_source_serves_are_critiqued():
 
 def test_a_critique_stands_in_the_siblings_slot_of_the_teachers_prompt():
     (first, _) = views(group(0, 0), Recorder(), sources=["critique"])
-    text = tokenizer().decode(first.prompt_ids)
+    text = tokenizer().decode(first.first.prompt_ids)
     assert "q\n\nThe following is a critique of your unsuccessful earlier attempt:\n\ncritique of answer 0\n" in text
     assert "Correct solution" not in text
 
@@ -97,7 +99,7 @@ def test_the_critic_is_told_the_problem_the_attempt_and_the_answer_and_asked_not
     assert "right answer" not in asked
     assert "Do not state the answer" in asked
     task = Task("t", [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], reference="B")
-    thinking = type(rollout)(task, 0, [1], [2], [0.0], False, "<think>hm</think>C", rollout.verdict)
+    thinking = replace(rollout, task=task, turns=[replace(rollout.turns[0], text="<think>hm</think>C")])
     asked = request(thinking)[0]["content"]
     assert "for your eyes only:\nB\n" in asked
     assert "hm" not in asked

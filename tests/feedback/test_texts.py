@@ -11,14 +11,14 @@ from vpd.algorithms.example import make_examples, student_view, teacher_view
 from vpd.config import FeedbackSettings
 from vpd.feedback import Group, PromptBuilder, build_views, choose_texts, make_sources
 from vpd.feedback.texts import FeedbackTexts, permute_across_groups, without_thinking
-from vpd.types import Rollout, Task, Verdict
+from vpd.types import Rollout, Task, Turn, Verdict
 
 TASK = Task("t", [{"role": "user", "content": "q"}])
 
 
 def group(*outcomes, texts=True, index=0):
     return [
-        Rollout(TASK, index, [1, 2], [10 + i, 11], [0.0, 0.0], False, f"answer {i}",
+        Rollout(TASK, index, [Turn([1, 2], [10 + i, 11], [0.0, 0.0], False, f"answer {i}")],
                 None if outcome is None else Verdict(float(outcome), f"text {i}" if texts else None))
         for i, outcome in enumerate(outcomes)
     ]  # fmt: skip
@@ -37,7 +37,7 @@ def test_a_sibling_is_a_success_of_the_group_and_never_oneself():
 
 def test_the_shortest_success_may_be_the_sibling():
     rollouts = group(0, 1, 1, 1)
-    rollouts[1].completion_ids.extend([7, 7])
+    rollouts[1].turns[0].completion_ids.extend([7, 7])
     texts = choose(rollouts, sources=["sibling"], sibling="shortest")
     assert [text.solution for text in texts] == ["answer 2", "answer 2", "answer 3", "answer 2"]
     first = choose(rollouts, sources=["sibling"])
@@ -83,7 +83,7 @@ def test_ungraded_rollouts_have_no_view_and_are_nobodys_sibling():
     rollouts = group(None, 1, 0)
     views = build_views(rollouts, [False, True, False], prompts, seed=0).views
     assert views[0] is None
-    assert "answer 1" in views[2].text
+    assert "answer 1" in views[2].first.text
 
 
 def test_student_and_teacher_score_identical_completion_ids():
@@ -93,7 +93,7 @@ def test_student_and_teacher_score_identical_completion_ids():
     examples = make_examples(rollouts, flags, build_views(rollouts, flags, prompts, seed=0).views)
     assert len(examples) == 4
     for example in examples:
-        (student, student_start), (teacher, teacher_start) = student_view(example), teacher_view(example)
+        ((student, student_start),), ((teacher, teacher_start),) = student_view(example), teacher_view(example)
         assert student[student_start:] == teacher[teacher_start:] == rollouts[example.rollout].completion_ids
         assert student[:student_start] != teacher[:teacher_start]
 

@@ -70,13 +70,18 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
     trainer = toy_trainer(tmp_path, algorithm=algorithm, rollout={"stop_strings": []}, feedback=feedback)
     trainer.sampler.eos_token_ids = ()
     made = RolloutSampler._rollout
-    monkeypatch.setattr(RolloutSampler, "_rollout", lambda *args: replace(made(*args), truncated=False))
+
+    def whole(*args):
+        rollout = made(*args)
+        return replace(rollout, turns=[replace(turn, truncated=False) for turn in rollout.turns])
+
+    monkeypatch.setattr(RolloutSampler, "_rollout", whole)
     batch = trainer.with_feedback(trainer.sample(1))
     before = trainer.learner.counts
     trainer.update(batch, 1)
     views = [view for view in batch.views if view is not None]
-    prompt = len(batch.rollouts[0].prompt_ids)
-    lengths = Lengths(prompt, len(batch.rollouts[0].completion_ids), len(views[0].prompt_ids) - prompt)
+    prompt = len(batch.rollouts[0].turns[0].prompt_ids)
+    lengths = Lengths(prompt, len(batch.rollouts[0].completion_ids), len(views[0].first.prompt_ids) - prompt)
     plan = predict(trainer.args, SIZE, lengths, GPUS["h100"])
     # Short texts and prompts share some beginnings that the plan does not know of, and no sequence's last token is
     # computed.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vpd.config import VPDConfig
-from vpd.runs import RolloutRecord, RunFolder
+from vpd.runs import RolloutRecord, RunFolder, TurnRecord
 
 EVIL = "<script>alert('x')</script>"
 
@@ -106,17 +106,22 @@ def _record(step: int, index: int, chance: random.Random) -> RolloutRecord:
         group=index // 4,
         task_id=f"chain_sum-{step}-{index // 4}",
         prompt=f"State the final answer: 4 + 3 - 12 = ? {EVIL}",
-        completion=f"4 + 3 = 7\n7 - 12 = {-5 if success else 5}\nThe answer is {-5 if success else 5}. {EVIL}",
-        completion_ids=list(range(tokens)),
-        log_probs=student,
+        turns=[
+            TurnRecord(
+                prompt_ids=[1, 2],
+                completion=f"4 + 3 = 7\n7 - 12 = {-5 if success else 5}\nThe answer is {-5 if success else 5}. {EVIL}",
+                completion_ids=list(range(tokens)),
+                log_probs=student,
+                truncated=index == 3,
+                teacher_prompt=f"State: 4 + 3 - 12 = ?\n\nLine 2: 7 - 12 is not 5. {EVIL}\n\nCorrectly solve.",
+                student_log_probs=student if index % 4 else None,
+                teacher_log_probs=teacher if index % 4 else None,
+                divergence=[abs(t - s) / 2 for s, t in zip(student, teacher, strict=True)] if index % 4 else None,
+            )
+        ],
         reward=None if index == 7 else float(success),
         feedback=f"Line 2: 7 - 12 is not 5. {EVIL}" if not success else "All 2 lines are right.",
         source="environment" if index % 2 else "sibling",
-        teacher_prompt=f"State the final answer: 4 + 3 - 12 = ?\n\nLine 2: 7 - 12 is not 5. {EVIL}\n\nCorrectly solve.",
-        truncated=index == 3,
-        student_log_probs=student if index % 4 else None,
-        teacher_log_probs=teacher if index % 4 else None,
-        divergence=[abs(t - s) / 2 for s, t in zip(student, teacher, strict=True)] if index % 4 else None,
     )
 
 

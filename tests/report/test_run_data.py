@@ -2,9 +2,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vpd.report.run_data import load_run, sample_rollouts, series
-from vpd.runs import RolloutRecord, RunFolder
+from vpd.runs import RolloutRecord, RunFolder, TurnRecord
 
-RECORD = RolloutRecord(1, 0, "t", "p", "c", [1], [-1.0], 1.0, None, None, None, False)
+RECORD = RolloutRecord(1, 0, "t", "p", [TurnRecord([2], "c", [1], [-1.0], False)], 1.0, None, None)
 
 
 def files(folder: Path, rewards_by_step: dict[int, list[float | None]]) -> dict[int, Path]:

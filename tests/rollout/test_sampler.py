@@ -68,7 +68,7 @@ def test_what_the_engine_is_asked(sampler):
     assert (own.temperature, own.top_p, own.min_p, own.num_generations) == (0.5, 0.8, 0.1, 1)
     assert (critique.temperature, critique.top_p, critique.top_k, critique.max_new_tokens) == (0.3, 1.0, 0, 5)
     assert greedy.eos_token_ids == own.eos_token_ids == critique.eos_token_ids == {7}
-    assert [rollout.prompt_ids for rollout in taught.rollouts] == [[5, 6], [7], [8]]
+    assert [rollout.turns[0].prompt_ids for rollout in taught.rollouts] == [[5, 6], [7], [8]]
     # The first chat is longer than the teacher's limit.
     assert answers.texts[0] is None
     assert answers.token_count == len(answers.texts[1]) > 0

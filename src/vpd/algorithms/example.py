@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vpd.policy.learner import View
@@ -105,7 +105,7 @@ def make_examples(
         Example(
             rollout=index,
             group=rollout.group,
-            turns=(ExampleTurn(rollout.prompt_ids, None if view is None else view.prompt_ids, rollout.completion_ids),),
+            turns=tuple(_turns(rollout, view)),
             reward=math.nan if rollout.verdict is None else rollout.verdict.reward,
             is_success=success,
             source=None if view is None else view.source,
@@ -115,6 +115,14 @@ def make_examples(
         and not (graded_only and rollout.verdict is None)
         and not (mask_truncated and rollout.truncated)
     ]
+
+
+def _turns(rollout: Rollout, view: TeacherView | None) -> Iterator[ExampleTurn]:
+    """The turns with at least one completion token."""
+    prompts = [None] * len(rollout.turns) if view is None else view.turns
+    for turn, prompt in zip(rollout.turns, prompts, strict=True):
+        if turn.completion_ids:
+            yield ExampleTurn(turn.prompt_ids, None if prompt is None else prompt.prompt_ids, turn.completion_ids)
 
 
 def with_teacher(examples: Sequence[Example]) -> list[Example]:

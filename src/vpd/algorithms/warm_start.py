@@ -30,7 +30,7 @@ from vpd.policy.learner import Learner, TrainingPass
 from vpd.policy.load import load_weights, save_policy
 from vpd.policy.model_cache import cache_dir
 from vpd.policy.objectives import Imitate
-from vpd.types import Demonstration, Rollout, Verdict
+from vpd.types import Demonstration, Rollout, Turn, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +95,16 @@ def demonstration_sequences(
             raise ConfigError(f"The demonstration of task {demonstration.task.id} is not a success for its own judge.")
         # The tokenizer reads the answer by itself, as it reads a rollout behind a prompt.
         completion = prompts.completion(demonstration.completion, end_of_sequence)
-        sequences.append(PromptedCompletion(rollouts[answer].prompt_ids, completion))
+        sequences.append(PromptedCompletion(rollouts[answer].turns[0].prompt_ids, completion))
         if (view := views[attempt]) is not None:
-            sequences.append(PromptedCompletion(view.prompt_ids, completion))
+            sequences.append(PromptedCompletion(view.first.prompt_ids, completion))
     return sequences
 
 
 def _as_group(index: int, demonstration: Demonstration, prompts: PromptBuilder) -> list[Rollout]:
     prompt_ids = prompts.student(demonstration.task.prompt)
     texts = [demonstration.attempt or demonstration.completion, demonstration.completion]
-    return [Rollout(demonstration.task, index, prompt_ids, [], [], False, text) for text in texts]
+    return [Rollout(demonstration.task, index, [Turn(prompt_ids, [], [], False, text)]) for text in texts]
 
 
 def warm_start(

@@ -65,7 +65,7 @@ def measure_gap(
     views = build_views(rollouts, is_success, sampler.prompts, seed=seed, sources=sources, permute=permute).views
     active = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]
     answers = sampler.sample_teacher(
-        [view.prompt_ids for _, view in active], [rollout.task for rollout, _ in active], seed=seed + 1
+        [view.first.prompt_ids for _, view in active], [rollout.task for rollout, _ in active], seed=seed + 1
     ).rollouts
     student, teacher = _outcomes(rollouts, success_threshold), _outcomes(answers, success_threshold)
     pairs = [(fmean(student[id]), fmean(outcomes)) for id, outcomes in teacher.items()]

@@ -65,7 +65,9 @@ def build_views(
     views: list[TeacherView | None] = [None] * len(rollouts)
     for index, text in zip(graded, texts, strict=True):
         if text is not None:
-            views[index] = prompts.teacher(rollouts[index].task.prompt, text)
+            # The feedback is on the whole rollout; it is told with the task, before the first turn.
+            first = prompts.teacher(rollouts[index].task.prompt, text)
+            views[index] = TeacherView([first, *[None] * (len(rollouts[index].turns) - 1)], text.source)
     return Feedback(views, tally)
 
 

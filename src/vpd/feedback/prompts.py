@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vpd.config import ConfigError, FeedbackSettings, Templates
 from vpd.feedback.texts import FeedbackTexts
-from vpd.types import Messages, TeacherView
+from vpd.types import Messages, TeacherPrompt
 
 _ELISION = "\n[...]\n"
 
@@ -72,7 +72,7 @@ class PromptBuilder:
             ids += self._encode(contents.get(piece, piece), as_data=piece in contents)
         return ids if len(ids) <= self.settings.max_prompt_length else None
 
-    def teacher(self, prompt: Messages, texts: FeedbackTexts) -> TeacherView:
+    def teacher(self, prompt: Messages, texts: FeedbackTexts) -> TeacherPrompt:
         """Append solution and feedback to the chat's last user message.
 
         The texts are tokenised apart from the chat, and special tokens inside them stay plain text. If the whole is
@@ -95,7 +95,7 @@ class PromptBuilder:
         for index, share in zip(slots, fair_shares([len(encoded[i]) for i in slots], room), strict=True):
             encoded[index] = elide_middle(encoded[index], share, elision)
         ids = [token for piece in encoded for token in piece]
-        return TeacherView(ids, str(self.tokenizer.decode(ids)), texts.source)
+        return TeacherPrompt(ids, str(self.tokenizer.decode(ids)))
 
     def completion(self, text: str, end_of_sequence: int) -> list[int]:
         """Turn an answer into the token ids that the policy would write, closed by ``end_of_sequence``."""

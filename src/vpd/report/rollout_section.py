@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vpd.report.markup import Html, element, join
 from vpd.report.run_data import RunData
-from vpd.runs import RolloutRecord
+from vpd.runs import RolloutRecord, TurnRecord
 
 _STRIP_BARS = 400
 _BAR_PIXELS = 14
@@ -38,7 +38,7 @@ def _rollout(record: RolloutRecord, run: RunData, is_open: bool) -> Html:
     else:
         kind, reward = "success" if _is_success(record, run) else "failure", f"reward {record.reward:.3g}"
     notes = [
-        _count(len(record.completion_ids), "token"),
+        _count(record.token_count, "token"),
         "cut at the length limit" if record.truncated else None,
         f"{record.source} feedback" if record.source else "no feedback",
     ]
@@ -52,10 +52,9 @@ def _rollout(record: RolloutRecord, run: RunData, is_open: bool) -> Html:
             element("span", " ".join(record.completion[:300].split()), class_="peek"),
         ),
         _text("Task", record.prompt),
-        _text("Completion", record.completion),
-        _strip(record),
+        *_turns(record),
         _text("Feedback of the environment", record.feedback),
-        _text("Teacher's prompt", record.teacher_prompt),
+        *_teacher_prompts(record),
         class_="card rollout",
         open=is_open,
     )
@@ -65,7 +64,24 @@ def _text(title: str, text: str | None) -> Html | None:
     return None if text is None else join(element("h4", title), element("pre", text or "(empty)"))
 
 
-def _strip(record: RolloutRecord) -> Html | None:
+def _turns(record: RolloutRecord) -> list[Html | None]:
+    """Each turn's completion with its strip; turns are numbered where there are several."""
+    shown = []
+    for number, turn in enumerate(record.turns, start=1):
+        title = "Completion" if len(record.turns) == 1 else f"Completion of turn {number}"
+        shown += [_text(title, turn.completion), _strip(turn)]
+    return shown
+
+
+def _teacher_prompts(record: RolloutRecord) -> list[Html | None]:
+    several = len(record.turns) > 1
+    return [
+        _text(f"Teacher's prompt of turn {number}" if several else "Teacher's prompt", turn.teacher_prompt)
+        for number, turn in enumerate(record.turns, start=1)
+    ]
+
+
+def _strip(record: TurnRecord) -> Html | None:
     """Draw a bar for each token: its height is the divergence, its colour shows who finds the token more likely."""
     student, teacher = record.student_log_probs, record.teacher_log_probs
     if not student or not teacher or len(student) != len(teacher):

@@ -14,7 +14,7 @@ from vpd.environments.judging import judge_all
 from vpd.feedback import Answers, PromptBuilder
 from vpd.rollout.engine import RolloutEngine, Sample, SamplingParameters
 from vpd.timing import Timer
-from vpd.types import Messages, Rollout, Task, Verdict
+from vpd.types import Messages, Rollout, Task, Turn, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -158,11 +158,15 @@ class RolloutSampler:
         return Rollout(
             task=task,
             group=group,
-            prompt_ids=prompt,
-            completion_ids=sample.token_ids,
-            log_probs=sample.log_probs,
-            truncated=sample.truncated,
-            text=str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)),
+            turns=[
+                Turn(
+                    prompt_ids=prompt,
+                    completion_ids=sample.token_ids,
+                    log_probs=sample.log_probs,
+                    truncated=sample.truncated,
+                    text=str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)),
+                )
+            ],
         )
 
     def _judge(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[str]]:

@@ -15,63 +15,83 @@ from vpd.types import Messages, Rollout, TeacherView
 
 _NUMBERS = pa.list_(pa.float32())
 
-SCHEMA = pa.schema(
+_TURN = pa.struct(
     [
-        pa.field("step", pa.int64(), nullable=False),
-        pa.field("group", pa.int64(), nullable=False),
-        pa.field("task_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int64()), nullable=False),
         pa.field("completion", pa.string(), nullable=False),
         pa.field("completion_ids", pa.list_(pa.int64()), nullable=False),
         pa.field("log_probs", _NUMBERS, nullable=False),
-        pa.field("reward", pa.float64()),
-        pa.field("feedback", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("teacher_prompt", pa.string()),
         pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("teacher_prompt", pa.string()),
         pa.field("student_log_probs", _NUMBERS),
         pa.field("teacher_log_probs", _NUMBERS),
         pa.field("divergence", _NUMBERS),
     ]
 )
 
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("group", pa.int64(), nullable=False),
+        pa.field("task_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("turns", pa.list_(_TURN), nullable=False),
+        pa.field("reward", pa.float64()),
+        pa.field("feedback", pa.string()),
+        pa.field("source", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """One completion of a rollout, and what the teacher read and thought of it.
+
+    Attributes:
+        prompt_ids: The student's prompt as token ids.
+        completion: The decoded completion.
+        completion_ids: Its T token ids.
+        log_probs: T log-probabilities from the rollout engine.
+        truncated: Whether the length limit ended the completion.
+        teacher_prompt: The teacher's prompt as text; None where the turn has no teacher.
+        student_log_probs, teacher_log_probs: T log-probabilities from the M-step, where it handed them out.
+        divergence: T divergences from the M-step.
+    """
+
+    prompt_ids: Sequence[int]
+    completion: str
+    completion_ids: Sequence[int]
+    log_probs: Sequence[float]
+    truncated: bool
+    teacher_prompt: str | None = None
+    student_log_probs: Sequence[float] | None = None
+    teacher_log_probs: Sequence[float] | None = None
+    divergence: Sequence[float] | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRecord:
-    """One row: a rollout, what the judge said of it, and what the teacher read and thought.
+    """One row: a rollout with its turns, and what the judge said of it.
 
     Attributes:
-        step: rollout batch, from 1.
-        group: index of the prompt within the batch.
-        task_id: the task's id.
-        prompt: the student's prompt as text.
-        completion: the decoded completion.
-        completion_ids: its T token ids.
-        log_probs: T log-probabilities from the rollout engine.
-        reward: None where the judge itself failed.
-        feedback: the environment's text.
-        source: kind of feedback the teacher read; None where the rollout was left out.
-        teacher_prompt: the teacher's prompt as text.
-        truncated: the length limit ended the completion.
-        student_log_probs, teacher_log_probs: T log-probabilities from the M-step, where it handed them out.
-        divergence: T divergences from the M-step.
+        step: The rollout batch, counted from 1.
+        group: The index of the prompt within the batch.
+        task_id: The task's id.
+        prompt: The task's prompt as text.
+        turns: The completions.
+        reward: The outcome; None where the judge itself failed.
+        feedback: The environment's text.
+        source: The kind of feedback that the teacher read; None where the rollout was left out.
     """
 
     step: int
     group: int
     task_id: str
     prompt: str
-    completion: str
-    completion_ids: Sequence[int]
-    log_probs: Sequence[float]
+    turns: Sequence[TurnRecord]
     reward: float | None
     feedback: str | None
     source: str | None
-    teacher_prompt: str | None
-    truncated: bool
-    student_log_probs: Sequence[float] | None = None
-    teacher_log_probs: Sequence[float] | None = None
-    divergence: Sequence[float] | None = None
 
     @classmethod
     def from_rollout(
@@ -84,29 +104,71 @@ class RolloutRecord:
         teacher_log_probs: Sequence[float] | None = None,
         divergence: Sequence[float] | None = None,
     ) -> RolloutRecord:
-        """The row of a rollout; ``view`` is None where the rollout has no feedback."""
+        """The row of a rollout.
+
+        Args:
+            step: The rollout batch, counted from 1.
+            rollout: The rollout.
+            view: What the teacher read; None where the rollout has no feedback.
+            student_log_probs, teacher_log_probs, divergence: The M-step's numbers for the completion tokens of the
+                turns that it worked on, one turn after another.
+        """
+        prompts = [None] * len(rollout.turns) if view is None else view.turns
+        numbers = {
+            "student_log_probs": student_log_probs,
+            "teacher_log_probs": teacher_log_probs,
+            "divergence": divergence,
+        }
+        turns, start = [], 0
+        for turn, prompt in zip(rollout.turns, prompts, strict=True):
+            # An algorithm whose teacher reads the task alone has numbers without a teacher's prompt.
+            has_numbers = prompt is not None or view is None
+            stop = start + (len(turn.completion_ids) if has_numbers else 0)
+            turns.append(
+                TurnRecord(
+                    turn.prompt_ids,
+                    turn.text,
+                    turn.completion_ids,
+                    turn.log_probs,
+                    turn.truncated,
+                    None if prompt is None else prompt.text,
+                    **{
+                        name: values[start:stop] if values is not None and has_numbers else None
+                        for name, values in numbers.items()
+                    },
+                )
+            )
+            start = stop
         return cls(
             step=step,
             group=rollout.group,
             task_id=rollout.task.id,
             prompt=_as_text(rollout.task.prompt),
-            completion=rollout.text,
-            completion_ids=rollout.completion_ids,
-            log_probs=rollout.log_probs,
+            turns=turns,
             reward=rollout.verdict.reward if rollout.verdict else None,
             feedback=rollout.verdict.feedback if rollout.verdict else None,
             source=view.source if view else None,
-            teacher_prompt=view.text if view else None,
-            truncated=rollout.truncated,
-            student_log_probs=student_log_probs,
-            teacher_log_probs=teacher_log_probs,
-            divergence=divergence,
         )
+
+    @property
+    def completion(self) -> str:
+        """The completions of all turns, as text."""
+        return "\n\n".join(turn.completion for turn in self.turns)
+
+    @property
+    def token_count(self) -> int:
+        """The completion tokens of all turns."""
+        return sum(len(turn.completion_ids) for turn in self.turns)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the length limit ended any of the turns."""
+        return any(turn.truncated for turn in self.turns)
 
 
 def write_rollouts(path: Path, records: Sequence[RolloutRecord]) -> None:
     """Write the rows in their order, atomically; equal rows give equal bytes."""
-    rows = [{key: _storable(value) for key, value in asdict(record).items()} for record in records]
+    rows = [_storable(asdict(record)) for record in records]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer, compression="zstd")
     atomic_write_bytes(path, buffer.getvalue().to_pybytes())
@@ -114,7 +176,8 @@ def write_rollouts(path: Path, records: Sequence[RolloutRecord]) -> None:
 
 def read_rollouts(path: Path) -> list[RolloutRecord]:
     """The rows of one file, in their order."""
-    return [RolloutRecord(**row) for row in pq.ParquetFile(path).read().to_pylist()]
+    rows = pq.ParquetFile(path).read().to_pylist()
+    return [RolloutRecord(**{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]]}) for row in rows]
 
 
 def _as_text(messages: Messages) -> str:
@@ -124,5 +187,11 @@ def _as_text(messages: Messages) -> str:
 
 
 def _storable(value: Any) -> Any:
-    # A judge may quote a program's undecodable output as lone surrogates, which UTF-8 cannot hold.
-    return value.encode("utf-8", errors="replace").decode("utf-8") if isinstance(value, str) else value
+    """A value whose texts UTF-8 can hold: a judge may quote a program's undecodable output as lone surrogates."""
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _storable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_storable(item) for item in value]
+    return value
