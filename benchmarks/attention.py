@@ -1,10 +1,10 @@
-"""Attention of one layer over a packed batch in bfloat16: PyTorch's kernel, and matrix products as the package has it.
+"""Time the attention of one layer over a packed batch in bfloat16: PyTorch's kernel against the package's products.
 
     python -m benchmarks.attention
 
-For each workload the student's batch and the teacher's, with random queries, keys, values and gradients: the time of a
-forward and of a backward pass, and how far the gradient of the queries is from that in float32, as a part of its
-length.
+For the student's and the teacher's batch of each workload, with random queries, keys, values and gradients, the table
+shows the time of a forward and of a backward pass. It also shows how far the gradient of the queries is from the one in
+float32, as a share of that gradient's length.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from benchmarks.passes import seconds_of
 from benchmarks.step.specs import WORKLOADS, Workload
-from vpd.packing import attention, pack
-from vpd.packing.kernels import products
+from vpd.packing import pack
+from vpd.packing.kernels import products, sdpa
 from vpd.packing.layout import PackedLayout
 
 _FEEDBACK_TOKENS = 58
 _KEY_HEADS, _ROWS, _WIDTH = 3, 3, 64
-"""SmolLM2-135M's."""
+"""The key heads, the query heads for each of them, and the head's width of SmolLM2-135M."""
 
 
 def layout_of(workload: Workload, feedback: int) -> PackedLayout:
-    """The packed sequences of one batch, none of whose tokens stands in two parts."""
+    """Lay out the packed sequences of one batch, with no token in two parts."""
     names = iter(range(10**6))
 
     def text(length: int) -> list[int]:
@@ -60,13 +60,13 @@ def main() -> None:
         query = query * 4
 
         def kernel(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout = layout) -> Tensor:
-            folded = q.unflatten(1, (_KEY_HEADS, _ROWS)).transpose(0, 1).flatten(1, 2)
-            output = attention._attend(folded, k.transpose(0, 1), v.transpose(0, 1), layout, _ROWS, None, 0.0, None)
-            return output.unflatten(1, (-1, _ROWS)).transpose(0, 1).flatten(1, 2)
+            query, key, value = (tensor.transpose(0, 1) for tensor in (q, k, v))
+            return sdpa.attend(query, key, value, layout, None, 0.0, None)
 
         def by_products(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout = layout) -> Tensor:
-            tiling = layout.tiling(None, _KEY_HEADS * _ROWS, _KEY_HEADS)
-            return products.attend(q, k, v, tiling, _WIDTH**-0.5, layout.workspace)
+            prepared = layout.prepared(products.Prepared)
+            tiling = prepared.tiling(None, _KEY_HEADS * _ROWS, _KEY_HEADS)
+            return products.attend(q, k, v, tiling, _WIDTH**-0.5, prepared.workspace)
 
         exact = [tensor.float().requires_grad_() for tensor in (query, key, value)]
         expected = torch.autograd.grad(kernel(*exact), exact[:1], grad.float())[0].double()

@@ -1,4 +1,4 @@
-"""How fast the sandbox judges, what it adds to a test, and whether its memory stays flat.
+"""Measure how fast the sandbox judges, how much time it adds to a test, and whether its memory stays flat.
 
 python benchmarks/judging.py --programs 10000
 """
@@ -20,7 +20,7 @@ OUTPUT = f"{sum(n * n for n in range(100))}\n"
 
 
 def memory_mb() -> float:
-    """Resident memory of this process and its children."""
+    """Return the resident memory of this process and its children, in MB."""
     pages = 0
     own = os.getpid()
     for folder in Path("/proc").iterdir():

@@ -1,9 +1,10 @@
-"""What the M-step's loss costs, forward and backward, without the network before it.
+"""Time the M-step's loss, forward and backward, without the network before it.
 
     python -m benchmarks.losses
 
-Three ways take turns: logits worked on a whole chunk at a time; a few rows at a time, which stay in the cores' caches,
-as the package does; and the same under autocast, where the head's products may round their factors to bfloat16.
+Three ways take turns: one works on the logits of a whole chunk at a time; one on a few rows at a time, which stay in
+the cores' caches, as the package does; and one does the same under autocast, where the head's products may round their
+factors to bfloat16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _WAYS = ("whole chunks", "tiles", "tiles, autocast")
 
 
 def seconds(way: str, kind: DivergenceKind, tokens: int, width: int, words: int) -> float:
-    """Of one loss and its gradient."""
+    """Time one loss and its gradient."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator)
     teacher = hidden + 0.05 * torch.randn(tokens, width, generator=generator)

@@ -1,10 +1,10 @@
-"""How much of a training pass is its matrix products: the student's, the teacher's and the E-step's.
+"""Measure how much of a training pass its matrix products take: the student's, the teacher's and the E-step's pass.
 
     python -m benchmarks.passes --workload a
 
-Every product that a pass makes is noted with its shapes and dtypes, and made again by itself on random numbers. The
-efficiency is the time of these divided by the time of the pass: what is left is elementwise work, casts and overhead.
-Attention's products count where matrix products make them; those inside a kernel are overhead.
+The benchmark notes every product of a pass with its shapes and dtypes, and times it again by itself on random numbers.
+The efficiency is the time of the products divided by the time of the pass; the rest is elementwise work, casts and
+overhead. Attention's products count where matrix products make them; those inside a kernel count as overhead.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.ad
              torch.ops.aten.bmm.default, torch.ops.aten.bmm.out, torch.ops.aten.baddbmm.out}  # fmt: skip
 
 Product = tuple[Any, bool, tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]]
-"""The function, whether its factors may be rounded, and the shape, layout and dtype of each."""
+"""A product: the function, whether its factors may be rounded, and the shape, layout and dtype of each operand."""
 
 _ROUNDING = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Noted(TorchDispatchMode):
-    """Counts the matrix products that are made while it is entered, backward passes included."""
+    """A mode that counts the matrix products made inside it, including those of backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Noted(TorchDispatchMode):
 
 
 def seconds_of(work: Callable[[], Any], repeats: int) -> float:
-    """The median of some tries, after one that does not count."""
+    """Return the median time of some tries, after one that does not count."""
     work()
     times = []
     for _ in range(repeats):
@@ -69,12 +69,12 @@ def seconds_of(work: Callable[[], Any], repeats: int) -> float:
 
 
 def seconds_alone(products: Counter[Product], repeats: int) -> float:
-    """The same products by themselves, on operands of the same shapes, layouts and dtypes."""
+    """Time the same products by themselves, on operands of the same shapes, layouts and dtypes."""
     total = 0.0
     for (_, is_rounded, operands), count in products.items():
         left, right = (torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in operands)
         multiply = torch.bmm if left.dim() == 3 else torch.mm
-        # Many at once: one may be shorter than the clock's grain.
+        # Many products are timed together, because one may be shorter than the clock can resolve.
         burst = max(1, min(count, 10))
         with rounding_factors(left.device) if is_rounded else nullcontext():
             once = seconds_of(lambda m=multiply, a=left, b=right, n=burst: [m(a, b) for _ in range(n)], repeats) / burst
@@ -83,7 +83,7 @@ def seconds_alone(products: Counter[Product], repeats: int) -> float:
 
 
 def passes(workload: str, overrides: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
-    """The three passes over one batch of rollouts."""
+    """Return the three passes over one batch of rollouts."""
     side, shape = Side("ours", "vpd", overrides=overrides), WORKLOADS[workload]
     tokenizer = models.tokenizer_of(side.model)
     environment = ImposedVerdicts(tokenizer, shape)

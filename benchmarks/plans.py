@@ -1,9 +1,9 @@
-"""What ``vpd plan`` predicts, against what was measured here, and for the paper's models on a GPU.
+"""Compare the predictions of ``vpd plan`` with measurements on this machine, and predict the paper's runs on a GPU.
 
     python -m benchmarks.step --against none --workload a b c --output step.json
     python -m benchmarks.plans --measured step.json
 
-The first table holds the prediction against the measurement on this machine; the second what the same counting gives
+The first table compares predictions and measurements on this machine. The second shows what the same counting predicts
 for the paper's settings on hardware that this project has not run on.
 """
 
@@ -24,7 +24,7 @@ from vpd.planning.step_passes import Lengths
 from vpd.policy.load import config_of
 
 _FEEDBACK_TOKENS = 58
-"""What the teachers' prompts of the workloads have behind the question, on average."""
+"""How many tokens the teachers' prompts of the workloads have after the question, on average."""
 
 _QWEN3 = {
     "Qwen3-1.7B": Qwen3Config(
@@ -39,7 +39,7 @@ _QWEN3 = {
 
 
 def measured(path: Path) -> None:
-    """The table of predictions against measurements."""
+    """Print the table of predictions against measurements."""
     print("| workload | algorithm | part | measured s | predicted s | difference |")
     print("|---|---|---|---|---|---|")
     for name, result in json.loads(path.read_text())["workloads"].items():
@@ -53,7 +53,7 @@ def measured(path: Path) -> None:
             network = config_of(side.model)
             hardware = this_machine(run, network, lengths)
             expected = predict(run, network_size_of(network), lengths, hardware).seconds
-            # The harness reports E-steps apart.
+            # The harness reports E-steps separately.
             rows = {
                 "all": (found["seconds"]["median"], expected.total - expected.e_step),
                 "rollout": (found["phases"]["rollout"], expected.rollout),
@@ -67,7 +67,7 @@ def measured(path: Path) -> None:
 
 
 def paper(hardware: Hardware) -> None:
-    """The table of the paper's settings: 32 prompts of 8 rollouts, VPD with F = 5."""
+    """Print the table of the paper's settings: 32 prompts of 8 rollouts, VPD with F = 5."""
     values = {
         "rollout": {"prompts_per_step": 32, "num_generations": 8, "batch_size": 256},
         "feedback": {"sources": ["sibling"]},
@@ -82,7 +82,8 @@ def paper(hardware: Hardware) -> None:
     print("|---|---|---|---|---|---|")
     for name, network in _QWEN3.items():
         plan = predict(config, network_size_of(network), lengths, hardware)
-        # From a plan whose teacher reads its questions itself, as every sequence by itself does.
+        # The plan without prefix sharing starts from one without KV reuse, in which the teacher computes the questions
+        # itself.
         apart = VPDConfig.parse(values | {"model": values["model"] | {"packed_attention": "flex"}})
         unshared = _without_sharing(predict(apart, network_size_of(network), lengths, hardware))
         tokens = plan.tokens.student + plan.tokens.teacher
@@ -97,7 +98,7 @@ def paper(hardware: Hardware) -> None:
 
 
 def _without_sharing(plan: Plan) -> tuple[float, float]:
-    """Operations and seconds where the training passes grow with their tokens."""
+    """Return operations and seconds for training passes that grow in proportion to their tokens."""
     growth = plan.tokens_unshared / (plan.tokens.student + plan.tokens.teacher)
     training = [plan.flops.student + plan.flops.teacher + plan.flops.e_step]
     training.append(plan.seconds.student + plan.seconds.teacher + plan.seconds.e_step)
@@ -109,7 +110,7 @@ def _without_sharing(plan: Plan) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, help="a JSON of benchmarks.step")
+    parser.add_argument("--measured", type=Path, help="a JSON file that benchmarks.step wrote")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
     options = parser.parse_args()
     if options.measured is not None:

@@ -1,9 +1,9 @@
-"""Sampled tokens a second: our engine, transformers' ``generate``, and vLLM where its own environment is named.
+"""Measure the sampled tokens per second of our engine, of transformers' ``generate``, and optionally of vLLM.
 
     python -m benchmarks.rollouts --workload a --vllm PYTHON_OF_AN_ENVIRONMENT_WITH_VLLM
 
-All sample N completions of the same prompts from the same bfloat16 weights at temperature 1, every completion as long
-as the workload says. They take turns, each round on prompts that none has seen before.
+All sample N completions of the same prompts from the same bfloat16 weights at temperature 1, and every completion is as
+long as the workload says. They take turns, each round on prompts that none has seen before.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ Prompts = list[list[int]]
 
 
 class Vllm:
-    """vLLM in a process of its own environment, since it pins other versions of everything."""
+    """vLLM in a process with an environment of its own, because it pins other versions of everything."""
 
     def __init__(self, python: str, folder: str, threads: int, longest: int) -> None:
         worker = str(Path(__file__).with_name("vllm_worker.py"))
         environment = dict(os.environ) | {
             "OMP_NUM_THREADS": str(threads),
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # In its own process: otherwise it keeps one of the cores for itself, and computes on the rest.
+            # With this setting vLLM computes in its own process; otherwise it keeps one core for itself and computes on
+            # the others.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         environment.pop("PYTHONPATH", None)
@@ -46,7 +47,7 @@ class Vllm:
         self._ask({})
 
     def generate(self, prompts: Prompts, workload: Workload) -> int:
-        """Sample, and return how many tokens came."""
+        """Sample, and return the number of sampled tokens."""
         sizes = {"n": workload.num_generations, "tokens": workload.completion_tokens}
         return self._ask({"prompts": prompts, **sizes})
 
@@ -68,7 +69,7 @@ class Vllm:
 
 @torch.inference_mode()
 def generated(network: torch.nn.Module, prompts: Prompts, workload: Workload) -> int:
-    """transformers' ``generate`` on the same prompts (all of one length), with its default settings otherwise."""
+    """Sample by transformers' ``generate`` from the same prompts (all of one length), with its default settings."""
     output = network.generate(  # pyright: ignore[reportCallIssue]
         input_ids=torch.tensor(prompts),
         attention_mask=torch.ones(len(prompts), len(prompts[0]), dtype=torch.long),
@@ -83,10 +84,12 @@ def generated(network: torch.nn.Module, prompts: Prompts, workload: Workload) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, default="a")
-    parser.add_argument("--vllm", metavar="PYTHON", help="of an environment with vLLM; left out by default")
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", help="the Python of an environment with vLLM; by default vLLM is left out"
+    )
     counted = range(1, STEPS_OF_TASKS)
     parser.add_argument(
-        "--rounds", type=int, choices=counted, default=counted[-1], help="after one that does not count"
+        "--rounds", type=int, choices=counted, default=counted[-1], help="counted rounds, after one that does not count"
     )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()

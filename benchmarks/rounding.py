@@ -1,10 +1,11 @@
-"""How far autocast moves the gradient of the M-step, and what of it the head's products contribute.
+"""Measure how far autocast moves the gradient of the M-step, and how much of that the head's products contribute.
 
     make quickstart
     python -m benchmarks.rounding runs/quickstart
 
-On some rollouts of a finished run, behind the prompts that student and teacher read there: the gradient of all weights
-in float32 throughout, against that with the head's factors rounded to bfloat16, with autocast, and with both.
+The benchmark takes some rollouts of a finished run, conditioned on the prompts of student and teacher there. It
+compares the gradient of all weights in float32 with three others: with the head's factors rounded to bfloat16, with
+autocast, and with both.
 """
 
 from __future__ import annotations
@@ -19,12 +20,9 @@ import torch
 from torch import Tensor
 
 from vpd.algorithms import VPDSettings
+from vpd.config import ModelSettings
 from vpd.packing import PackedBatch, pack
-from vpd.policy.cpu.embedding import fuse_embedding
-from vpd.policy.cpu.last_layer import trim_last_layer
-from vpd.policy.cpu.mlp import fuse_mlps
-from vpd.policy.cpu.norms import fuse_norms
-from vpd.policy.cpu.rotary import fuse_rotary
+from vpd.policy.cpu import optimise
 from vpd.policy.load import load_policy
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Distil, ReadStates, ScoredStates
@@ -33,7 +31,7 @@ _KINDS = ("js", "reverse_kl")
 
 
 def batches(run: Path, tokenizer, count: int) -> tuple[PackedBatch, PackedBatch]:
-    """The first ``count`` rollouts of a run that had feedback, behind the student's prompt and behind the teacher's."""
+    """Pack a run's first ``count`` rollouts with feedback, after the student's prompt and after the teacher's."""
     rows = pd.concat([pd.read_parquet(path) for path in sorted(run.glob("rollouts/*.parquet"))])
     views: list[tuple[list[list[int]], list[int]]] = [([], []), ([], [])]
     for row in rows[rows["teacher_prompt"].notna()].head(count).to_dict(orient="records"):
@@ -49,10 +47,10 @@ def batches(run: Path, tokenizer, count: int) -> tuple[PackedBatch, PackedBatch]
 def gradient(
     policy: PolicyModule, views: tuple[PackedBatch, PackedBatch], kind, *, autocast: bool, head: bool
 ) -> Tensor:
-    """Of the M-step's loss, all weights in one row; ``head`` rounds the factors of the head's products."""
+    """Return the gradient of the M-step's loss in one row; ``head`` rounds the factors of the head's products."""
     policy.zero_grad()
     count = len(views[0].targets)
-    # By the module's name: `vpd.losses.divergence` is the function.
+    # The module is found by its name, because `vpd.losses.divergence` is the function.
     losses = sys.modules["vpd.losses.divergence"]
     with (
         mock.patch.object(losses, "may_round_products", return_value=head),
@@ -70,15 +68,11 @@ def gradient(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--rollouts", type=int, default=16)
     options = parser.parse_args()
     loaded = load_policy(str(options.run / "model"))
-    fuse_norms(loaded.model)
-    fuse_rotary(loaded.model)
-    trim_last_layer(loaded.model)
-    fuse_mlps(loaded.model)
-    fuse_embedding(loaded.model)
+    optimise(loaded.model, ModelSettings())
     policy = PolicyModule(loaded.model).eval()
     views = batches(options.run, loaded.tokenizer, options.rollouts)
     print(f"{len(views[0].targets)} completion tokens; distance from the gradient in float32, as a part of its length")

@@ -1,6 +1,6 @@
-"""vLLM's side of ``benchmarks/rollouts.py``; runs in an environment of its own, so it imports nothing of ours.
+"""vLLM's side of ``benchmarks/rollouts.py``; it runs in an environment of its own and so imports nothing of ours.
 
-One JSON request a line on standard input, and a line ``TOKENS n`` on standard output for each that is done.
+It reads one JSON request per line from standard input, and answers each with a line ``TOKENS n`` on standard output.
 """
 
 import json

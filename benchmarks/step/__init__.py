@@ -1,4 +1,4 @@
-"""One whole training step, timed side by side with TRL's trainers on the same work.
+"""This benchmark times a whole training step side by side with TRL's trainers on the same work.
 
 python -m benchmarks.step --against trl --workload a
 """

@@ -1,10 +1,10 @@
-"""Time a full training step of ours against TRL's, on the same model, prompts, completions' lengths and dtype.
+"""Time a full training step of ours against TRL's, with the same model, prompts, completion lengths and dtype.
 
-python -m benchmarks.step --against trl --workload a --sweep --output step-a.json
+    python -m benchmarks.step --against trl --workload a --sweep --output step-a.json
 
 Each side runs in a process of its own; they take turns, one step each, in an order that is reversed every round.
-With --sweep, TRL's settings (checkpointing x micro-batch x precision x cache) are timed one after another first, and
-the fastest of our precision is what ours is compared with. Time and memory are always those of one configuration.
+With --sweep, TRL's settings (checkpointing x micro-batch x precision x cache) are first timed one after another, and
+ours is compared with the fastest of them in our precision. Time and memory are always those of one configuration.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.step.workers import WorkerError
 
 
 def peers(options: argparse.Namespace, workload: Workload) -> Iterator[Side]:
-    """TRL's configurations, the product of the given settings."""
+    """Return TRL's configurations: the product of the given settings."""
     axes = (options.precision, options.checkpointing, options.micro_batch or _micro_batches(workload), options.cache)
     for precision, checkpointing, micro_batch, cache in itertools.product(*axes):
         yield Side(
@@ -42,12 +42,12 @@ def peers(options: argparse.Namespace, workload: Workload) -> Iterator[Side]:
 
 
 def _micro_batches(workload: Workload) -> list[int]:
-    """All rollouts at once, a half and a quarter of them."""
+    """Return the sizes of micro-batches to try: all rollouts at once, a half and a quarter of them."""
     return [workload.rollouts // parts for parts in (1, 2, 4)]
 
 
 def sweep(options: argparse.Namespace, workload: Workload) -> tuple[Side, list[dict[str, Any]]]:
-    """The fastest of TRL's configurations in our precision, and all of them with time and memory."""
+    """Return TRL's fastest configuration in our precision, and the time and memory of all configurations."""
     found, failed = [], []
     for side in peers(options, workload):
         try:
@@ -65,7 +65,7 @@ def sweep(options: argparse.Namespace, workload: Workload) -> tuple[Side, list[d
 
 
 def compare(options: argparse.Namespace, workload: Workload) -> dict[str, Any]:
-    """Sweep where asked, then take turns: ours first, to which the ratios are."""
+    """Sweep where asked, then let the sides take turns; ours comes first, and the ratios are relative to it."""
     swept: list[dict[str, Any]] = []
     peer = None
     if options.against != "none":
@@ -95,20 +95,22 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", choices=["trl", "trl-grpo", "none"], default="trl")
     parser.add_argument("--workload", nargs="+", choices=sorted(WORKLOADS), default=["a", "b", "c"])
-    parser.add_argument("--steps", type=int, default=5, help="counted steps of each side")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before those; the first holds an E-step")
+    parser.add_argument("--steps", type=int, default=5, help="the counted steps of each side")
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="the steps before the counted ones; the first has an E-step"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="write everything that was measured there, as JSON")
+    parser.add_argument("--output", type=Path, help="a JSON file for everything that was measured")
     ours = parser.add_argument_group("ours")
     ours.add_argument("--algorithms", nargs="+", choices=["sdpo", "vpd"], default=["sdpo", "vpd"])
     ours.add_argument("--our-precision", choices=["autocast", "float32", "bfloat16"], default="autocast")
-    ours.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="of our settings")
+    ours.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="a setting of ours")
     trl = parser.add_argument_group("TRL's; several of each are for --sweep, the first of each is taken otherwise")
-    trl.add_argument("--sweep", action="store_true", help="try all of these first and compare with the fastest")
-    trl.add_argument("--sweep-steps", type=int, default=1, help="counted steps of each configuration")
+    trl.add_argument("--sweep", action="store_true", help="try all of these first, and compare with the fastest")
+    trl.add_argument("--sweep-steps", type=int, default=1, help="the counted steps of each configuration")
     trl.add_argument("--checkpointing", nargs="+", choices=["on", "off"], default=["off", "on"])
-    trl.add_argument("--micro-batch", nargs="+", type=int, help="rollouts per pass; all, a half, a quarter by default")
+    trl.add_argument("--micro-batch", nargs="+", type=int, help="rollouts per pass; by default all, a half, a quarter")
     trl.add_argument("--precision", nargs="+", choices=["autocast", "float32", "bfloat16"], default=["autocast"])
     trl.add_argument("--cache", nargs="+", choices=["dynamic", "static"], default=["dynamic"])
     return parser.parse_args()

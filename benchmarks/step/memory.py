@@ -1,4 +1,4 @@
-"""What a side's process and network take: resident memory from the kernel's own counters (Linux), and versions."""
+"""Functions that measure a side's process and network: resident memory by the kernel's counters (Linux), versions."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from benchmarks.step.specs import SideInfo
 
 
 def resident_bytes() -> int:
-    """Resident memory now."""
+    """Return the resident memory now, in bytes."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """Largest resident memory since :func:`reset_peak`."""
+    """Return the largest resident memory since :func:`reset_peak`, in bytes."""
     return _status("VmHWM")
 
 
 def reset_peak() -> None:
-    """Begin anew with the peak (proc(5), clear_refs)."""
+    """Reset the peak of resident memory (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def static_bytes(model: nn.Module) -> int:
-    """Weights, and gradients and AdamW's two moments of those that are trained, in the weights' dtype."""
+    """Return the bytes of all weights, and of the trained ones' gradients and two AdamW moments in the same dtype."""
     return sum(
         parameter.numel() * parameter.element_size() * (4 if parameter.requires_grad else 1)
         for parameter in model.parameters()
@@ -34,7 +34,7 @@ def static_bytes(model: nn.Module) -> int:
 
 
 def side_info(idle_bytes: int, model: nn.Module) -> SideInfo:
-    """What a side says of itself once its network is there."""
+    """Describe a side once its network is there."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     names = ("vpd-rl", "trl", "torch", "transformers", "accelerate")
     return SideInfo(idle_bytes, static_bytes(model), parameters, {name: version(name) for name in names})

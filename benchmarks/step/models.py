@@ -1,6 +1,6 @@
-"""The networks: by name, or of a known shape with random weights.
+"""The networks of the benchmark: loaded by name, or of a known shape with random weights.
 
-All random ones go with SmolLM2's tokenizer; tokens beyond its vocabulary decode to nothing.
+All random networks go with SmolLM2's tokenizer; tokens beyond its vocabulary decode to nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ SHAPES = {
     "135m": {"hidden_size": 576, "intermediate_size": 1536, "layers": 30, "heads": 9, "key_heads": 3},
     "360m": {"hidden_size": 960, "intermediate_size": 2560, "layers": 32, "heads": 15, "key_heads": 5},
 }
-"""SmolLM2's two smaller sizes, and a network that is mostly vocabulary."""
+"""The shapes of SmolLM2's two smaller sizes, and of a network that is mostly vocabulary."""
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that goes with a network, without the network."""
+    """Load the tokenizer that goes with a network, without the network."""
     if name.startswith("random-") or name == gguf.SMOLLM2:
         name = str(gguf.convert_once(gguf.smollm2_file()))
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -30,7 +30,7 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 
 def network(name: str, precision: Precision) -> PreTrainedModel:
-    """``random-SIZE`` or ``random-SIZE-VOCABULARY`` makes a network of one of :data:`SHAPES`; others are loaded."""
+    """Make the network ``random-SIZE`` or ``random-SIZE-VOCABULARY`` with one of :data:`SHAPES`; load any other."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if not name.startswith("random-"):
         return load_policy(name, dtype=dtype).model

@@ -1,4 +1,4 @@
-"""Our side: the real trainer, one iteration at a time."""
+"""Our side of the comparison: the real trainer, one iteration at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vpd.trainer import Batch, VPDTrainer
 from vpd.types import Rollout, Task
 
 _ALGORITHM = {
-    # TRL's distillation_alpha = 1 is the reverse KL; it divides by each sequence's own length.
+    # These settings match TRL's: distillation_alpha = 1 is the reverse KL, and each sequence is divided by its length.
     "sdpo": {"type": "sdpo", "teacher": "live", "divergence": "reverse_kl", "loss_aggregation": "sequence_mean"},
     "vpd": {"type": "vpd", "teacher": "live", "divergence": "reverse_kl", "e_step_every": 5},
     "grpo": {"type": "grpo"},
@@ -30,14 +30,14 @@ _ALGORITHM = {
 
 
 class WholeCompletions(RolloutSampler):
-    """All completions reach the length limit, and count as ended there rather than as cut off."""
+    """A sampler whose completions all reach the length limit, and count as ended there rather than as truncated."""
 
     def _rollout(self, task: Task, group: int, prompt: list[int], sample: Sample) -> Rollout:
         return replace(super()._rollout(task, group, prompt, sample), truncated=False)
 
 
 def settings(side: Side, workload: Workload, folder: str) -> VPDConfig:
-    """The run's settings, ``side.overrides`` last."""
+    """Make the run's settings; ``side.overrides`` come last."""
     values: dict[str, Any] = {f"algorithm.{key}": value for key, value in _ALGORITHM[side.algorithm].items()} | {
         "model.dtype": "bfloat16" if side.precision == "bfloat16" else "float32",
         "model.autocast": "bfloat16" if side.precision == "autocast" else "none",
@@ -51,12 +51,12 @@ def settings(side: Side, workload: Workload, folder: str) -> VPDConfig:
         "optim.learning_rate": LEARNING_RATE,
         "run.output_dir": folder,
     }
-    # What TOML and JSON write differently does not occur here.
+    # JSON serves as TOML here, because no value occurs that the two write differently.
     return VPDConfig.from_overrides([*(f"{key}={json.dumps(value)}" for key, value in values.items()), *side.overrides])
 
 
 def run(side: Side, workload: Workload, conduct: Callable[[SideInfo | StepRecord], None]) -> None:
-    """Make the trainer, then step whenever ``conduct`` returns: it takes a report and waits for the beat."""
+    """Make the trainer, then step whenever ``conduct`` returns; it takes a report and waits for the next turn."""
     tokenizer = models.tokenizer_of(side.model)
     environment = ImposedVerdicts(tokenizer, workload)
     idle = memory.resident_bytes()
@@ -79,7 +79,7 @@ def run(side: Side, workload: Workload, conduct: Callable[[SideInfo | StepRecord
 
 
 def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
-    """As ``VPDTrainer._iterate``, without what writes the run's folder."""
+    """Do what ``VPDTrainer._iterate`` does, but write nothing to the run's folder."""
     memory.reset_peak()
     start = time.perf_counter()
     set_seed(step)
@@ -125,7 +125,7 @@ def _needed(batch: Batch, has_teacher: bool) -> tuple[int, int]:
 
 
 def _check(record: StepRecord, batch: Batch, workload: Workload) -> None:
-    """The work must be what was asked for."""
+    """Check that the work is the work that was asked for."""
     lengths = {len(rollout.completion_ids) for rollout in batch.rollouts}
     if lengths != {workload.completion_tokens} or record.rollouts != workload.rollouts:
         raise RuntimeError(f"{record.rollouts} rollouts took part, with completions of {lengths} tokens.")

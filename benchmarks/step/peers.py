@@ -1,11 +1,11 @@
-"""TRL's side: its trainers as they are, fed with the same tasks, verdicts and texts.
+"""TRL's side of the comparison: its trainers as they are, with the same tasks, verdicts and texts.
 
-What is overridden, and why:
+Two things are overridden:
 
-- The feedback. SDPOTrainer reads it from a dataset's column, one text a prompt, written before there is any rollout.
-  Here its builder of teacher prompts gets the text that the judge wrote of each rollout, so that distillation is active
-  on every one of them, as on our side. The texts bring their headings along, in our words for successes and failures.
-- Methods are wrapped to time them and to count tokens. Nothing that they compute is changed.
+- The feedback. SDPOTrainer reads it from a dataset's column, with one text per prompt that is written before there is
+  any rollout. Here its builder of teacher prompts gets the judge's text on each rollout, so that distillation is active
+  on every rollout, as on our side. The texts have our headings for successes and failures.
+- Some methods are wrapped to time them and to count tokens. Nothing that they compute is changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Conduct = Callable[[SideInfo | StepRecord], None]
 
 
 class Judge:
-    """The imposed verdicts as a reward function, with the feedback on the last batch of rollouts."""
+    """The imposed verdicts as a reward function that keeps the feedback on the last batch of rollouts."""
 
     def __init__(self, environment: ImposedVerdicts) -> None:
         self._environment = environment
@@ -63,7 +63,7 @@ class FeedbackOnRollouts(SuccessfulRolloutTeacherContextBuilder):
 
 
 class Probe(TrainerCallback):
-    """Times the parts of each step, counts its tokens, and waits for the beat between steps."""
+    """A probe that times the parts of each step, counts its tokens, and waits for the next turn between steps."""
 
     def __init__(
         self, trainer: SDPOTrainer | GRPOTrainer, workload: Workload, info: SideInfo, conduct: Conduct
@@ -144,7 +144,7 @@ class Probe(TrainerCallback):
 
 
 def run(side: Side, workload: Workload, conduct: Conduct) -> None:
-    """Make the trainer, then step whenever ``conduct`` returns: it takes a report and waits for the beat."""
+    """Make the trainer, then step whenever ``conduct`` returns; it takes a report and waits for the next turn."""
     tokenizer = models.tokenizer_of(side.model)
     environment = ImposedVerdicts(tokenizer, workload)
     idle = memory.resident_bytes()
@@ -170,7 +170,8 @@ def _trainer(
         "bf16": side.precision == "autocast",
         "gradient_checkpointing": side.gradient_checkpointing,
         "per_device_train_batch_size": micro_batch,
-        # One update from all rollouts of one generation, without a pass for the sampler's log-probabilities.
+        # One update learns from all rollouts of one generation, so that TRL needs no pass for the sampler's
+        # log-probabilities.
         "gradient_accumulation_steps": workload.rollouts // micro_batch,
         "num_generations": workload.num_generations,
         "max_completion_length": workload.completion_tokens,

@@ -1,4 +1,4 @@
-"""Medians, spreads and ratios of timed steps, as tables and as JSON."""
+"""The results of timed steps: medians, spreads and ratios, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 from benchmarks.step.specs import Side, SideInfo, StepRecord
 
 E_STEP_EVERY = 5
-"""F, at which the E-step's overhead is told."""
+"""The F for which the E-step's overhead is reported."""
 
 
 @dataclass
 class SideResult:
-    """A side with its counted steps, warm-up left out."""
+    """A side with its counted steps, without the warm-up."""
 
     side: Side
     info: SideInfo
@@ -28,17 +28,17 @@ class SideResult:
 
     @property
     def seconds(self) -> float:
-        """Median of the step without its E-step, where one ran."""
+        """The median time of a step, without its E-step where one ran."""
         return self.median(_plain_seconds)
 
     @property
     def e_steps(self) -> list[float]:
-        """Seconds of each E-step that really ran."""
+        """The seconds of each E-step that really ran."""
         return [record.phases.get("e_step", 0.0) for record in self.steps if record.e_step]
 
     @property
     def e_step_overhead(self) -> float | None:
-        """What E-steps add to the average step at F = 5, as a share of the step without."""
+        """The time that E-steps add to the average step at F = 5, as a share of the step without them."""
         return statistics.median(self.e_steps) / E_STEP_EVERY / self.seconds if self.e_steps else None
 
     @property
@@ -47,11 +47,14 @@ class SideResult:
 
     @property
     def working_bytes(self) -> int:
-        """Activations, logits and copies: the peak less the idle process, weights, gradients and optimizer state."""
+        """The memory of activations, logits and copies.
+
+        It is the peak minus the idle process, the weights, the gradients and the optimizer's state.
+        """
         return self.peak_bytes - self.info.idle_bytes - self.info.static_bytes
 
     def phases(self) -> dict[str, float]:
-        """Median seconds of each phase; the E-step's over those steps that had one."""
+        """Return the median seconds of each phase; the E-step's median is over the steps that had one."""
         names = dict.fromkeys(name for record in self.steps for name in record.phases)
         found = {name: [record.phases[name] for record in self.steps if name in record.phases] for name in names}
         return {name: statistics.median(seconds) for name, seconds in found.items()}
@@ -77,7 +80,7 @@ def _plain_seconds(record: StepRecord) -> float:
 
 
 def comparison(title: str, results: Sequence[SideResult]) -> Table:
-    """One row a side; the ratio is to the first."""
+    """Make a table with one row for each side; the ratios are relative to the first."""
     table = Table(title=title, title_justify="left")
     columns = ("side", "s/step (min..max)", "ratio", "peak GiB", "working GiB", "computed", "needed", "divergence")
     for name in columns:
@@ -100,7 +103,7 @@ def comparison(title: str, results: Sequence[SideResult]) -> Table:
 
 
 def phase_lines(results: Sequence[SideResult]) -> list[str]:
-    """The medians of each side's phases, and of its E-steps what they add."""
+    """Return lines with the medians of each side's phases, and with the time that E-steps add."""
     lines = []
     for result in results:
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result.phases().items())

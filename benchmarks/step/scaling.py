@@ -1,9 +1,9 @@
-"""How the cost of our step grows with N, with the completions' length, with the vocabulary and with the network.
+"""Measure how the cost of our step grows with N, the completions' length, the vocabulary and the network.
 
-python -m benchmarks.step.scaling --output scaling.json
+    python -m benchmarks.step.scaling --output scaling.json
 
-Networks are of SmolLM2's shapes with random weights. The slope of each column is that of a straight line through the
-logarithms: 1 is cost in proportion. Completion lengths are timed with shared prefixes and without.
+The networks have SmolLM2's shapes and random weights. The slope of each column is that of a straight line through the
+logarithms; a slope of 1 means cost in proportion. Completion lengths are timed with prefix sharing and without.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SWEEPS: dict[str, list[tuple[int | None, Side, Workload]]] = {
     "vocabulary": [(size, replace(SIDE, model=f"random-135m-{size}"), BASE) for size in (49152, 151936)],
     "parameters": [(None, replace(SIDE, model=f"random-{size}"), BASE) for size in ("tiny", "135m", "360m")],
 }
-"""What is varied: its value (None for the network's own number of parameters), the side and the workload."""
+"""The points of each sweep: the varied value (None stands for the number of parameters), the side and the workload."""
 
 
 def columns(result: SideResult) -> dict[str, float]:
-    """What is told of one point."""
+    """Return the columns of one point."""
     phases = result.phases()
     return {
         "s/step": result.seconds,
@@ -51,7 +51,7 @@ def columns(result: SideResult) -> dict[str, float]:
 
 
 def slope(values: Sequence[float], costs: Sequence[float]) -> float:
-    """Least-squares slope of log cost against log value; nan where a cost is not positive."""
+    """Return the least-squares slope of log cost against log value; nan where a cost is not positive."""
     if min(costs) <= 0:
         return math.nan
     xs, ys = [math.log(value) for value in values], [math.log(cost) for cost in costs]
@@ -61,7 +61,7 @@ def slope(values: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def measure(name: str, warm_up: int, steps: int, threads: int) -> dict[str, Any]:
-    """Time the points of one sweep and print its table, slopes in the last row."""
+    """Time the points of one sweep and print its table; the last row holds the slopes."""
     values, results = [], []
     for value, side, workload in SWEEPS[name]:
         (result,) = take_turns([replace(side, threads=threads)], workload, warm_up, steps)
@@ -82,10 +82,10 @@ def measure(name: str, warm_up: int, steps: int, threads: int) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
-    parser.add_argument("--steps", type=int, default=3, help="counted steps of each point")
+    parser.add_argument("--steps", type=int, default=3, help="the counted steps of each point")
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="write everything that was measured there, as JSON")
+    parser.add_argument("--output", type=Path, help="a JSON file for everything that was measured")
     options = parser.parse_args()
     measured: dict[str, Any] = {"base": asdict(BASE), "sweeps": {}}
     for name in options.sweep:

@@ -1,5 +1,7 @@
-"""What is timed: workloads, the two sides' settings, and what a timed step reports. No heavy imports: the parent
-process, which only gives the beat, stays small."""
+"""The workloads, the settings of the two sides, and the report of a timed step.
+
+This module imports nothing heavy, so that the parent process, which only hands out turns, stays small.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,25 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 Precision: TypeAlias = Literal["autocast", "float32", "bfloat16"]
-"""``autocast``: float32 weights with bfloat16 matrix products; the others hold and compute everything in one dtype."""
+"""``autocast`` has float32 weights and bfloat16 matrix products; the others hold and compute all in one dtype."""
 
 Algorithm: TypeAlias = Literal["sdpo", "grpo", "vpd"]
 
 LEARNING_RATE = 1e-7
-"""Tiny, so that the policy stays what it is; not zero, so that no side may skip its update."""
+"""A tiny rate, so that the policy stays as it is; it is not zero, so that no side may skip its update."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts and completions of one step.
+    """The prompts and completions of one step.
 
     Attributes:
-        prompt_tokens: length of the student's prompt, chat template included.
-        completion_tokens: of every completion, exactly.
-        num_generations: N.
-        prompts: of one step.
-        system_words: a token each, of a system message that all prompts begin with; 0 for the template's own.
+        prompt_tokens: The length of the student's prompt, with the chat template.
+        completion_tokens: The exact length of every completion.
+        num_generations: The group size N.
+        prompts: The number of prompts in one step.
+        system_words: The number of words, with one token each, of a system message that all prompts begin with; 0 takes
+            the template's own.
     """
 
     prompt_tokens: int
@@ -45,28 +48,29 @@ WORKLOADS = {
     "c": Workload(prompt_tokens=150, completion_tokens=256, num_generations=4, prompts=2),
     "tiny": Workload(prompt_tokens=50, completion_tokens=4, num_generations=2, prompts=2),
 }
-"""(a) multiple-choice science questions, (b) short answers, (c) long completions; ``tiny`` tries the harness out.
+"""The workloads: (a) stands for multiple-choice science questions, (b) for short answers, (c) for long completions, and
+``tiny`` tries the harness out.
 
-``a-system`` is (a) with a system message: 96 of a prompt's 250 tokens are the same in all, as 111 of about 300 are in
-SciKnowEval's chemistry questions. In (a) itself only the template's 26 are.
+``a-system`` is (a) with a system message: 96 of a prompt's 250 tokens are the same in all prompts, as are 111 of about
+300 in SciKnowEval's chemistry questions. In (a) itself only the template's 26 tokens are the same.
 """
 
 
 @dataclass(frozen=True)
 class Side:
-    """One trainer in one configuration; each runs in a process of its own.
+    """One trainer in one configuration; each side runs in a process of its own.
 
     Attributes:
-        library: whose trainer.
+        library: The library whose trainer it is.
         algorithm: ``sdpo`` with a live teacher, ``grpo``, or ``vpd`` (ours alone).
-        model: a name for ``load_policy``, or ``random-SIZE`` with an optional ``-VOCABULARY``: see ``models.py``.
-        precision: of weights and matrix products.
-        gradient_checkpointing: recompute activations in the backward pass.
-        micro_batch: TRL's rows per forward pass; None for all rollouts of the step.
-        cache: TRL's ``cache_implementation`` in generation; None for transformers' default.
-        overrides: our further settings, as ``section.key=value``.
-        share_prefixes: ours: compute common prefixes once in training passes.
-        threads: of torch.
+        model: A name for ``load_policy``, or ``random-SIZE`` with an optional ``-VOCABULARY`` (see ``models.py``).
+        precision: The precision of weights and matrix products.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        micro_batch: TRL's rows per forward pass; None takes all rollouts of the step.
+        cache: TRL's ``cache_implementation`` in generation; None takes transformers' default.
+        overrides: Further settings of ours, as ``section.key=value``.
+        share_prefixes: Whether our training passes compute common prefixes once.
+        threads: The number of torch's threads.
     """
 
     library: Literal["ours", "trl"]
@@ -93,13 +97,13 @@ class Side:
 
 @dataclass(frozen=True)
 class SideInfo:
-    """What a side says of itself before its first step.
+    """A side's description of itself before its first step.
 
     Attributes:
-        idle_bytes: resident memory with everything imported and nothing loaded.
-        static_bytes: weights, gradients and the two moments of AdamW, of the trained network.
-        parameters: of the network.
-        versions: of the libraries.
+        idle_bytes: The resident memory with everything imported and nothing loaded.
+        static_bytes: The bytes of the network's weights, gradients and two AdamW moments.
+        parameters: The number of the network's parameters.
+        versions: The libraries' versions.
     """
 
     idle_bytes: int
@@ -110,20 +114,21 @@ class SideInfo:
 
 @dataclass
 class StepRecord:
-    """One timed step.
+    """The report of one timed step.
 
     Attributes:
-        seconds: of all of it.
-        phases: seconds of its parts.
-        peak_bytes: largest resident memory within the step.
-        tokens_computed: positions that went through the network in training passes, padding included; those that
-            checkpointing computes again in the backward pass are not counted twice.
-        tokens_needed: distinct prefix tokens of the students' sequences, plus those of the teachers'.
-        tokens_needed_jointly: the same of both in one, for a teacher pass that shares the question with the student's.
-        tokens_sampled: of the completions.
-        rollouts: that took part in the update.
-        divergence: mean over completion tokens, where the algorithm has one: both sides must say about the same.
-        e_step: whether an E-step really ran.
+        seconds: The time of the whole step.
+        phases: The seconds of its parts.
+        peak_bytes: The largest resident memory within the step.
+        tokens_computed: How many positions went through the network in training passes, with padding. Positions that
+            checkpointing recomputes in the backward pass count once.
+        tokens_needed: How many distinct prefix tokens the students' sequences have, plus those of the teachers'.
+        tokens_needed_jointly: How many distinct prefix tokens both have together; a teacher pass that reuses the
+            question's keys and values from the student's pass needs no more.
+        tokens_sampled: How many tokens the completions have.
+        rollouts: How many rollouts took part in the update.
+        divergence: The mean over completion tokens, where the algorithm has one; both sides must report about the same.
+        e_step: Whether an E-step really ran.
     """
 
     seconds: float = 0.0

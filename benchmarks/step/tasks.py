@@ -1,4 +1,4 @@
-"""The same tasks, verdicts and feedback for every side, made of words that are one token each."""
+"""The tasks, verdicts and feedback of the benchmark: the same for every side, made of words with one token each."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vpd.packing.trie import PrefixCounter
 from vpd.types import Task, Verdict
 
 STEPS_OF_TASKS = 8
-"""Distinct tasks for so many steps; then they come round again."""
+"""The number of steps with distinct tasks; after that the tasks repeat."""
 
 FEEDBACK_WORDS = (28, 56)
-"""Range of a feedback text's words, a token each; a few tokens of punctuation come on top."""
+"""The range of the number of words in a feedback text; each is a token, and punctuation adds a few more."""
 
 
 class ImposedVerdicts(Environment):
-    """Every other rollout succeeds, whatever it says, and every one gets a feedback text of its own.
+    """An environment in which every other rollout succeeds, whatever it says, and each gets a feedback text of its own.
 
-    Verdicts follow the order in which they are asked for, which is the order of the rollouts on both sides.
+    Verdicts are given in the order of the calls, which is the order of the rollouts on both sides.
 
     Args:
-        tokenizer: makes the words, and measures the prompts.
-        workload: how many tasks of what length.
+        tokenizer: The tokenizer that gives the words and measures the prompts.
+        workload: The workload, which says how many tasks there are and how long.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, workload: Workload) -> None:
@@ -49,9 +49,9 @@ class ImposedVerdicts(Environment):
 
 
 def needed_tokens(students: Sequence[list[int]], teachers: Sequence[list[int]]) -> tuple[int, int]:
-    """Distinct prefix tokens of the students' plus those of the teachers' sequences; and of both in one trie.
+    """Count the distinct prefix tokens of the students' plus those of the teachers' sequences, and of both in one trie.
 
-    The last token of a sequence predicts nothing, so it need not be computed.
+    The last token of a sequence predicts nothing, so that it need not be computed.
     """
     apart, jointly = 0, PrefixCounter()
     for sequences in (students, teachers):
@@ -64,7 +64,7 @@ def needed_tokens(students: Sequence[list[int]], teachers: Sequence[list[int]]) 
 
 
 def _words(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Words that are one token behind a space, in the order of the alphabet."""
+    """Return the words that are one token together with the space before them, in alphabetical order."""
     texts = (str(tokenizer.decode([token])) for token in range(len(tokenizer)))
     return sorted({text[1:] for text in texts if text[:1] == " " and text[1:].isascii() and _is_word(text[1:])})
 
@@ -76,7 +76,7 @@ def _is_word(text: str) -> bool:
 def _prompt(
     tokenizer: PreTrainedTokenizerBase, words: list[str], workload: Workload, seed: int
 ) -> list[dict[str, str]]:
-    """A chat of the workload's length, template and system message included (one word at least)."""
+    """Make a chat of the workload's length, with template and system message; it has one word at least."""
     length = workload.prompt_tokens
     draw = random.Random(f"prompt-{seed}")
     drawn = [draw.choice(words) for _ in range(length)]

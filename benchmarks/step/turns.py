@@ -1,4 +1,4 @@
-"""Sides take turns, so that what else the machine does falls on all of them alike."""
+"""The sides take turns, so that other work on the machine slows all of them down alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ console = Console(width=140, highlight=False)
 
 
 def take_turns(sides: Sequence[Side], workload: Workload, warm_up: int, steps: int) -> list[SideResult]:
-    """Step all sides in turn; the first ``warm_up`` rounds are not counted."""
+    """Let all sides step in turn; the first ``warm_up`` rounds do not count."""
     with running(sides, workload) as workers:
         results = [SideResult(worker.side, worker.info) for worker in workers]
         for turn in range(warm_up + steps):

@@ -1,4 +1,4 @@
-"""A process for each side, told over a pipe when to step."""
+"""Each side has a process of its own, and hears over a pipe when to step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
-    """A side's process has failed, or was ended by the system (out of memory, most likely)."""
+    """A side's process has failed, or the system has ended it, most likely because memory ran out."""
 
 
 class _Finished(BaseException):
-    """Ends a trainer's own loop. Not an Exception, so that no trainer takes it for a failure of its own."""
+    """A signal that ends a trainer's own loop; it is no Exception, so that no trainer takes it for its own failure."""
 
 
 class Worker:
@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, side: Side, workload: Workload) -> None:
         self.side = side
-        # Before torch is loaded there, so that its pools have that many threads from the start.
+        # The variable is set before the process loads torch, whose pools then have that many threads from the start.
         os.environ["OMP_NUM_THREADS"] = str(side.threads)
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -40,7 +40,7 @@ class Worker:
         self.info = self._receive(SideInfo)
 
     def step(self) -> StepRecord:
-        """One step, start to end."""
+        """Make one step from start to end, and return its report."""
         self._pipe.send("step")
         return self._receive(StepRecord)
 
@@ -66,7 +66,7 @@ class Worker:
 
 @contextlib.contextmanager
 def running(sides: Sequence[Side], workload: Workload) -> Iterator[list[Worker]]:
-    """A worker for each side; all are ended on the way out."""
+    """Start a worker for each side, and end all of them on leaving."""
     workers: list[Worker] = []
     try:
         for side in sides:

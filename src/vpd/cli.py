@@ -153,7 +153,7 @@ def plan(
         if hardware == "this"
         else planning.hardware_named(hardware)
     )
-    teacher = planning.step_passes(settings, lengths).teacher_model
+    teacher = settings.make_algorithm().passes(settings.rollout.prompts_per_step).teacher_model
     teacher_size = None if teacher is None else planning.network_size_of(config_of(teacher))
     found = planning.predict(settings, planning.network_size_of(network), lengths, device, teacher_size)
     table = Table(title=f"A step on {device.name}")

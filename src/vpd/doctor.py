@@ -1,4 +1,4 @@
-"""What this machine can do for a run, what is missing, and how to get it: the logic of ``vpd doctor``."""
+"""Tells what this machine can do for a run, what is missing, and how to get it: the logic of ``vpd doctor``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vpd.machine import usable_cores
+from vpd.device import computes_bfloat16, gpu_names, memory_bytes, training_device, usable_cores
 from vpd.policy import gguf
 from vpd.policy.model_cache import cache_dir
-from vpd.rollout.local import computes_bfloat16
 from vpd.sandbox import SAFE_LEVELS, SandboxError, choose_level, why_not
 
 Status: TypeAlias = Literal["ok", "missing", "note"]
 
 _GIB = 2**30
-# Below it, one conversion and one run's checkpoints of a small model already fill the disk.
+# With less, one conversion and one run's checkpoints of a small model already fill the disk.
 _LITTLE_ROOM_GIB = 5
-# Large enough for the processor's matrix units, small enough to be done in milliseconds.
+# Such a product is large enough for the CPU's matrix units, and takes milliseconds.
 _MATMUL_SIZE = 512
 _MATMUL_SECONDS = 0.15
 
@@ -37,9 +36,9 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what it is.
-        status: ``ok``; ``missing`` for a part that can be installed; ``note`` for what is worth knowing.
-        text: what was found, and for what is missing, how to get it.
+        name: The name of the thing.
+        status: ``ok``; ``missing`` for a part that can be installed; ``note`` for something worth knowing.
+        text: What was found, and how to get a missing part.
     """
 
     name: str
@@ -68,7 +67,7 @@ _OPTIONAL_PARTS = [
 
 
 def report() -> list[Finding]:
-    """Look at everything, in about a second; nothing is changed and nothing is fetched."""
+    """Look at everything, in about a second, without changing or fetching anything."""
     return [_python(), _torch(), _device(), _memory(), *_matmul(), _sandbox(), _cache(), _models(), *_optional_parts()]
 
 
@@ -95,26 +94,27 @@ def _torch() -> Finding:
 
 
 def _device() -> Finding:
-    if torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-        return Finding("device", "ok", names)
+    if names := gpu_names():
+        return Finding("device", "ok", ", ".join(names))
     return Finding(
         "device",
         "note",
-        f"no CUDA device; {usable_cores()} processor cores with {torch.get_num_threads()} threads for torch",
+        f"no CUDA device; {usable_cores()} CPU cores with {torch.get_num_threads()} threads for torch",
     )
 
 
 def _memory() -> Finding:
-    if not hasattr(os, "sysconf"):
+    size = memory_bytes(torch.device("cpu"))
+    if size is None:
         return Finding("memory", "note", "its size cannot be read on this system")
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
-    # Weights, gradients and Adam's two moments, each in float32.
-    return Finding("memory", "ok", f"{size:.1f} GiB; training all weights takes 16 bytes a parameter, and activations")
+    # Weights, gradients and Adam's two moments take four bytes each.
+    return Finding(
+        "memory", "ok", f"{size / _GIB:.1f} GiB; training all weights takes 16 bytes a parameter, and activations"
+    )
 
 
 def _matmul() -> list[Finding]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = training_device()
     speeds = {dtype: _gflops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     measured = f"{speeds[torch.float32]:.0f} GFLOP/s in float32, {speeds[torch.bfloat16]:.0f} in bfloat16 (measured)"
     if computes_bfloat16(device):
@@ -125,7 +125,7 @@ def _matmul() -> list[Finding]:
 
 
 def _gflops(dtype: torch.dtype, device: torch.device) -> float:
-    """Speed of square matrix products, by doing them for a moment."""
+    """The speed of square matrix products, measured for a moment."""
     matrix = torch.ones(_MATMUL_SIZE, _MATMUL_SIZE, dtype=dtype, device=device)
     # The first product pays for the kernel's preparation.
     float((matrix @ matrix)[0, 0])
@@ -170,7 +170,7 @@ def _models() -> Finding:
 
 
 def _names(folder: Path) -> list[str]:
-    """Finished entries; hidden ones are still being written."""
+    """The names of the finished entries; hidden ones are still being written."""
     return sorted(path.name for path in folder.glob("[!.]*")) if folder.is_dir() else []
 
 

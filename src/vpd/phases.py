@@ -119,8 +119,7 @@ def after_training(trainer: BaseTrainer) -> None:
     if state.step and args.eval.preflight_tasks and trainer.algorithm.has_teacher:
         trainer.measurements.gap("After training")
     trainer.save_model()
-    if args.run.report_to:
-        trainer.accelerator.end_training()
+    trainer.journal.end_tracking()
 
 
 def finish(trainer: BaseTrainer, seconds: float, interrupted: int | None) -> TrainOutput:

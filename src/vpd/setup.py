@@ -29,7 +29,7 @@ from vpd.monitoring.journal import Journal
 from vpd.monitoring.measurements import Measurements
 from vpd.monitoring.monitor import Monitor
 from vpd.policy.copies import PREVIOUS, make_copies
-from vpd.policy.cpu.allocator import keep_freed_memory
+from vpd.policy.cpu import keep_freed_memory
 from vpd.policy.learner import Learner
 from vpd.policy.load import eos_token_ids
 from vpd.policy.module import PolicyModule

@@ -72,6 +72,8 @@ class Batch:
 class VPDTrainer(BaseTrainer):
     """Trains a causal language model from rewards and textual feedback.
 
+    Evaluation, saving, the hub, callbacks and logs are those of :class:`vpd.base_trainer.BaseTrainer`.
+
     Args:
         model: a hub id, folder, GGUF file or short name, or a loaded model; by default ``args.model.name``.
         args: all settings.
@@ -85,8 +87,6 @@ class VPDTrainer(BaseTrainer):
         optimizers: an optimizer and a scheduler in place of those that ``args.optim`` describes.
         peft_config: a PEFT config, to train adapters only; by default what ``args.model.lora`` describes.
         feedback_sources: in order of preference; by default those that ``args.feedback.sources`` names.
-
-    Evaluation, saving, the hub, callbacks and logs are those of :class:`vpd.base_trainer.BaseTrainer`.
 
     Raises:
         ConfigError: settings or arguments cannot work together.
@@ -110,17 +110,19 @@ class VPDTrainer(BaseTrainer):
         args = args or VPDConfig()
         set_seed(args.run.seed)
         policy, tokenizer = make_policy(args, model, processing_class, peft_config)
-        tasks = choose_environment(args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights)
+        environment = choose_environment(
+            args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights
+        )
         parts = assemble(
             args,
             policy,
             tokenizer,
-            tasks,
+            environment,
             callbacks=callbacks or (),
             optimizers=optimizers,
             sources=feedback_sources,
         )
-        super().__init__(args, tasks, tokenizer, parts)
+        super().__init__(args, environment, tokenizer, parts)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Run everything: warm start, pre-flight, the EM loop, the final evaluation.

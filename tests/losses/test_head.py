@@ -7,24 +7,22 @@ import sys
 import pytest
 import torch
 
-from vpd.device import multiplies_bfloat16, rounding_factors
+from vpd.device import has_amx, multiplies_bfloat16, rounding_factors
 from vpd.losses import Head, divergence, token_log_probs
 from vpd.losses import head as head_module
 from vpd.losses.head import HeadProducts, tiles
-
-has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @pytest.fixture(params=["by oneDNN", "by hand"])
 def rounding(request, monkeypatch):
     """Both ways to round factors, the second also on a processor that would take the first."""
     if not multiplies_bfloat16():
-        pytest.skip("this processor has no products in bfloat16")
+        pytest.skip("this CPU has no products in bfloat16")
     if request.param == "by hand":
-        monkeypatch.setattr("vpd.losses.head._has_amx", lambda: False)
+        monkeypatch.setattr("vpd.losses.head.has_amx", lambda: False)
         # Several slices of the vocabulary, the last one shorter.
         monkeypatch.setattr("vpd.losses.head.WORDS_AT_A_TIME", 48)
-    elif not has_amx:
+    elif not has_amx():
         pytest.skip("without AMX oneDNN rounds no float32 products")
 
 

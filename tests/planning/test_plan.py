@@ -25,9 +25,13 @@ SIZE = network_size_of(
 )  # fmt: skip
 
 
+BLOCKS = {"packed_attention": "blocks"}
+
+
 def config(**sections):
-    """Make the settings of four prompts with eight rollouts each, and the environment's text as feedback."""
+    """Four prompts of eight rollouts, with the environment's text and a kernel that reuses keys on any hardware."""
     rollout = {"prompts_per_step": 4, "num_generations": 8}
+    sections["model"] = BLOCKS | sections.get("model", {})
     return VPDConfig.parse({"rollout": rollout, "feedback": {"sources": ["environment"]}, **sections})
 
 
@@ -67,7 +71,7 @@ def test_tokens_are_those_that_the_trainer_computes(tmp_path, monkeypatch, algor
     # The templates add no text of their own, so that the feedback that the plan counts is each rollout's own.
     templates = {"feedback_on_failure": "{text}", "feedback_on_success": "{text}"}
     feedback = {"templates": templates}
-    trainer = toy_trainer(tmp_path, algorithm=algorithm, rollout={"stop_strings": []}, feedback=feedback)
+    trainer = toy_trainer(tmp_path, algorithm=algorithm, rollout={"stop_strings": []}, feedback=feedback, model=BLOCKS)
     trainer.sampler.eos_token_ids = ()
     made = RolloutSampler._rollout
 
@@ -120,6 +124,22 @@ def test_the_operations_of_a_student_pass_are_six_for_each_parameter_and_token()
         for on in (False, True)
     )
     assert recomputed < kept
+
+
+def test_keys_are_reused_where_the_kernel_of_the_hardware_does():
+    lengths = Lengths(250, 16, 60)
+    chosen = {name: config(model={"packed_attention": name}) for name in ("auto", "blocks", "flex")}
+    hardware = {"gpu": GPUS["h100"], "cpu": replace(GPUS["h100"], kernel="blocks")}
+    teacher = {
+        (name, where): predict(settings, SIZE, lengths, hardware[where]).tokens.teacher
+        for name, settings in chosen.items()
+        for where in hardware
+    }
+    reused, whole = 4 * 8 * (60 + 16), 4 * (250 + 8 * (60 + 16))
+    assert {where for where, tokens in teacher.items() if tokens == reused} == {
+        ("auto", "cpu"), ("blocks", "cpu"), ("blocks", "gpu")
+    }  # fmt: skip
+    assert set(teacher.values()) == {reused, whole}
 
 
 def test_rarer_e_steps_cost_less_and_one_pass_less_than_two():

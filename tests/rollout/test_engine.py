@@ -37,7 +37,7 @@ def metrics(folder):
 def test_a_run_asks_its_engine_for_nothing_beyond_the_protocol(tmp_path, monkeypatch):
     sections = {"algorithm": LORA, "feedback": CRITIQUES, "eval": {"preflight_tasks": 2, "margin_tasks": 2}}
     toy_trainer(tmp_path / "local", **sections).train()
-    monkeypatch.setattr("vpd.trainer.make_engine", lambda *args: ProtocolAlone(make_engine(*args)))
+    monkeypatch.setattr("vpd.setup.make_engine", lambda *args: ProtocolAlone(make_engine(*args)))
     toy_trainer(tmp_path / "protocol", **sections).train()
     assert metrics(tmp_path / "protocol") == metrics(tmp_path / "local")
 
@@ -49,7 +49,7 @@ def test_another_engine_trains_too(tmp_path, monkeypatch):
         engines.append(ScriptedEngine(tokenizer))
         return engines[-1]
 
-    monkeypatch.setattr("vpd.trainer.make_engine", make)
+    monkeypatch.setattr("vpd.setup.make_engine", make)
     toy_trainer(tmp_path / "run", eval={"preflight_tasks": 2}).train()
     lines = [line for line in read_metrics(tmp_path / "run") if line["event"] == "train"]
     assert [line["reward"] > 0 for line in lines] == [True, True]

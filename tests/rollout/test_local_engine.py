@@ -225,7 +225,7 @@ def test_a_released_engine_holds_no_copies_and_samples_from_the_weights_as_they_
         p for p in subject._copy.network.parameters() if p.data_ptr() not in {q.data_ptr() for q in model.parameters()}
     ]
     assert sum(parameter.numel() for parameter in own) == 0
-    assert not any(hasattr(module, "packed") for module in subject._copy.network.modules())
+    assert not any(hasattr(module, "rearranged") for module in subject._copy.network.modules())
     assert all(parameter.numel() for parameter in model.parameters())
     subject.release()
     assert log_probs(subject) == before
@@ -265,7 +265,7 @@ def test_rows_that_belong_to_the_model_stay(make_model, tokenizer, caplog):
     subject = engine(model, tokenizer, dtype="bfloat16")
     assert not caplog.text
     assert not names_without_rows(subject)
-    assert any(hasattr(module, "packed") for module in subject._copy.network.modules())
+    assert any(hasattr(module, "rearranged") for module in subject._copy.network.modules())
     subject.release()
     assert all(parameter.numel() for parameter in model.parameters())
 

@@ -170,3 +170,30 @@ def test_a_broken_json_file_is_told(tmp_path):
     folder.config_path.write_text("{")
     with pytest.raises(RunError, match=r"config\.json is not valid JSON"):
         folder.read_config()
+
+
+def test_rewinding_removes_later_checkpoints_and_no_earlier_one(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.commit_checkpoint(step, weights(str(step)), keep=9)
+    folder.rewind(2)
+    assert checkpoints(folder) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_is_named_by_any_path_to_it_and_no_other_folder_is_one(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    made = folder.commit_checkpoint(3, weights("3"), keep=1)
+    monkeypatch.chdir(tmp_path)
+    for path in (made, str(made), "run/checkpoints/../checkpoints/checkpoint-3"):
+        assert folder.checkpoint_at(path) == made
+    for path in ("run", "run/checkpoints/checkpoint-4", "checkpoint-3", ""):
+        with pytest.raises(ConfigError, match=r"no checkpoint of the run in .*checkpoint-3\. Name one of them"):
+            folder.checkpoint_at(path)
+
+
+def test_only_the_best_weights_that_are_asked_for_stay(tmp_path):
+    folder = RunFolder(tmp_path)
+    for name in ("best-1", "best-2", "best-10", "best-friend"):
+        (tmp_path / name).mkdir()
+    folder.keep_best_weights([2, None, 7])
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-2", "best-friend"]

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from vpd.config import ConfigError
 from vpd.runs import RunError, RunFolder
@@ -223,18 +222,18 @@ def test_a_study_of_the_selection_split_asks_no_final_question_and_must_ask_the_
 
 def test_each_worker_takes_one_of_the_gpus_that_it_may_use(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(study_module, "gpu_count", lambda: 2)
     devices = [study_module._environment(worker, 3) for worker in range(3)]
     assert devices == [{"CUDA_VISIBLE_DEVICES": name} for name in ("4", "5", "4")]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(study_module, "gpu_count", lambda: 1)
     assert study_module._environment(0, 3) == {}
 
 
 def test_runs_at_the_same_time_share_the_cores(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(study_module, "gpu_count", lambda: 0)
     monkeypatch.setattr(study_module, "usable_cores", lambda: 8)
     threads = [study_module._environment(0, workers).get("OMP_NUM_THREADS") for workers in (1, 2, 3, 16)]
     assert threads == [None, "4", "2", "1"]

@@ -174,8 +174,8 @@ def test_settings_of_the_model(tmp_path, expected, setting):
     assert_the_same(curve(tmp_path / "run", model={setting: setting == "gradient_checkpointing"}), expected)
 
 
-def test_passes_that_keep_what_they_could_make_again(tmp_path, monkeypatch, expected):
-    monkeypatch.setattr("vpd.policy.prepare.recomputes", lambda settings: False)
+def test_passes_that_keep_what_they_could_recompute(tmp_path, monkeypatch, expected):
+    monkeypatch.setattr("vpd.policy.prepare.optimises_layers", lambda settings: False)
     assert_the_same(curve(tmp_path / "run"), expected)
 
 
@@ -185,7 +185,7 @@ def test_small_micro_batches(tmp_path, expected):
     assert_the_same(found, expected)
 
 
-@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products in bfloat16")
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU has no products in bfloat16")
 @pytest.mark.parametrize("what", ["attention", "head"])
 def test_products_in_bfloat16(tmp_path, monkeypatch, what):
     """Under autocast, whose rounding is all that tells the two curves apart."""

@@ -41,7 +41,7 @@ class RolloutSettings(Section):
     next_stage_at: float = Field(default=0.8, gt=0, le=1)
     """The share of successes in a rollout batch at which the next stage of a curriculum begins."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights that sample; ``auto`` makes a bfloat16 copy where the processor computes it natively."""
+    """The dtype of the weights that sample; ``auto`` makes a bfloat16 copy where the device computes it natively."""
 
 
 class Templates(Section):

@@ -24,15 +24,15 @@ class ModelSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights; float32 with autocast is the safe choice."""
     autocast: Literal["auto", "bfloat16", "none"] = "auto"
-    """Dtype of the matrix products in training; ``auto`` takes bfloat16 where the processor computes it natively."""
+    """The dtype of the matrix products in training; ``auto`` takes bfloat16 where the device computes it natively."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which takes less memory and about a third more time."""
-    packed_attention: Literal["blocks", "flex"] = "blocks"
-    """How attention over shared prefixes is computed: block by block, or by flex_attention's one compiled kernel, which
-    needs CUDA."""
+    packed_attention: Literal["auto", "blocks", "flex"] = "auto"
+    """How attention over shared prefixes is computed: ``blocks`` takes it block by block; ``flex`` is flex_attention's
+    one compiled kernel, which needs CUDA; ``auto`` takes ``flex`` on CUDA and ``blocks`` elsewhere."""
     fused_layers: bool = True
-    """Without a GPU, compute and keep the layers as :mod:`vpd.policy.cpu` does: the same numbers but for rounding, in
-    less time and memory."""
+    """Without a GPU, compute the layers and keep their activations as :mod:`vpd.policy.cpu` does: the same numbers but
+    for rounding, in less time and memory."""
     logits_chunk_tokens: int = Field(default=256, ge=1)
     """The number of tokens whose logits a loss holds at a time, in float32, for student and teacher each. Fewer take
     less memory and more time, because each chunk reads the head's weight and updates its gradient."""

@@ -1,8 +1,8 @@
 """Worked answers: questions that are answered step by step, one step per line, and a reader of such answers.
 
-The reader finds the first wrong line. A worked answer succeeds where every line and the final answer are right: an
-answer that is right by luck after wrong lines would be a bad example to learn from. An answer that rambles on after its
-end would be one too, because a teacher that is shown it learns not to end.
+The reader finds the first wrong line. A worked answer succeeds where every line and the final answer are right, and
+nothing follows: an answer that is right by luck after wrong lines is a bad example to learn from. An answer that
+rambles on is a bad example too, because the model that is shown it learns not to end.
 
 Three datasets of reasoning-gym have steps on which everybody agrees. ``chain_sum``, and ``basic_arithmetic`` with ``+``
 and ``-`` and without parentheses, add and subtract terms from left to right. ``products`` of two factors multiply by

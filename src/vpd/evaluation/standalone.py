@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vpd.config import ConfigError, VPDConfig
+from vpd.device import training_device
 from vpd.environments import Split, make_environment
 from vpd.evaluation.accuracy import Evaluation, evaluate
 from vpd.feedback import PromptBuilder
@@ -27,8 +28,7 @@ def evaluate_standalone(settings: VPDConfig, split: Split, limit: int | None) ->
         raise ConfigError("There are no tasks: the config has no [data] section.")
     environment = make_environment(settings.data)
     loaded = load_policy(settings.model.name, dtype=getattr(torch, settings.model.dtype))
-    if torch.cuda.is_available():
-        loaded.model.to("cuda")  # pyright: ignore[reportArgumentType]
+    loaded.model.to(training_device())  # pyright: ignore[reportArgumentType]
     sampler = RolloutSampler(
         make_engine(loaded.model, loaded.tokenizer, settings.rollout),
         loaded.tokenizer,

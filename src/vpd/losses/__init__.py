@@ -1,9 +1,9 @@
 """Losses as pure functions on tensors: shapes in the docstrings, fp32 inside, no config and no state.
 
-They take hidden states and a :class:`Head` in place of logits, since logits of a batch are the largest tensor of a
-training step (2,000 tokens x 150,000 words x 4 bytes = 1.2 GB, several times over). Work goes chunk by chunk over the
-tokens, and each chunk's logits are gone before the next chunk's are made. Under autocast in bfloat16 the head's
-products round their factors where the device offers it (bfloat16, TF32), as all products of the network do; logits and
+They take hidden states and a :class:`Head` in place of logits, since a batch's logits are the largest tensor of a
+training step (2,000 tokens x 150,000 words x 4 bytes = 1.2 GB, several times over). They go over the tokens chunk by
+chunk, and each chunk's logits are gone before the next chunk's are made. Under autocast in bfloat16 the head's products
+round their factors where the device offers it (bfloat16, TF32), as all products of the network do; the logits and
 everything made from them stay in fp32.
 """
 

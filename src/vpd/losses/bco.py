@@ -22,12 +22,12 @@ def implicit_rewards(teacher_log_probs: Tensor, prior_log_probs: Tensor, beta: f
     """r~ = beta * [log q(y|x,C) - log pi_prior(y|x)], in fp32.
 
     Args:
-        teacher_log_probs: [B], sums over each rollout's tokens; carries the gradient.
-        prior_log_probs: [B], the same under the prior; constant.
-        beta: temperature of the implicit reward, one number, or [B] where it depends on the rollout's length.
+        teacher_log_probs: The teacher's log-probabilities [B], summed over each rollout's tokens, with gradient.
+        prior_log_probs: The same sums [B] under the prior, which are constant.
+        beta: The temperature of the implicit reward: one number, or [B] where it depends on the rollout's length.
 
     Returns:
-        [B].
+        The implicit rewards [B].
     """
     return beta * (teacher_log_probs.float() - prior_log_probs.detach().float())
 
@@ -95,17 +95,18 @@ def bco_loss(
     that is joined to the graph.
 
     Args:
-        implicit_rewards: [B], carries the gradient.
-        is_success: [B], bool.
-        reward_shift: delta, constant; a tensor is detached.
-        success_count: successes of the whole E-batch, over micro-batches and ranks; None means those in this batch.
-        failure_count: failures of the same.
+        implicit_rewards: The implicit rewards [B], with gradient.
+        is_success: Which rollouts are successes, [B] bool.
+        reward_shift: The shift delta, which is constant; a tensor is detached.
+        success_count: How many successes the whole E-batch has, over micro-batches and ranks; None means those in this
+            batch.
+        failure_count: How many failures it has, likewise.
 
     Returns:
-        Scalar in fp32.
+        A scalar in fp32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a global count below the count in this batch.
+        ValueError: Shapes or dtypes that do not fit, or a global count below the count in this batch.
     """
     _check_rows(implicit_rewards, is_success)
     successes_here = int(is_success.sum())

@@ -9,22 +9,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vpd.device import multiplies_bfloat16, rounding_factors
+from vpd.device import has_amx, is_cpu, multiplies_bfloat16, rounding_factors
 
 DEFAULT_CHUNK_SIZE = 256
-"""Tokens whose logits exist at a time.
+"""How many tokens' logits exist at a time.
 
-50 MB in fp32 for a vocabulary of 49k, 160 MB for 152k, a few times over. Each chunk also passes once over the head's
-weight and its gradient, so that small chunks cost time: on a CPU with 49k words, 32 takes twice as long as 256, and 512
-gains a tenth.
+With a vocabulary of 49k words these are 50 MB in fp32, with 152k words 160 MB, and a loss holds a few such tensors.
+Each chunk also goes once over the head's weight and its gradient, so that small chunks cost time: on a CPU with 49k
+words, 32 takes twice as long as 256, and 512 gains a tenth.
 """
 
 TILE_NUMBERS = 2**17
-"""Logits that a core works on at a time once their product is made, 512 KB (or one row): on a processor, what goes over
-them several times finds them in the core's cache. ``benchmarks/losses.py`` shows what that saves."""
+"""How many logits a CPU core works on at a time once their product is made: 512 KB, or one row.
+
+What goes over them several times then finds them in the core's cache; ``benchmarks/losses.py`` shows what that saves.
+"""
 
 WORDS_AT_A_TIME = 4096
-"""Words of the vocabulary whose share of the gradients is rounded at a time, to stay in the cache."""
+"""How many words' share of the gradients is rounded at a time, so that it stays in the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +37,10 @@ class Head:
     ``h W^T`` alone would train another model than the one that samples.
 
     Attributes:
-        weight: [V, H], any float dtype.
-        bias: [V], or None.
-        scale: factor on the logits, before the cap.
-        softcap: bound of the logits' absolute value, or None for no bound.
+        weight: The output matrix [V, H], in any float dtype.
+        bias: The bias [V]; None where the model has none.
+        scale: The factor on the logits, before the cap.
+        softcap: The bound of the logits' absolute value; None for no bound.
 
     Raises:
         ValueError: shapes do not fit together, or softcap is not positive.
@@ -76,14 +78,14 @@ class Head:
         return replace(self, weight=self.weight.detach().float(), bias=bias)
 
     def logits(self, hidden: Tensor, temperature: float = 1.0, *, products: HeadProducts | None = None) -> Tensor:
-        """Logits of one chunk in fp32, divided by ``temperature``; [T, H] -> [T, V].
+        """The logits of one chunk in fp32, divided by ``temperature``; [T, H] -> [T, V].
 
-        Autocast does not reach inside; ``products`` are this head's, exact by default.
+        Autocast does not reach inside. ``products`` are those of this head; by default they are exact.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             if products is None:
                 products = HeadProducts(self.weight.float(), rounded=False)
-            # The scalars go on [T, H] and [V], which saves passes over [T, V].
+            # Scaling [T, H] and [V] saves passes over [T, V].
             gain = self.scale / (temperature if self.softcap is None else self.softcap)
             logits = products.logits(hidden.float() if gain == 1.0 else hidden.float() * gain)
             if self.bias is not None:
@@ -96,16 +98,19 @@ class Head:
 class HeadGradient:
     """Sums up, chunk by chunk, the gradient of a scalar with respect to hidden states, head weight and head bias.
 
-    Only what is asked for is computed: under LoRA the head is frozen, which saves a third of the matmuls.
+    It computes only the gradients that are wanted: under LoRA the head is frozen, which saves a third of the matmuls.
 
     Args:
-        head: in fp32.
-        products: of its weight.
-        hidden: [T, H], any float dtype; only its shape and device are read.
-        needs: whether the gradient of (hidden, weight, bias) is wanted.
+        head: The head in fp32.
+        products: The products of the head's weight.
+        hidden: The hidden states [T, H] in any float dtype; only their shape and device are read.
+        needs: Which gradients are wanted: that of the hidden states, of the weight, of the bias.
+        temperature: The temperature that the logits were divided by.
 
     Attributes:
-        hidden, weight, bias: [T, H], [V, H], [V] in fp32; None where not wanted.
+        hidden: The gradient of the hidden states [T, H] in fp32; None if it is not wanted.
+        weight: The gradient of the weight [V, H] in fp32; None if it is not wanted.
+        bias: The gradient of the bias [V] in fp32; None if it is not wanted.
     """
 
     def __init__(
@@ -116,7 +121,7 @@ class HeadGradient:
         self._temperature = temperature
         self._is_empty = True
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs[0] else None
-        # The first chunk's part is written there, not added.
+        # The first chunk's part is written there, not added, so that nothing has to be zeroed.
         make = torch.empty_like if len(hidden) else torch.zeros_like
         self.weight = make(head.weight) if needs[1] else None
         self.bias = torch.zeros_like(head.bias) if needs[2] and head.bias is not None else None
@@ -127,11 +132,12 @@ class HeadGradient:
         """Add one chunk's part; ``grad_logits`` is overwritten.
 
         Args:
-            rows: the chunk's place among the T tokens.
-            hidden: [chunk, H] in fp32.
-            logits: [chunk, V] as :meth:`Head.logits` gave them; read only where the head has a softcap.
-            grad_logits: [chunk, V], the gradient with respect to ``logits`` before ``row_weights``.
-            row_weights: [chunk], factors on the rows of ``grad_logits``. Applied on the H side, where it is cheap.
+            rows: The chunk's place among the T tokens.
+            hidden: The chunk's hidden states [chunk, H] in fp32.
+            logits: The logits [chunk, V] as :meth:`Head.logits` gave them; read only where the head has a softcap.
+            grad_logits: The gradient [chunk, V] with respect to ``logits``, before ``row_weights``.
+            row_weights: The factors [chunk] on the rows of ``grad_logits``. They are applied on the H side, where that
+                is cheap.
         """
         if self._head.softcap is not None and logits is not None:
             # d tanh(u) = (1 - tanh(u)^2) du, with tanh(u) = logits * temperature / softcap.
@@ -149,14 +155,14 @@ class HeadGradient:
 
 
 def chunks(length: int, chunk_size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``chunk_size`` that cover ``length``."""
+    """The consecutive slices of at most ``chunk_size`` that cover ``length``."""
     return (slice(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size))
 
 
 def tiles(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows of a chunk of logits [chunk, V], small enough for the cores' caches; one on other devices."""
+    """Slices of the rows of a chunk of logits [chunk, V]: on a CPU small enough for the cores' caches, else one."""
     rows = max(1, logits.shape[0])
-    if logits.device.type == "cpu":
+    if is_cpu(logits):
         rows = torch.get_num_threads() * max(1, TILE_NUMBERS // logits.shape[1])
     return chunks(logits.shape[0], rows)
 
@@ -169,23 +175,23 @@ def may_round_products(device: torch.device) -> bool:
 class HeadProducts:
     """The three products of a head's weight and its chunks: logits, and the gradients of hidden states and weight.
 
-    Exact in fp32, or, where ``rounded``, with factors that may be rounded to bfloat16 on a processor and to TF32 on
-    CUDA, as under autocast all other products of a network are. Sums stay in fp32, and so do the logits, which autocast
-    rounds to 8 bits: to a sixteenth where they are around 20.
+    They are exact in fp32. Where they are ``rounded``, their factors may be rounded to bfloat16 on a CPU and to TF32 on
+    CUDA, as autocast rounds those of all other products of a network. Sums stay in fp32, and so do the logits: autocast
+    would round these to 8 bits, which is to a sixteenth where they are around 20.
 
-    CUDA and processors with AMX have such products of fp32 tensors. On other processors that multiply bfloat16 the
-    logits are exact, and gradients are rounded, the share of a chunk and of some words at a time, as autocast rounds
-    those of all other weights.
+    CUDA and CPUs with AMX have such products of fp32 tensors. On other CPUs that multiply bfloat16 the logits are
+    exact. There the gradients are rounded, the share of one chunk and of some words at a time, as autocast rounds the
+    gradients of all other weights.
 
     Args:
-        weight: [V, H] fp32.
-        rounded: see above. Without effect on devices that have no such products.
+        weight: The head's weight [V, H] in fp32.
+        rounded: Whether the factors may be rounded. It has no effect on devices without such products.
     """
 
     def __init__(self, weight: Tensor, *, rounded: bool) -> None:
         self._weight = weight
         self._rounded = rounded
-        self._by_hand = rounded and weight.device.type == "cpu" and multiplies_bfloat16() and not _has_amx()
+        self._by_hand = rounded and is_cpu(weight) and multiplies_bfloat16() and not has_amx()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] fp32 -> [T, V] fp32; differentiable where the products are exact."""
@@ -203,8 +209,8 @@ class HeadProducts:
         return total
 
     def add_grad_weight(self, total: Tensor, grad_logits: Tensor, hidden: Tensor, *, is_first: bool = False) -> None:
-        """Add the gradient to ``total`` [V, H] fp32, or, where it is the first, write it there; ``grad_logits`` [T, V]
-        and ``hidden`` [T, H] are fp32."""
+        """Add the gradient to ``total`` [V, H]; the first one is written there instead. ``grad_logits`` is [T, V] and
+        ``hidden`` [T, H]; all are fp32."""
         if not self._by_hand or self._is_small(hidden):
             with self._precision():
                 torch.addmm(total, grad_logits.t(), hidden, beta=0.0 if is_first else 1.0, out=total)
@@ -218,20 +224,16 @@ class HeadProducts:
                 total[words] += part.float()
 
     def _is_small(self, rows: Tensor) -> bool:
-        """By oneDNN's own measure; the smallest products gain nothing and stay exact."""
+        """Whether the product is one of the smallest by oneDNN's own measure: they gain nothing and stay exact."""
         return rows.shape[0] * self._weight.numel() <= 16**3
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        """Autocast, which would round results, does not reach inside."""
+        """Round factors where that is wanted. Autocast would round results too, so it does not reach inside."""
         device = self._weight.device
         rounding = rounding_factors(device) if self._rounded else nullcontext()
         with torch.autocast(device.type, enabled=False), rounding:
             yield
-
-
-def _has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def check_hidden(name: str, hidden: Tensor, head: Head) -> None:

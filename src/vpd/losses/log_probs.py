@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpd.device import is_cpu
 from vpd.losses.head import (
     DEFAULT_CHUNK_SIZE,
     Head,
@@ -27,22 +28,23 @@ def token_log_probs(
     """log softmax(logits / temperature) of each token's target: log pi(y_t | x, y_<t), the summands of the E-step's
     log-ratio (VPD, arXiv 2605.15113).
 
-    Each token may get a gradient of its own, which is not known in forward; backward therefore makes each chunk's
-    logits again, one more matmul, rather than keep them.
+    Each token may get a gradient of its own, which is not known in the forward pass. The backward pass therefore
+    recomputes each chunk's logits by one more matmul, and they are not kept.
 
     Args:
-        hidden: [T, H], any float dtype; position t predicts ``targets[t]`` (the shift by one is the caller's).
-        head: maps hidden states to logits.
-        targets: [T], int64, each in [0, V).
-        temperature: divides the logits.
-        chunk_size: tokens whose logits exist at a time.
+        hidden: The hidden states [T, H] in any float dtype; position t predicts ``targets[t]`` (the caller shifts by
+            one).
+        head: The head that maps hidden states to logits.
+        targets: The token ids [T] in int64, each in [0, V).
+        temperature: The temperature that the logits are divided by.
+        chunk_size: How many tokens' logits exist at a time.
 
     Returns:
-        [T] in fp32, in nats.
+        The log-probabilities [T] in nats, in fp32.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a setting out of range, or a target outside of the vocabulary
-            (found here on CPU only: on an accelerator the check would wait for the device).
+            (checked on the CPU only: on an accelerator the check would wait for the device).
     """
     check_settings(temperature, chunk_size)
     check_hidden("hidden", hidden, head)
@@ -51,7 +53,7 @@ def token_log_probs(
             f"targets must be [{hidden.shape[0]}] of int64, one token id for each hidden state, "
             f"got {tuple(targets.shape)} of {targets.dtype}."
         )
-    if targets.device.type == "cpu" and len(targets) > 0:
+    if is_cpu(targets) and len(targets) > 0:
         low, high = (int(bound) for bound in targets.aminmax())
         if low < 0 or high >= head.vocabulary_size:
             raise ValueError(
@@ -74,7 +76,7 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk_size: int,
     ) -> Tensor:
         ctx.head, ctx.temperature, ctx.chunk_size = head, temperature, chunk_size
-        # Backward runs outside of the caller's autocast, and must make the same logits again.
+        # The backward pass runs outside of the caller's autocast, and must compute the same logits.
         ctx.rounded = may_round_products(hidden.device)
         head = head.detached_float32()
         products = HeadProducts(head.weight, rounded=ctx.rounded)
@@ -85,7 +87,7 @@ class _TokenLogProbs(torch.autograd.Function):
             target_logits[rows] = logits.gather(1, targets[rows, None])[:, 0]
             for tile in tiles(logits):
                 log_normaliser[rows][tile] = logits[tile].logsumexp(-1)
-            # Before the next chunk's are made.
+            # The next chunk's logits are made when these are gone.
             del logits
         ctx.save_for_backward(hidden, weight, bias, targets, log_normaliser)
         return target_logits - log_normaliser
@@ -102,7 +104,7 @@ class _TokenLogProbs(torch.autograd.Function):
             logits = head.logits(hidden_chunk, ctx.temperature, products=products)
             # The logits' memory is free for their gradient, unless a softcap's gradient will read them.
             grad_logits = logits if head.softcap is None else logits.clone()
-            # Negative of d log p(target) / d logits, with the sign on the row weights: softmax - one_hot.
+            # softmax - one_hot is the negative of d log p(target) / d logits; the row weights carry the sign.
             for tile in tiles(logits):
                 grad_logits[tile].sub_(log_normaliser[rows][tile, None]).exp_()
             grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[rows]] -= 1.0

@@ -1,6 +1,7 @@
 """Losses whose gradient is a weighted sum of grad log pi(y_t) over the tokens that were written.
 
-They take log-probabilities with gradient, as :func:`vpd.losses.token_log_probs` gives them. The rest is constant.
+They take log-probabilities with gradient, as :func:`vpd.losses.token_log_probs` gives them. Everything else is
+constant.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ def clipped_policy_gradient(
     """PPO's clipped objective, as a loss: - sum_t w_t min(rho_t A_t, clip(rho_t) A_t), rho_t = pi / pi_old.
 
     Args:
-        log_probs: [T], log pi(y_t), with gradient.
-        advantages: [T].
-        old_log_probs: [T], of the policy that wrote the tokens.
-        token_weights: [T], such as 1 / (tokens of the minibatch over all processes).
-        clip_low, clip_high: rho stays between 1 - clip_low and 1 + clip_high (DAPO's clip-higher); None for no bound.
+        log_probs: The log-probabilities [T] log pi(y_t), with gradient.
+        advantages: The advantages [T].
+        old_log_probs: The log-probabilities [T] under the policy that wrote the tokens.
+        token_weights: The weights [T], such as 1 / (tokens of the minibatch over all processes).
+        clip_low: rho is at least 1 - clip_low; None for no bound.
+        clip_high: rho is at most 1 + clip_high (DAPO's clip-higher); None for no bound.
 
     Returns:
         A scalar in fp32.
@@ -44,12 +46,12 @@ def clipped_policy_gradient(
 def reference_kl(log_probs: Tensor, reference_log_probs: Tensor, token_weights: Tensor) -> Tensor:
     """GRPO's penalty for leaving a reference policy: sum_t w_t (u_t - log u_t - 1), u_t = pi_reference / pi.
 
-    Each term is at least 0, and for y_t drawn from pi an unbiased estimate of KL_t(pi || pi_reference).
+    Each term is at least 0. For y_t drawn from pi it is an unbiased estimate of KL_t(pi || pi_reference).
 
     Args:
-        log_probs: [T], log pi(y_t), with gradient.
-        reference_log_probs: [T].
-        token_weights: [T].
+        log_probs: The log-probabilities [T] log pi(y_t), with gradient.
+        reference_log_probs: The log-probabilities [T] under the reference policy.
+        token_weights: The weights [T].
 
     Returns:
         A scalar in fp32.
@@ -75,15 +77,16 @@ def sampled_divergence(
     lowers the variance. The effect of a token on later divergences is left out, as in the exact forms.
 
     Args:
-        log_probs: [T], log pi(y_t), with gradient.
-        teacher_log_probs: [T], log q(y_t).
-        token_weights: [T].
-        old_log_probs: [T], of the policy that wrote the tokens; None where it is pi itself (rho_t = 1).
-        baseline: [T], KL_t(pi || q); None leaves the control variate out.
-        importance_clip: the largest rho_t, which makes the estimate biased; None for no bound.
+        log_probs: The log-probabilities [T] log pi(y_t), with gradient.
+        teacher_log_probs: The log-probabilities [T] log q(y_t).
+        token_weights: The weights [T].
+        old_log_probs: The log-probabilities [T] under the policy that wrote the tokens; None where it is pi itself
+            (rho_t = 1).
+        baseline: The divergences [T] KL_t(pi || q); None leaves the control variate out.
+        importance_clip: The largest rho_t, which makes the estimate biased; None for no bound.
 
     Returns:
-        A scalar in fp32 whose value means little; its gradient counts.
+        A scalar in fp32. Its value means little; its gradient counts.
     """
     log_probs = log_probs.float()
     current = log_probs.detach()

@@ -1,15 +1,15 @@
-"""Divergences over a few tokens of the vocabulary instead of all: the student's K most likely ones, or those of them
-that are also among the teacher's.
+"""Divergences over a few tokens of the vocabulary: the student's K most likely ones, or those among them that are also
+the teacher's.
 
-Cutting the sum off at K would give a wrong gradient, one that does not vanish where student and teacher agree. So the
-rest is dealt with in one of three ways:
+Cutting the sum off at K would give a wrong gradient, one that does not vanish where student and teacher agree. One of
+three corrections accounts for the rest:
 
     tail          The rest is one bucket, which makes both sides proper distributions over K + 1 outcomes.
     renormalise   Both sides are scaled to sum to 1 over the K tokens.
     stopgrad      sum over the K of pi (stopgrad log pi - log q), with pi from the whole vocabulary; reverse KL only,
                   approximate (arXiv 2605.11182).
 
-The gradient of all three is zero where pi = q. The K tokens are chosen anew at every token and are constants.
+With each of them the gradient is zero where pi = q. The K tokens are chosen at every position, and are constants.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Support: TypeAlias = Literal["student", "intersection"]
 Correction: TypeAlias = Literal["tail", "renormalise", "stopgrad"]
 
 MOST_LOG_RATIO = 80.0
-"""exp(80) is near the largest float."""
+"""The bound of log-ratios before they are exponentiated: exp(80) is near the largest float."""
 
 
 def supported_divergence(
@@ -36,14 +36,16 @@ def supported_divergence(
     support: Support,
     correction: Correction,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [T] of one chunk and its gradient with respect to the student's logits, [T, V].
+    """The divergence [T] of one tile and its gradient with respect to the student's logits, [T, V].
 
     Args:
-        student_log_probs, teacher_log_probs: [T, V]; the teacher's are used up as working memory.
+        student_log_probs: The student's log-probabilities [T, V].
+        teacher_log_probs: The teacher's log-probabilities [T, V], which are used up as working memory.
         kind: ``reverse_kl``, ``forward_kl`` or ``js``.
-        alpha: of ``js``, strictly between 0 and 1.
-        top_k: K, at most V.
-        support, correction: see the module.
+        alpha: The teacher's share in the mixture of ``js``, strictly between 0 and 1.
+        top_k: How many tokens are told apart, K, at most V.
+        support: Whose K tokens these are; see the module.
+        correction: What becomes of the rest; see the module.
     """
     tokens = student_log_probs.topk(top_k, dim=-1).indices
     is_member = torch.ones_like(tokens, dtype=torch.bool)
@@ -65,7 +67,7 @@ def supported_divergence(
         gradient = torch.zeros_like(student_log_probs).scatter_add_(1, tokens, student.exp() * slope)
         return divergence, gradient
 
-    # The rest as one more outcome; its probability from the rest itself, since 1 minus the others' would cancel.
+    # The rest is one more outcome. Its probability is summed from the rest: 1 minus the others would cancel.
     chosen = torch.where(is_member, -math.inf, 0.0)
     rest = [
         log_probs.scatter_add(1, tokens, chosen).logsumexp(-1, keepdim=True)
@@ -80,13 +82,13 @@ def supported_divergence(
 
 
 def _renormalised(log_probs: Tensor) -> Tensor:
-    """Scaled to sum to 1 over the members; rows without any stay without."""
+    """The log-probabilities scaled to sum to 1 over the members; rows without members stay without."""
     total = log_probs.logsumexp(-1, keepdim=True)
     return torch.where(total.isneginf(), -math.inf, log_probs - total)
 
 
 def _divergence_and_slope(student: Tensor, teacher: Tensor, kind: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """Divergence [T] of two distributions over outcomes, and what pi of an outcome is multiplied by in its gradient.
+    """The divergence [T] of two distributions over outcomes, and the factor of each outcome's pi in its gradient.
 
     An outcome that neither side can have (log-probability minus infinity on both) contributes nothing.
     """

@@ -49,3 +49,10 @@ class Journal:
     def track(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers for the trackers."""
         self._accelerator.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def end_tracking(self) -> None:
+        """Let the trackers write what they hold; what is logged later does not reach them."""
+        # accelerate's own way out also destroys the process group, which evaluations after training need.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        self._accelerator.trackers.clear()

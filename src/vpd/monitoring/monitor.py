@@ -11,7 +11,7 @@ from vpd.runs.state import TrainingState
 
 
 class Monitor:
-    """It warns of what goes wrong in a run.
+    """A run's monitor: it warns of what goes wrong, and ends the run where the settings ask for it.
 
     Args:
         journal: The run's journal, which shows and keeps the warnings.

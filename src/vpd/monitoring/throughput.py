@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from vpd.machine import peak_memory_bytes
+from vpd.device import peak_memory_bytes
 from vpd.policy.learner import Learner
 
 

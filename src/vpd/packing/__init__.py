@@ -1,8 +1,10 @@
-"""Token sequences -> batches that share prefixes and pad no sequence. Knows nothing of the rest of the package."""
+"""Turns token sequences into batches that share prefixes and pad no sequence."""
 
-from vpd.packing.attention import IMPLEMENTATIONS, PackedKernel, enable_packed_attention, packed_attention_forward
+from vpd.device import PackedKernel
+from vpd.packing.attention import IMPLEMENTATIONS, enable_packed_attention, packed_attention_forward
 from vpd.packing.batch import PackedBatch, PackedRow, hidden_states, pack
 from vpd.packing.compatibility import PackingDifference, check_packed_equals_separate, packable
+from vpd.packing.kernels import reuses_keys
 from vpd.packing.layout import PackedLayout
 from vpd.packing.planning import plan_micro_batches
 
@@ -20,4 +22,5 @@ __all__ = [
     "packable",
     "packed_attention_forward",
     "plan_micro_batches",
+    "reuses_keys",
 ]

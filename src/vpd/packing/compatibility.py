@@ -1,4 +1,4 @@
-"""Whether a model may be packed: by what it says of itself, and by trying."""
+"""Tells whether a model may be packed: by its own description, and by trying."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vpd.packing.trie import Tokens
 
 PACKABLE_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
-# Architectures that carry state across tokens and may say so neither by layer types nor by a flag.
+# These architectures carry state across tokens, and some say so neither by layer types nor by a flag.
 STATEFUL_MODEL_TYPES = ("mamba", "rwkv", "jamba", "bamba", "zamba", "xlstm", "recurrent", "falcon_h1", "nemotron_h")
 
 
@@ -22,14 +22,14 @@ def packable(model_or_config: Any) -> tuple[bool, str]:
     """Whether packed attention gives what separate sequences give, as far as the model's description tells.
 
     Args:
-        model_or_config: a transformers model (also wrapped by peft) or its configuration.
+        model_or_config: A transformers model (also wrapped by PEFT) or its configuration.
 
     Returns:
-        the answer, and the reason for a no as a sentence ("" for a yes).
+        The answer, and for a no the reason as a sentence ("" for a yes).
     """
     is_config = isinstance(model_or_config, PreTrainedConfig)
     config = (model_or_config if is_config else model_or_config.config).get_text_config()
-    # A configuration without a registered causal model leaves only its own fields to judge by.
+    # A configuration without a registered causal model can be judged by its own fields only.
     described = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) if is_config else model_or_config
     name = config.model_type
 
@@ -54,8 +54,8 @@ class PackingDifference(NamedTuple):
     """How far packed hidden states are from separate ones.
 
     Attributes:
-        absolute: the largest difference of an element.
-        relative: the same, divided by the largest element of the separate states.
+        absolute: The largest difference of an element.
+        relative: The absolute difference divided by the largest element of the separate states.
     """
 
     absolute: float
@@ -68,17 +68,17 @@ def check_packed_equals_separate(
 ) -> PackingDifference:
     """Run a few sequences packed and one by one, and compare the hidden states that predict their completions.
 
-    Architectures hide state in places that no configuration names; a run therefore tries before it trusts. Sequences
-    longer than the model's sliding window try that too.
+    Architectures hide state in places that no configuration names; a run therefore tries before it trusts. With
+    sequences longer than the model's sliding window the window is tried too.
 
     Args:
-        backbone: the model without its head, with packed attention enabled, on any device and in any dtype. It is
+        backbone: The model without its head, with packed attention enabled, on any device and in any dtype. It is
             compared in evaluation mode and left in the mode it had.
-        sequences: prompt-and-completion token ids, some with a prefix in common.
-        completion_starts: index of each sequence's first completion token.
+        sequences: The token ids of prompts with completions, some with a prefix in common.
+        completion_starts: The index of each sequence's first completion token.
 
     Raises:
-        ValueError: a layer refuses packed attention; the message says why.
+        ValueError: A layer refuses packed attention; the message says why.
     """
     device = next(backbone.parameters()).device
     was_training = backbone.training

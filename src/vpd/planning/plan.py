@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vpd.config import ConfigError, VPDConfig
+from vpd.device import PackedKernel
 from vpd.planning.step_passes import Lengths, StepPasses, step_passes
 
 _ACTIVATION_BYTES = 34
@@ -35,6 +36,7 @@ class Hardware:
         train_share: The share of ``flops`` that passes with a gradient reach.
         score_share: The share of ``flops`` that passes without a gradient reach.
         decode_share: The share of ``bandwidth`` that decoding reaches.
+        kernel: The attention kernel that a run takes there by default.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Hardware:
     train_share: float = 0.6
     score_share: float = 0.6
     decode_share: float = 0.6
+    kernel: PackedKernel = "flex"
 
 
 GPUS = {
@@ -155,7 +158,7 @@ def predict(
     Raises:
         ValueError: The teacher is another network, and its sizes are not given.
     """
-    passes = step_passes(settings, lengths)
+    passes = step_passes(settings, lengths, hardware.kernel)
     if passes.teacher_model is not None and teacher_size is None:
         raise ValueError(f"The teacher is {passes.teacher_model}: give the sizes of its network as teacher_size.")
     flops = _flops_of_passes(settings, size, teacher_size or size, lengths, passes)
@@ -241,7 +244,7 @@ def _step_seconds(
     # The E-step's prior and a separate pass for delta have no gradient.
     without = passes.e_share * (flops.prior + flops.head + (flops.teacher + flops.head if passes.separate_shift else 0))
     reading = passes.reads * (flops.student + flops.head)
-    # The optimizer reads and writes weights, gradient and two moments, and the inference copy is written anew.
+    # The optimizer reads and writes weights, gradient and two moments; then the inference copy is written again.
     width, trained = _parameter_bytes(settings)
     optimizer = size.parameters * (7 * trained * (1 + passes.e_share) + width + 2) / hardware.bandwidth
     return Step(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vpd.config import VPDConfig
+from vpd.device import PackedKernel
+from vpd.packing import reuses_keys
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,14 @@ class StepPasses:
     separate_shift: bool
 
 
-def step_passes(settings: VPDConfig, lengths: Lengths) -> StepPasses:
-    """Count the passes that the algorithm makes, and their tokens."""
+def step_passes(settings: VPDConfig, lengths: Lengths, default_kernel: PackedKernel) -> StepPasses:
+    """Count the passes that the algorithm makes, and their tokens.
+
+    Args:
+        settings: The run's settings.
+        lengths: The lengths of a typical rollout.
+        default_kernel: The attention kernel that ``model.packed_attention = "auto"`` means.
+    """
     algorithm = settings.make_algorithm()
     prompts, group = settings.rollout.prompts_per_step, settings.rollout.num_generations
     passes = algorithm.passes(prompts)
@@ -71,7 +79,8 @@ def step_passes(settings: VPDConfig, lengths: Lengths) -> StepPasses:
     teacher *= algorithm.has_teacher
     is_one_pass = passes.e_is_whole and teacher <= settings.optim.micro_batch_tokens
     has_dropout = settings.model.lora is not None and settings.model.lora.lora_dropout > 0
-    reuses = settings.model.packed_attention == "blocks" and not has_dropout
+    chosen = settings.model.packed_attention
+    reuses = reuses_keys(default_kernel if chosen == "auto" else chosen) and not has_dropout
     m_teacher_reused = lengths.prompt if reuses and passes.teacher_reuses_keys else 0
     # The E-step's prior reuses those of the teacher's pass, where the E-step is a single pass.
     prior_reused = lengths.prompt if reuses and is_one_pass and passes.prior_reuses_keys else 0

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vpd.losses import DEFAULT_CHUNK_SIZE
-from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidden_states
+from vpd.packing import PackedBatch, PackedKernel, enable_packed_attention, hidden_states, reuses_keys
 from vpd.policy.adapter import has_teacher_adapter, switch_teacher_adapter
 from vpd.policy.architecture import backbone_of, causal_lm_of, head_of
-from vpd.policy.cpu.recompute import remaking
+from vpd.policy.cpu import recompute
 from vpd.policy.objectives import Forward, Objective, Outputs, ScoredStates, scored_states
 
 _IS_RANDOM = re.compile("drop|jitter")
@@ -44,8 +44,7 @@ class PolicyModule(nn.Module):
         share_prefixes: Whether batches are packed. It is off for architectures that carry state across tokens, whose
             sequences run one by one.
         kernel: How packed attention is computed.
-        recomputes: Whether a training pass keeps less for its backward pass and recomputes the rest
-            (:mod:`vpd.policy.cpu.recompute`).
+        recomputes: Whether training passes recompute what :func:`vpd.policy.cpu.recompute` describes.
         chunk_size: How many tokens' logits a loss holds at a time.
     """
 
@@ -88,7 +87,7 @@ class PolicyModule(nn.Module):
         kinds = {nested.get("rope_type") for nested in (rotary, *rotary.values()) if isinstance(nested, Mapping)}
         is_fixed = not kinds & {"dynamic", "longrope"}
         is_same = not (self.has_dropout or self.has_teacher_adapter)
-        return self.share_prefixes and self.kernel == "blocks" and is_same and is_fixed
+        return self.share_prefixes and reuses_keys(self.kernel) and is_same and is_fixed
 
     def forward(self, batch: PackedBatch, objective: Objective, conditioned: PackedBatch | None = None) -> Outputs:
         """Compute ``objective`` from a pass over ``batch``, and from one over ``conditioned`` where it is given.
@@ -105,7 +104,7 @@ class PolicyModule(nn.Module):
         """
         layers = self._layers(objective)
         head = head_of(self.model)
-        with remaking() if self.recomputes and torch.is_grad_enabled() else nullcontext():
+        with recompute() if self.recomputes and torch.is_grad_enabled() else nullcontext():
             hidden = self._states(batch, layers)
         scored: ScoredStates | None = None
         if conditioned is not None:

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, from the ``[optim]`` section."""
+"""Makes the optimizer and its schedule from the ``[optim]`` section."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from transformers import get_scheduler
 
 from vpd.config import ConfigError, OptimSettings
+from vpd.device import is_cpu
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW in one kernel for all weights, which on a processor too is several times faster than a loop over them."""
+    """AdamW as one kernel for all weights, which is several times faster than a loop over them, also on a CPU."""
     return torch.optim.AdamW(
         list(parameters),
         lr=settings.learning_rate,
@@ -26,21 +27,21 @@ def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parame
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's moments of weights on a processor, which are zero, before its first step does; others stay.
+    """Make AdamW's moments of weights on the CPU, which are zero, before its first step does; others stay.
 
-    They are kept for the whole run. Made amid a step they take the places that its activations leave, one here and one
-    there, and split what later steps need in one piece: the heap grows around them.
+    They are kept for the whole run. Moments that are made during a step take the places that its activations leave, and
+    split the memory that later steps need in one piece, so that the heap grows around them.
 
     Args:
-        optimizer: any, as it was made or prepared by accelerate; only torch's AdamW is given moments.
+        optimizer: Any optimizer, as it was made or prepared by accelerate; only torch's AdamW is given moments.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if type(optimizer) is not torch.optim.AdamW:
         return
     for group in optimizer.param_groups:
         for weight in group["params"]:
-            if weight.device.type == "cpu" and not group["amsgrad"] and not optimizer.state[weight]:
-                # As its first step does.
+            if is_cpu(weight) and not group["amsgrad"] and not optimizer.state[weight]:
+                # Its first step would make the same tensors.
                 step = torch.zeros((), dtype=torch.float32, device=weight.device)
                 moments = {name: torch.zeros_like(weight, memory_format=torch.preserve_format) for name in _MOMENTS}
                 optimizer.state[weight] = {"step": step, **moments}
@@ -50,7 +51,7 @@ def make_scheduler(settings: OptimSettings, optimizer: torch.optim.Optimizer, ma
     """One of transformers' schedules; it advances once a rollout batch.
 
     Raises:
-        ConfigError: transformers does not know the name, or the schedule needs what there is no setting for.
+        ConfigError: transformers does not know the name, or there is no setting for something the schedule needs.
     """
     try:
         return get_scheduler(

@@ -15,17 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vpd.config import ConfigError, LoraSettings, ModelSettings, VPDConfig
-from vpd.packing import PackedKernel, check_packed_equals_separate, enable_packed_attention, packable
+from vpd.device import PackedKernel, autocasts, optimises_layers, packed_kernel, training_device
+from vpd.packing import check_packed_equals_separate, enable_packed_attention, packable
 from vpd.policy.adapter import add_teacher_adapter
 from vpd.policy.architecture import backbone_of, causal_lm_of, verify_head
-from vpd.policy.cpu.embedding import fuse_embedding
-from vpd.policy.cpu.last_layer import trim_last_layer
-from vpd.policy.cpu.mlp import fuse_mlps
-from vpd.policy.cpu.norms import fuse_norms
-from vpd.policy.cpu.rotary import fuse_rotary
+from vpd.policy.cpu import optimise
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
-from vpd.rollout.local import computes_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +49,8 @@ def prepare_policy(
     Raises:
         ConfigError: the model cannot be loaded or is of a kind that cannot be trained here.
     """
-    if settings.packed_attention == "flex" and not torch.cuda.is_available():
-        raise ConfigError(
-            'model.packed_attention = "flex" has a backward pass on CUDA only, and there is no such GPU here: take '
-            '"blocks".'
-        )
+    # A kernel that this machine does not have is refused before anything is loaded.
+    packed_kernel(settings, training_device())
     if model is None or isinstance(model, str):
         loaded = load_policy(model or settings.name, dtype=getattr(torch, settings.dtype))
         network, tokenizer = loaded.model, tokenizer or loaded.tokenizer
@@ -89,28 +82,19 @@ def make_module(network: torch.nn.Module, settings: ModelSettings) -> PolicyModu
         ConfigError: The network's logits are made in a way that is not known here.
     """
     verify_head(network)
-    if settings.fused_layers:
-        fuse_norms(network)
-        fuse_rotary(network)
-        trim_last_layer(network)
-        fuse_mlps(network)
-        fuse_embedding(network)
+    optimise(network, settings)
+    kernel = packed_kernel(settings, training_device())
     return PolicyModule(
         network,
-        share_prefixes=may_share_prefixes(network, settings.packed_attention),
-        kernel=settings.packed_attention,
-        recomputes=recomputes(settings),
+        share_prefixes=may_share_prefixes(network, kernel),
+        kernel=kernel,
+        recomputes=optimises_layers(settings),
         chunk_size=settings.logits_chunk_tokens,
     )
 
 
-def recomputes(settings: ModelSettings) -> bool:
-    """Whether training passes make again what they need not keep: a matter of processors, as fused layers are."""
-    return settings.fused_layers and not torch.accelerator.is_available()
-
-
 def may_share_prefixes(network: torch.nn.Module, kernel: PackedKernel = "blocks") -> bool:
-    """Whether batches of this network may be packed; where not, the log says why and sequences run one by one."""
+    """Whether batches of this network may be packed; if not, the log says why and sequences run one by one."""
     causal_lm = causal_lm_of(network)
     possible, reason = packable(causal_lm)
     if possible:
@@ -148,12 +132,6 @@ def check_layers(policy: PolicyModule, layers: Sequence[int]) -> None:
             )
 
 
-def autocasts(settings: ModelSettings, device: torch.device) -> bool:
-    """Whether training passes multiply matrices in bfloat16 while the weights are wider."""
-    wanted = settings.autocast == "bfloat16" or (settings.autocast == "auto" and computes_bfloat16(device))
-    return wanted and settings.dtype == "float32"
-
-
 def make_accelerator(args: VPDConfig, has_teacher_adapter: bool = False) -> Accelerator:
     """The accelerator with the settings' mixed precision and trackers.
 
@@ -162,15 +140,14 @@ def make_accelerator(args: VPDConfig, has_teacher_adapter: bool = False) -> Acce
         has_teacher_adapter: Whether the two steps train different parameters.
 
     Raises:
-        ConfigError: a tracker is not installed; accelerate would leave it out without a word.
+        ConfigError: A tracker is not installed; accelerate would leave it out without a word.
     """
     installed = {str(name) for name in get_available_trackers()}
     for name in args.run.report_to:
         if name not in installed:
             raise ConfigError(f"run.report_to names {name}, which is not installed: pip install {name}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Accelerator(
-        mixed_precision="bf16" if autocasts(args.model, device) else "no",
+        mixed_precision="bf16" if autocasts(args.model, training_device()) else "no",
         log_with=list(args.run.report_to) or None,
         project_dir=args.run.output_dir,
         # Buffers (rotary frequencies) never change, and broadcasting them would tie scoring passes together.
@@ -180,7 +157,7 @@ def make_accelerator(args: VPDConfig, has_teacher_adapter: bool = False) -> Acce
                 # Each of the two steps leaves the other's parameters out.
                 find_unused_parameters=has_teacher_adapter,
             ),
-            # Casts are kept by nobody where the backward pass makes them again.
-            AutocastKwargs(cache_enabled=not recomputes(args.model)),
+            # Where the backward pass casts weights again, autocast must not keep their casts.
+            AutocastKwargs(cache_enabled=not optimises_layers(args.model)),
         ],
     )

@@ -1,10 +1,10 @@
-"""Attention of the network that samples, registered with transformers as ``vpd_rollout``.
+"""Attention for decoding, registered with transformers as ``vpd_rollout``.
 
-transformers' own, but for decoding steps on the processor. There PyTorch's kernel takes the query heads of a key head
-one by one, which for a single query of bfloat16, on a processor without AMX, takes several times as long as the same
-queries as rows of one matrix (transformers makes rows of them itself where there is a mask). And sequences that share
-their prompt read its keys and values once: their queries are rows of one matrix too, whose result is joined to that of
-what each sequence has written. A packed batch is computed as in training.
+It is transformers' own attention, except in two cases. In a decoding step on the CPU, PyTorch's kernel takes the query
+heads of a key head one by one. For a single query in bfloat16, on a CPU without AMX, that takes several times as long
+as one product with these queries as rows of a matrix (transformers makes rows of them itself where there is a mask).
+And sequences that share their prompt read its keys and values once: their queries are rows of one matrix too, and that
+result is joined with the attention to each sequence's own tokens. A packed batch is computed as in training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vpd.device import is_cpu
 from vpd.packing import packed_attention_forward
 from vpd.rollout.kv_cache import PreallocatedLayer, layer_of
 
@@ -28,22 +29,25 @@ _NOT_PLAIN = ("position_bias", "softcap", "s_aux", "cache")
 def rollout_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature.
+    """An attention function with transformers' signature.
 
     Args:
-        module: the attention layer.
-        query: [B, heads, Q, D].
-        key: [B, key heads, T, D]; where sequences share prompts, of what they have written.
-        value: [B, key heads, T, D of values]; likewise.
-        attention_mask: what ``sdpa`` takes.
-        kwargs: what ``sdpa`` takes, ``scaling`` among them; ``packed``, the layout of a packed batch.
+        module: The attention layer.
+        query: The queries [B, heads, Q, D].
+        key: The keys [B, key heads, T, D]; where sequences share prompts, those of the tokens after the prompt.
+        value: The values [B, key heads, T, D of values], likewise.
+        attention_mask: The mask that ``sdpa`` takes.
+        kwargs: The further arguments of ``sdpa``, ``scaling`` among them; and ``packed``, the layout of a packed batch.
 
     Returns:
-        [B, Q, heads, D of values], and None in the place of the attention weights.
+        The outputs [B, Q, heads, D of values], and None in the place of the attention weights.
+
+    Raises:
+        RuntimeError: Sequences that share prompts are run in another way than one token at a time without a mask.
     """
     if kwargs.get("packed") is not None:
         return packed_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    is_plain = query.device.type == "cpu" and all(kwargs.get(name) is None for name in _NOT_PLAIN)
+    is_plain = is_cpu(query) and all(kwargs.get(name) is None for name in _NOT_PLAIN)
     layer = layer_of(key, value)
     is_step = query.shape[2] == 1 and is_plain and attention_mask is None
     if layer is not None and layer.groups is not None:
@@ -58,26 +62,26 @@ def rollout_attention_forward(
 
 
 def _rows(query: Tensor, key: Tensor) -> Tensor:
-    """[B, key heads, R, D], the R query heads of a key head as rows."""
+    """The R query heads of each key head as rows, [B, key heads, R, D]."""
     return query[:, :, 0].unflatten(1, (key.shape[1], -1))
 
 
 def _attend_in_groups(
     rows: Tensor, key: Tensor, value: Tensor, layer: PreallocatedLayer, scaling: float | None
 ) -> Tensor:
-    """Attention to the prompts that rows share, and to what each has written, joined by how much either weighs."""
+    """Attention to the shared prompts and to each row's own tokens, joined by their weights."""
     assert layer.groups is not None
     assert layer.prompt_states is not None
     own, own_weight = _attend(rows, key, value, scale=scaling)
     gathered = layer.groups.gather(rows)
     shared, shared_weight = _attend(gathered, *layer.prompt_states, attn_mask=layer.groups.mask, scale=scaling)
     shared, shared_weight = layer.groups.scatter(shared), layer.groups.scatter(shared_weight)
-    # Weights are logarithms of the sums of exponentials that either softmax has divided by.
+    # A weight is the logarithm of the sum of exponentials that the softmax has divided by.
     share = torch.sigmoid(own_weight - shared_weight).unsqueeze(-1)
     return torch.lerp(shared.float(), own.float(), share).to(rows.dtype)
 
 
-# What F.scaled_dot_product_attention calls on a processor; it alone gives the weights too.
+# F.scaled_dot_product_attention calls this function on a CPU; only this one also returns the weights.
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 

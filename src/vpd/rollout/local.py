@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from vpd.device import multiplies_bfloat16
+from vpd.device import computes_bfloat16
 from vpd.rollout.decoding import Decoder
 from vpd.rollout.engine import Sample, SamplingParameters
 from vpd.rollout.inference_copy import InferenceCopy
@@ -108,10 +108,3 @@ class LocalEngine:
         for block in blocks:
             for start in range(0, len(block), size):
                 yield block[start : start + size]
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices natively, so that they are faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_bfloat16()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vpd.device import is_cpu
 from vpd.packing import pack, packable
 from vpd.rollout.kv_cache import PreallocatedCache, PreallocatedLayer, StatefulCache, make_cache
 
@@ -51,7 +52,7 @@ class Prefill:
         self._config = cast(PreTrainedModel, network).config
         self.packs = self.shares = False
         device = next(network.parameters()).device
-        if device.type != "cpu" or isinstance(make_cache(self._config, max_length=1), StatefulCache):
+        if not is_cpu(device) or isinstance(make_cache(self._config, max_length=1), StatefulCache):
             return
         with torch.no_grad():
             self.packs = self._succeeds(self._try_packing, "Prompts are padded, not packed")

@@ -6,7 +6,7 @@ from collections import Counter
 
 from torch import Tensor, nn
 
-from vpd.rollout.onednn_linear import make_packable
+from vpd.rollout.onednn_linear import rearrange_linears
 
 
 class RearrangedWeights:
@@ -22,7 +22,7 @@ class RearrangedWeights:
     """
 
     def __init__(self, network: nn.Module, source: nn.Module) -> None:
-        self._layers = make_packable(network)
+        self._layers = rearrange_linears(network)
         users = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
         of_source = {id(parameter) for parameter in source.parameters()}
         self._without_rows = {
@@ -49,16 +49,16 @@ class RearrangedWeights:
         if name not in self._without_rows:
             return False
         target.data = target.data.new_empty(0)
-        self._layers[name.removesuffix(".weight")].pack(source)
+        self._layers[name.removesuffix(".weight")].rearrange(source)
         return True
 
     def rearrange_rows(self) -> None:
         """Rearrange the weights of all layers whose rows are kept."""
         for name, layer in self._layers.items():
             if f"{name}.weight" not in self._without_rows:
-                layer.pack(layer.weight)
+                layer.rearrange(layer.weight)
 
     def free(self) -> None:
         """Give up all rearranged weights; the layers compute nothing until they are made again."""
         for layer in self._layers.values():
-            layer.unpack()
+            layer.release()

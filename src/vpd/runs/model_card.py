@@ -96,15 +96,14 @@ def write_model_card(
         license_name=base.license.get("license_name"),
         license_link=base.license.get("license_link"),
     )
-    name = base.name or "A network made in Python"
-    link = f"[{base.hub_id}](https://huggingface.co/{base.hub_id})" if base.hub_id == base.name else f"`{name}`"
+    name = f"[{base.name}](https://huggingface.co/{base.hub_id})" if base.hub_id == base.name else f"`{base.name}`"
+    origin = "a network that was made in Python" if base.name is None else name
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(name).name}, trained with {args.algorithm.type.upper()}",
-        f"This {'adapter of' if is_adapter else 'model began as'} {link if base.name else name.lower()}"
-        f"{' and' if not is_adapter else ''} was trained for {steps} rollout batches with `{args.algorithm.type}` of "
-        f"vpd-rl {version('vpd-rl')}, a trainer for [Variational Policy Distillation]"
-        "(https://arxiv.org/abs/2605.15113).",
+        f"# {Path(base.name or 'A language model').name}, trained with {args.algorithm.type.upper()}",
+        f"This {'is an adapter of' if is_adapter else 'model began as'} {origin}. It was trained by vpd-rl "
+        f"{version('vpd-rl')}, a trainer for [Variational Policy Distillation](https://arxiv.org/abs/2605.15113), with "
+        f"the algorithm `{args.algorithm.type}` in a run of {steps} rollout batches.",
         *_results(args, rows),
         "## Settings",
         "These are the settings that differ from the defaults; `vpd.VPDConfig.parse` reads them.",

@@ -31,9 +31,9 @@ def version() -> int:
 
 
 def restrict_files(readable: Iterable[str], listable: Iterable[str], writable: Iterable[str]) -> None:
-    """Limit this process to the files beneath these paths; it may also bind and connect no TCP port, and signal no one.
+    """Limit this process to the files beneath these paths, to no TCP port, and to signals within itself.
 
-    The limit on ports needs version 4 of the kernel's Landlock, the limit on signals version 6.
+    The limit on ports (bind and connect) needs version 4 of the kernel's Landlock, the limit on signals version 6.
 
     Args:
         readable: The files and folders that may be read; missing ones and symbolic links are passed over.

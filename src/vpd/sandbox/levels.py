@@ -14,8 +14,8 @@ from vpd.sandbox.worker import Level, SandboxError, Worker
 SAFE_LEVELS: tuple[Level, ...] = ("full", "bubblewrap", "landlock")
 """The levels that isolate programs, from the strongest to the weakest."""
 
-# Before version 3 (Linux 6.2) Landlock does not forbid emptying files, which only a root of its own keeps out of a
-# program's reach.
+# Before version 3 (Linux 6.2) Landlock cannot forbid a program to empty files. At the levels above, the program has a
+# root of its own, which hides the files.
 _LANDLOCK_VERSIONS = {"full": 1, "bubblewrap": 1, "landlock": 3}
 
 

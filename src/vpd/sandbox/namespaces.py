@@ -24,8 +24,8 @@ _NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _MNT_DETACH = 2
-# Bind mounts keep these flags of the original, because an unprivileged remount may not drop them. The flags have the
-# same values as ST_* and as MS_*.
+# Bind mounts keep these flags of the original, because an unprivileged remount may not drop them. Each has the same
+# value as an ST_* flag (which statvfs returns) and as an MS_* flag (which mount takes).
 _KEPT = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}

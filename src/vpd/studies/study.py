@@ -40,7 +40,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from vpd.config import ConfigError, Section, VPDConfig, sentences_of
-from vpd.machine import usable_cores
+from vpd.device import gpu_count, usable_cores
 from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder, changed_settings, read_json
 
@@ -182,7 +182,7 @@ def run_study(study: Study, workers: int = 1, say: Callable[[str], None] = print
     Args:
         study: The study.
         workers: How many runs go at the same time. Where there are several GPUs, each run takes the next one; where
-            there is none, each takes its share of the processor's cores.
+            there is none, each takes its share of the CPU's cores.
         say: A function that receives a line whenever a run begins or ends.
 
     Raises:
@@ -311,9 +311,7 @@ def _environment(worker: int, workers: int) -> dict[str, str]:
     the cores: with more, the threads of one run would wait for a core that another run holds, and every matrix product
     would wait for these threads.
     """
-    import torch  # Loading it takes seconds, and planning a study or reading its settings does not need it.
-
-    count = torch.cuda.device_count()
+    count = gpu_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(count)]
     if count > 1:

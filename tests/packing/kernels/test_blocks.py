@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pairs import few, sequence_lists, true_pairs, windows
 
-from vpd.packing import layout, pack
-from vpd.packing.kernels import blocks
+from vpd.packing import pack
+from vpd.packing.kernels import blocks, sdpa
 from vpd.packing.kernels.blocks import Block, partition
 from vpd.packing.layout import PackedLayout
 from vpd.packing.trie import build_trie
@@ -19,8 +19,9 @@ from vpd.packing.trie import build_trie
 def attended_pairs(packed: PackedLayout, window: int | None) -> np.ndarray:
     """[T, T] bool by what the blocks and their masks let through."""
     attended = np.zeros((len(packed.trie.tokens),) * 2, dtype=bool)
-    masks = packed.masks(window, 1, torch.float32, torch.device("cpu"))
-    for block, mask in zip(packed.plan(window).blocks, masks, strict=True):
+    prepared = packed.prepared(sdpa.Prepared)
+    masks = prepared.masks(window, 1, torch.float32, torch.device("cpu"))
+    for block, mask in zip(prepared.plan(window).blocks, masks, strict=True):
         keys = np.concatenate([np.arange(start, stop) for start, stop in block.key_ranges])
         allowed = np.tri(len(keys), dtype=bool) if mask is None else (mask == 0).numpy()
         attended[block.start : block.stop, keys] |= allowed
@@ -89,10 +90,8 @@ def test_a_long_batch_has_no_mask_of_its_length_squared(monkeypatch):
     prompt, length = [1] * 500, 6000
     packed = PackedLayout(build_trie([prompt + [2 + i] * length for i in range(8)]))
     sizes = []
-    monkeypatch.setattr(
-        layout, "_additive", lambda allowed, rows, dtype, device: sizes.append(allowed.size) or _empty()
-    )
-    packed.masks(None, 1, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(sdpa, "_additive", lambda allowed, rows, dtype, device: sizes.append(allowed.size) or _empty())
+    packed.prepared(sdpa.Prepared).masks(None, 1, torch.float32, torch.device("cpu"))
     longest = len(prompt) + length
     assert sum(sizes) <= 2 * blocks.CHAIN_ROWS * longest < packed.token_count * longest / 10
 
@@ -103,7 +102,9 @@ def _empty() -> torch.Tensor:
 
 def test_layers_with_the_same_view_share_masks():
     packed = PackedLayout(build_trie([[1, 2, 3], [1, 2, 4]]))
+    prepared = packed.prepared(sdpa.Prepared)
+    assert packed.prepared(sdpa.Prepared) is prepared
     arguments = (1, torch.float32, torch.device("cpu"))
-    assert packed.masks(None, *arguments) is packed.masks(None, *arguments)
-    assert packed.plan(None) is packed.plan(3)
-    assert packed.plan(None) is not packed.plan(2)
+    assert prepared.masks(None, *arguments) is prepared.masks(None, *arguments)
+    assert prepared.plan(None) is prepared.plan(3)
+    assert prepared.plan(None) is not prepared.plan(2)

@@ -77,7 +77,7 @@ def test_hidden_states_equal_those_of_separate_sequences(name):
     packed = hidden_states(model.model, batch)[batch.predictor]
 
     assert (packed - separate).abs().max() <= 1e-5 * separate.abs().max()
-    assert set(batch.layout._block_masks), "flex_attention was not asked"
+    assert set(batch.layout.prepared(flex.Prepared)._masks), "flex_attention was not asked"
 
 
 def test_the_mask_is_made_without_a_tensor_of_all_pairs():
@@ -127,6 +127,19 @@ def test_dropout_is_refused():
     enable_packed_attention(model.train(), "flex")
     with pytest.raises(ValueError, match="no dropout"):
         hidden_states(model.model, pack(*grouped_sequences()))
+
+
+@torch.no_grad()
+def test_keys_of_another_pass_are_refused():
+    sequences, starts = grouped_sequences()
+    model = build(CONFIGS["llama"])
+    enable_packed_attention(model, "flex")
+    first = pack(sequences, starts, keeps_keys=True)
+    hidden_states(model.model, first)
+    with pytest.raises(ValueError, match="does not reuse keys"):
+        hidden_states(model.model, pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=first))
+    assert not list(first.layout.give_away())
+    assert [PolicyModule(model, kernel=kernel).can_reuse_keys for kernel in ("blocks", "flex")] == [True, False]
 
 
 def test_the_kernel_that_was_chosen_is_the_one_that_is_tried_before_training():

@@ -9,7 +9,7 @@ from pairs import branching_trie, tiling_of
 from tiny_models import attention_configs, build, grouped_sequences
 
 from vpd.device import multiplies_bfloat16
-from vpd.packing import attention, enable_packed_attention, hidden_states, pack
+from vpd.packing import enable_packed_attention, hidden_states, pack
 from vpd.packing.kernels import products, tiles
 from vpd.packing.kernels.blocks import Block, allowed_pairs
 from vpd.packing.kernels.products import Workspace, can_multiply
@@ -19,7 +19,7 @@ from vpd.packing.trie import build_trie
 CONFIGS = attention_configs()
 HEADS, KEY_HEADS = 6, 3
 
-pytestmark = pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor has no products in bfloat16")
+pytestmark = pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU has no products in bfloat16")
 
 
 def _inputs(tokens, width, value_width, loudness, common=0.0):
@@ -107,7 +107,7 @@ def calls(monkeypatch):
     """How often attention was computed by products."""
     seen = []
     attend = products.attend
-    monkeypatch.setattr(attention.products, "attend", lambda *args: seen.append(args) or attend(*args))
+    monkeypatch.setattr(products, "attend", lambda *args: seen.append(args) or attend(*args))
     return seen
 
 
@@ -134,13 +134,13 @@ def test_a_model_under_autocast_is_near_itself_in_float32(name, calls):
     ours = run(half=True)
     assert calls
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention.products, "can_multiply", lambda *args: False)
+        patch.setattr(products, "can_multiply", lambda *args: False)
         kernels = run(half=True)
     for found, by_kernel, exact in zip(ours, kernels, expected, strict=True):
         assert 0 < _distance(found, exact.double()) < 1.5 * _distance(by_kernel, exact.double())
 
 
-def test_only_bfloat16_on_a_processor_without_dropout_is_computed_by_products():
+def test_only_bfloat16_on_a_cpu_without_dropout_is_computed_by_products():
     half, full = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(1, 1, 1)
     assert can_multiply(half, half, half, 0.0)
     assert not can_multiply(half, half, half, 0.1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pairs import branching_trie, few, sequence_lists, tiling_of, true_pairs, windows
 
 from vpd.packing import pack
-from vpd.packing.kernels import blocks, tiles
+from vpd.packing.kernels import blocks, products, tiles
 from vpd.packing.kernels.blocks import Block
 from vpd.packing.kernels.tiles import Tile, batch_tiles, cut_into_tiles
 from vpd.packing.layout import PackedLayout
@@ -36,7 +36,7 @@ def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(
         patch.setattr(tiles, "TILE_SCORES", cap)
         # One segment in several blocks.
         patch.setattr(blocks, "CHAIN_ROWS", 4)
-        tiling = packed.tiling(window, heads, key_heads)
+        tiling = packed.prepared(products.Prepared).tiling(window, heads, key_heads)
 
     seen = np.zeros((heads, packed.token_count, len(packed.trie.tokens)), dtype=int)
     for batch in tiling.batches:
@@ -155,7 +155,7 @@ def test_no_cheaper_batches_of_tiles_in_order_of_their_size(sizes, batch_cost):
 
 
 def test_layers_with_the_same_view_share_tiles():
-    packed = PackedLayout(branching_trie())
+    packed = PackedLayout(branching_trie()).prepared(products.Prepared)
     assert packed.tiling(None, 6, 3) is packed.tiling(10**6, 6, 3)
     assert packed.tiling(None, 6, 3) is not packed.tiling(25, 6, 3)
     assert packed.tiling(None, 6, 3) is not packed.tiling(None, 6, 2)

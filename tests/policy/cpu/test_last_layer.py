@@ -19,11 +19,6 @@ CONFIGS = attention_configs()
 _OTHERS = {"mixtral": MixtralConfig, "gpt2": GPT2Config}
 
 
-@pytest.fixture(autouse=True)
-def _without_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-
-
 def _packed(name):
     model = build(CONFIGS[name])
     enable_packed_attention(model)
@@ -167,6 +162,9 @@ def test_a_layer_that_is_used_twice_stays():
     assert not trim_last_layer(model)
 
 
-def test_layers_stay_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert not trim_last_layer(build(CONFIGS["llama"]))
+def test_once_is_enough():
+    model = _packed("llama")
+    expected = _states(model, pack(*grouped_sequences()))
+    assert trim_last_layer(model) == 1
+    assert trim_last_layer(model) == 0
+    torch.testing.assert_close(_states(model, pack(*grouped_sequences())), expected)

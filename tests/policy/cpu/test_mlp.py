@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import attention_configs, build, logits_and_gradients
 from torch import nn
 
-from vpd.policy.cpu.mlp import fuse_mlps, gated
+from vpd.policy.cpu.mlp import GatedMLP, fuse_mlps, gated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,11 +49,10 @@ def test_a_model_computes_what_it_did(name, autocast):
 
 def test_one_tensor_less_is_kept():
     model = build(attention_configs()["llama"])
-    mlp = model.model.layers[0].mlp
-    inside = mlp.gate_proj.out_features
+    inside = model.model.layers[0].mlp.gate_proj.out_features
 
     def kept() -> set[int]:
-        seen = set()
+        seen, mlp = set(), model.model.layers[0].mlp
 
         def note(tensor):
             if tensor.shape[-1] == inside and tensor.dim() == 3:
@@ -95,16 +95,37 @@ class _Dropping(_Scaled):
         return nn.functional.dropout(self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), 0.1)
 
 
-@pytest.mark.parametrize("kind", [_Scaled, _Clamped, _Dropping])
-def test_what_computes_something_else_for_some_numbers_or_in_training_stays(kind):
+class _Other(_Scaled):
+    """One that does so in evaluation."""
+
+    def forward(self, x):
+        return (1.0 if self.training else 1.01) * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("kind", [_Scaled, _Clamped, _Dropping, _Other])
+def test_what_computes_something_else_for_some_numbers_or_in_one_mode_stays(kind):
     model = build(attention_configs()["llama"])
     layers = model.model.layers
     for layer in layers[1:]:
         layer.mlp = kind(layer.mlp)
+    state, modes = torch.get_rng_state(), {name: module.training for name, module in model.named_modules()}
     assert fuse_mlps(model) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    after = {name: module.training for name, module in model.named_modules()}
+    assert all(after[name] == modes[name] for name in after)
 
 
-def test_what_computes_something_else_stays(monkeypatch):
+@pytest.mark.filterwarnings("ignore:Accessing `tie_word_embeddings`")
+def test_adapters_with_dropout_of_their_own_are_no_reason_to_stay():
+    model = build(attention_configs()["llama"])
+    lora = LoraConfig(r=2, target_modules=["up_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False)
+    adapted = get_peft_model(model, lora)
+    names = [name for name, _ in adapted.named_parameters()]
+    assert fuse_mlps(adapted) == len(model.model.layers)
+    assert [name for name, _ in adapted.named_parameters()] == names
+
+
+def test_what_computes_something_else_stays():
     # Gemma's activation is another.
     assert fuse_mlps(build(attention_configs()["gemma3"])) == 0
     model = build(attention_configs()["llama"])
@@ -112,8 +133,12 @@ def test_what_computes_something_else_stays(monkeypatch):
     layers[0].mlp = _Scaled(layers[0].mlp)
     layers[1].mlp.forward = layers[1].mlp.forward
     assert fuse_mlps(model) == len(layers) - 2
-    assert "forward" not in vars(layers[0].mlp)
+    assert [type(layer.mlp) is GatedMLP for layer in layers] == [False, False, True]
     # Once is enough.
     assert fuse_mlps(model) == 0
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert fuse_mlps(build(attention_configs()["llama"])) == 0
+
+
+def test_what_others_have_hooked_stays():
+    model = build(attention_configs()["llama"])
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: None)
+    assert fuse_mlps(model) == len(model.model.layers) - 1

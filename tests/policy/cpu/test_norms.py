@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vpd.policy.architecture import causal_lm_of
 from vpd.policy.cpu import norms
-from vpd.policy.cpu.norms import fuse_norms, rms_norm
+from vpd.policy.cpu.norms import TiledRMSNorm, fuse_norms, rms_norm
 from vpd.runs.folder import read_metrics
 
 _FUSED = {
@@ -27,11 +27,6 @@ _FUSED = {
     "mixtral": 0,
     "minimax": 0,
 }
-
-
-@pytest.fixture(autouse=True)
-def _without_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
 
 
 def _pair(width: int) -> tuple[LlamaRMSNorm, torch.Tensor]:
@@ -128,15 +123,19 @@ def test_a_copy_has_weights_of_its_own_and_samples_as_before():
 def test_a_copy_that_samples_goes_over_its_rows_in_tiles_with_the_same_numbers(monkeypatch):
     norm, x = _pair(96)
     expected = norm.bfloat16()(x.bfloat16())
-    seen, compute = [], LlamaRMSNorm.forward
-    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: (seen.append(x.shape[0]), compute(self, x))[1])
+    seen, compute = [], norms.plain_rms_norm
+    monkeypatch.setattr(norms, "plain_rms_norm", lambda x, *rest: (seen.append(x.shape[0]), compute(x, *rest))[1])
     monkeypatch.setattr(norms, "TILE_NUMBERS", 10 * 96 // torch.get_num_threads())
+    tiled = TiledRMSNorm(norm)
     with torch.no_grad():
-        found = norms.forward(norm, x.bfloat16())
+        found = tiled(x.bfloat16())
     assert torch.equal(found, expected)
     assert sum(seen) == 74
     assert 1 < len(seen) <= 74
-    assert norms.forward(norm, x.bfloat16()).requires_grad, "with a gradient it is transformers' own"
+    whole = tiled(x.bfloat16())
+    assert seen[-1] == 2, "with a gradient it is transformers' own, all at once"
+    assert whole.requires_grad
+    assert torch.equal(whole, expected)
 
 
 def test_a_norm_that_treats_eps_otherwise_is_not_taken_for_a_plain_one():
@@ -150,9 +149,25 @@ def test_a_norm_that_treats_eps_otherwise_is_not_taken_for_a_plain_one():
     assert fuse_norms(model) == 3
 
 
-def test_norms_stay_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert fuse_norms(build(attention_configs()["llama"])) == 0
+def test_a_norm_that_rounds_otherwise_in_bfloat16_is_not_taken_for_a_plain_one():
+    class Wide(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states.float()).to(hidden_states.dtype)
+
+    model = build(attention_configs()["llama"])
+    for layer in model.model.layers:
+        layer.input_layernorm = Wide(32, eps=1e-5)
+        torch.nn.init.uniform_(layer.input_layernorm.weight, 0.5, 1.5)
+    assert fuse_norms(model) == 3
+
+
+def test_norms_that_others_have_hooked_or_that_were_replaced_stay():
+    model = build(attention_configs()["llama"])
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda module, inputs, output: None)
+    names = [name for name, _ in model.named_parameters()]
+    assert fuse_norms(model) == 5
+    assert fuse_norms(model) == 0
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_a_run_takes_the_same_course_with_and_without(tmp_path):
@@ -166,7 +181,7 @@ def test_a_run_takes_the_same_course_with_and_without(tmp_path):
             eval={"preflight_tasks": 0, "final_tasks": 0, "eval_on_start": False},
             run={"max_steps": 4},
         )
-        assert ("forward" in vars(causal_lm_of(trainer.model).model.layers[0].input_layernorm)) is fused
+        assert isinstance(causal_lm_of(trainer.model).model.layers[0].input_layernorm, TiledRMSNorm) is fused
         trainer.train()
         entries = [entry for entry in read_metrics(tmp_path / str(fused)) if entry["event"] == "train"]
         courses.append([(entry["divergence"], entry["grad_norm"], entry["reward"]) for entry in entries])

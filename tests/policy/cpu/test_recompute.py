@@ -1,4 +1,4 @@
-"""Training passes that make again what they need not keep: the same gradients, and what they no longer hold."""
+"""Training passes that recompute what they need not keep: the same gradients, and what they no longer hold."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vpd.config import ModelSettings, VPDConfig
 from vpd.packing import pack
+from vpd.policy.cpu import recompute
 from vpd.policy.cpu.mlp import fuse_mlps
 from vpd.policy.cpu.norms import fuse_norms
-from vpd.policy.cpu.recompute import remaking
 from vpd.policy.objectives import TokenLogProbs
 from vpd.policy.prepare import make_accelerator, prepare_policy
 
@@ -41,7 +41,7 @@ def fused(request):
 @pytest.mark.parametrize("fused", NAMES, indirect=True)
 def test_values_and_gradients_are_the_same_to_the_bit(fused, autocast):
     expected = logits_and_gradients(copy.deepcopy(fused), autocast)
-    with remaking():
+    with recompute():
         found = logits_and_gradients(fused, autocast)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -61,7 +61,7 @@ class _Casts(TorchDispatchMode):
         return result
 
 
-def held_after_forward(model, remakes: bool) -> dict[str, int]:
+def held_after_forward(model, recomputes: bool) -> dict[str, int]:
     """How many of the norms' outputs, the MLPs' insides and the weights' casts are still there after a forward pass."""
     noted: dict[str, list[StorageWeakRef]] = {"norms": [], "mlps": []}
 
@@ -72,7 +72,11 @@ def held_after_forward(model, remakes: bool) -> dict[str, int]:
     hooks += [layer.mlp.up_proj.register_forward_pre_hook(note("norms")) for layer in model.model.layers]
     hooks += [layer.mlp.down_proj.register_forward_pre_hook(note("mlps")) for layer in model.model.layers]
     casts = _Casts()
-    with remaking() if remakes else nullcontext(), casts, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with (
+        recompute() if recomputes else nullcontext(),
+        casts,
+        torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    ):
         hidden = model.model(torch.arange(3, 40)[None]).last_hidden_state
     assert hidden.requires_grad
     for hook in hooks:
@@ -82,18 +86,18 @@ def held_after_forward(model, remakes: bool) -> dict[str, int]:
     return {name: sum(not reference.expired() for reference in references) for name, references in noted.items()}
 
 
-def test_what_can_be_made_again_is_not_held(fused):
+def test_what_can_be_recomputed_is_not_held(fused):
     layers = len(fused.model.layers)
-    before = held_after_forward(fused, remakes=False)
+    before = held_after_forward(fused, recomputes=False)
     assert before["norms"] == 2 * layers
     assert before["mlps"] == layers
     assert before["casts"] >= 7 * layers
-    assert held_after_forward(fused, remakes=True) == {"norms": 0, "mlps": 0, "casts": 0}
+    assert held_after_forward(fused, recomputes=True) == {"norms": 0, "mlps": 0, "casts": 0}
 
 
-def test_what_was_made_again_is_not_held_behind_its_layer(fused):
+def test_what_was_recomputed_is_not_held_after_its_layer(fused):
     """Of a norm's output and silu(gate) one is there at a time; the graph of a pass may outlive its backward pass."""
-    with remaking(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with recompute(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         loss = fused(torch.arange(3, 40)[None]).logits.float().square().mean()
     seen, nodes, open_nodes = set(), [], [loss.grad_fn]
     while open_nodes:
@@ -103,15 +107,15 @@ def test_what_was_made_again_is_not_held_behind_its_layer(fused):
             nodes.append(node)
             open_nodes += [following for following, _ in node.next_functions]
     loss.backward()
-    remade = [getattr(node, name) for node in nodes for name in ("remade", "activated") if hasattr(node, name)]
-    assert len(remade) == 3 * len(fused.model.layers)
-    assert remade == [None] * len(remade)
+    recomputed = [getattr(node, name) for node in nodes for name in ("recomputed", "activated") if hasattr(node, name)]
+    assert len(recomputed) == 3 * len(fused.model.layers)
+    assert recomputed == [None] * len(recomputed)
 
 
 def test_a_pass_may_go_backward_twice(fused):
-    def gradients(remakes):
+    def gradients(recomputes):
         fused.zero_grad()
-        with remaking() if remakes else nullcontext():
+        with recompute() if recomputes else nullcontext():
             loss = fused(torch.arange(3, 40)[None]).logits.float().square().mean()
         loss.backward(retain_graph=True)
         loss.backward()
@@ -123,7 +127,7 @@ def test_a_pass_may_go_backward_twice(fused):
 def test_a_tensor_that_is_kept_as_a_view_comes_back_as_one():
     weight = torch.randn(4, 3, requires_grad=True)
     x = torch.randn(3, 5, requires_grad=True)
-    with remaking():
+    with recompute():
         # A slice of a transposed cast: neither its shape, its strides nor its beginning are the cast's.
         output = x.bfloat16().T @ weight.bfloat16().T[:, 1:3]
     output.float().square().sum().backward()
@@ -134,7 +138,7 @@ def test_a_tensor_that_is_kept_as_a_view_comes_back_as_one():
 
 def test_a_weight_that_is_changed_before_the_backward_pass_is_an_error():
     weight, x = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    with remaking(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+    with recompute(), torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         output = torch.nn.functional.linear(x, weight)
     with torch.no_grad():
         weight.add_(1.0)
@@ -144,7 +148,7 @@ def test_a_weight_that_is_changed_before_the_backward_pass_is_an_error():
 
 def test_a_tensor_that_is_changed_before_the_backward_pass_is_an_error():
     x = torch.randn(5, 3, requires_grad=True) * 1
-    with remaking():
+    with recompute():
         output = x * x
     with torch.no_grad():
         x.add_(1.0)
@@ -173,10 +177,10 @@ def test_nobody_else_keeps_casts(tmp_path, wanted):
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_prepared_policy_remakes_where_layers_are_fused(monkeypatch, wanted):
+def test_a_prepared_policy_recomputes_where_layers_are_fused(monkeypatch, wanted):
     policy, _ = prepare_policy(llama(), tokenizer(), ModelSettings(fused_layers=wanted))
     entered = []
-    monkeypatch.setattr("vpd.policy.module.remaking", lambda: (entered.append(True), remaking())[1])
+    monkeypatch.setattr("vpd.policy.module.recompute", lambda: (entered.append(True), recompute())[1])
     batch = pack([[3, 4, 5, 6], [3, 4, 7]], [2, 2])
     policy(batch, TokenLogProbs(1.0))
     assert len(entered) == wanted

@@ -17,11 +17,6 @@ from vpd.policy.cpu.rotary import fuse_rotary, rotate
 _FUSED = {"llama": 3, "qwen3": 3, "mistral": 3, "olmo3": 3, "gemma3": 3, "phi3": 3, "cohere": 0, "gpt2": 0}
 
 
-@pytest.fixture(autouse=True)
-def _without_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-
-
 def _inputs(dtype=torch.float32, batch=2, positions=2):
     """Queries as projections give them, and cosines and sines whose halves differ."""
     generator = torch.Generator().manual_seed(0)
@@ -126,9 +121,4 @@ def test_a_function_of_another_kind_is_not_replaced(monkeypatch):
 
     theirs = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scaled)
-    assert fuse_rotary(build(attention_configs()["llama"])) == 0
-
-
-def test_rotations_stay_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     assert fuse_rotary(build(attention_configs()["llama"])) == 0

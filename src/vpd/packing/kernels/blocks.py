@@ -1,9 +1,9 @@
-"""Cuts the attention of a packed trie into blocks, each one call of scaled dot-product attention.
+"""Cuts the attention of a packed trie into blocks.
 
 A block's queries are a contiguous range of packed tokens. Its keys are that range and the ancestors of its first
 token: since a subtree is contiguous, an ancestor of any later token of the range that stands before the range is an
-ancestor of the first token too. Small branches are put together in one block under a mask; large ones get their own.
-Tokens whose keys and values are known from another pass are keys only.
+ancestor of the first token too. Small branches are put together in one block under a mask; each large one is a block of
+its own. Tokens whose keys and values are known from another pass are keys only.
 """
 
 from __future__ import annotations
@@ -15,26 +15,31 @@ import numpy as np
 
 from vpd.packing.trie import Trie
 
-# The cost of a block in units of one query-key pair: keys * (queries + KEY_COST) + CALL_COST. Merging branches computes
-# pairs that the mask throws away, and spares calls and second copies of their ancestors' keys. Gathering a key and its
-# gradient costs as much as this many queries of it: measured on CPU in float32 and bfloat16, forward and backward.
+# The cost of a block in units of one query-key pair is keys * (queries + KEY_COST) + CALL_COST. Merging branches
+# computes pairs that the mask throws away, and saves calls and further copies of their ancestors' keys. Gathering a key
+# and its gradient costs as much as KEY_COST queries of it (measured on a CPU in float32 and bfloat16, forward and
+# backward).
 KEY_COST = 96
 CALL_COST = 4096
 
-# Bounds the mask of one block, and with it the scores that a kernel without tiling would hold.
+# The most elements of one block's mask, and so of the scores that a kernel without tiling would hold.
 MAX_BLOCK_ELEMENTS = 2**24
 
-# Queries of one block within a longer segment. Blocks without a branch share one mask of this many rows.
+# How many queries of a longer segment one block holds. Blocks without a branch share one mask of this many rows.
 CHAIN_ROWS = 512
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries ``start:stop`` attend to the tokens of ``key_ranges`` (ascending; the last one ends at ``stop``).
+    """Queries that attend to the same ranges of keys, under a mask.
 
     Attributes:
-        is_chain: the queries have no branch among them, so that a pair's distance alone says whether it is allowed.
-        is_causal: a chain that starts at a root and fits its window, so that the kernel's causal flag says it all.
+        start: The first query, as an index of packed tokens.
+        stop: One past the last query.
+        key_ranges: The ranges of packed tokens that are the keys, ascending; the last one ends at ``stop``.
+        is_chain: Whether no branch is among the queries, so that a pair's distance alone says whether it is allowed.
+        is_causal: Whether it is a chain that starts at a root and fits its window, so that the kernel's causal flag
+            says which pairs are allowed.
     """
 
     start: int
@@ -62,12 +67,12 @@ def partition(
     """The cheapest cut of the packed tokens into blocks, by dynamic programming over the places where a cut may be.
 
     Args:
-        trie: the packed tokens.
-        window: how many positions back a token sees, itself included; None for all.
-        max_elements: the most query-key pairs of a block that needs a mask. A single query is never divided, so a
+        trie: The packed tokens.
+        window: How many positions back a token sees, itself included; None for all.
+        max_elements: The most query-key pairs of a block that needs a mask. A single query is never divided, so a
             block may exceed it only where one token's keys alone do.
-        known: [T] bool, the tokens that no block asks for, with all their ancestors; None for none.
-        costs: of a key and of a block, in the place of ``KEY_COST`` and ``CALL_COST``.
+        known: The tokens that no block computes, [T] bool, with all their ancestors; None for none.
+        costs: What a key and a block cost, in the place of ``KEY_COST`` and ``CALL_COST``.
     """
     token_count = len(trie.tokens)
     if token_count == 0:
@@ -91,7 +96,7 @@ def partition(
         if window is not None:
             causal &= queries <= window
         too_large = (elements > max_elements) & ~causal
-        # The last candidate is one step of the cut places, which are as fine as they can be.
+        # The last candidate is one step of the cut places, which cannot be divided further.
         too_large[-1] = False
         cost = np.where(causal, elements / 2, elements) + key_cost * keys + call_cost
         cost[too_large] = np.inf
@@ -110,7 +115,7 @@ def partition(
 
 
 def allowed_pairs(trie: Trie, queries: np.ndarray, keys: np.ndarray, window: int | None) -> np.ndarray:
-    """[Q, K] bool: whether each packed query sees each packed key (itself, or an ancestor within the window)."""
+    """Whether each packed query sees each packed key (itself, or an ancestor within the window), as [Q, K] bool."""
     query, key = queries[:, None], keys[None, :]
     allowed = (key <= query) & (query < trie.subtree_end[key])
     if window is not None:
@@ -123,8 +128,8 @@ def _first_visible_depth(depth: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _cut_places(trie: Trie, window: int | None, max_elements: int, known: np.ndarray) -> np.ndarray:
-    """Segment bounds, and within a segment every ``CHAIN_ROWS`` tokens, or fewer where the cap asks for it; and where
-    known tokens end."""
+    """Where a cut may be: at the bounds of segments, at the end of known tokens, and within a segment every
+    ``CHAIN_ROWS`` tokens, or fewer where ``max_elements`` requires it."""
     places = [0]
     for start, stop in zip(trie.segment_starts[:-1].tolist(), trie.segment_starts[1:].tolist(), strict=True):
         place = start + int(known[start:stop].sum())

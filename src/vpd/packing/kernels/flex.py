@@ -1,9 +1,9 @@
-"""Attention over a packed trie as one kernel, ``flex_attention``: for GPUs, where a call for each block would cost more
-than what is in it.
+"""Attention over a packed trie as one kernel, ``flex_attention``: for GPUs, where launching a kernel for each block
+would take longer than the block.
 
-A token sees what stands before it and whose subtree it is in, so that the mask needs two numbers of each token and is
-never held as tokens x tokens. Blocks of 128 x 128 pairs without an allowed one are left out, and those with nothing
-else are computed without the mask.
+A token sees another one that stands before it and whose subtree it is in. The mask therefore needs two numbers for each
+token and is never held as tokens x tokens. Blocks of 128 x 128 pairs without an allowed pair are left out, and those
+with allowed pairs only are computed without the mask.
 """
 
 from __future__ import annotations
@@ -17,19 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from vpd.device import is_cuda
+from vpd.packing.layout import PackedLayout
 from vpd.packing.trie import Trie
 
 BLOCK_SIZE = 128
-"""Tokens are padded to a multiple of it, which the kernels ask for; it leaves them fewer shapes to compile for, too."""
+"""Tokens are padded to a multiple of this number, as the kernels require; they also compile for fewer shapes then."""
+
+
+class Prepared:
+    """The masks of one packed batch, made at first use: one for each window and device of the model's layers.
+
+    Args:
+        layout: The layout of the batch.
+    """
+
+    def __init__(self, layout: PackedLayout) -> None:
+        self._layout = layout
+        self._masks: dict[tuple[int | None, torch.device], BlockMask] = {}
+
+    def mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """The mask for layers that see ``window`` positions back; see :func:`make_block_mask`."""
+        key = (self._layout.effective(window), device)
+        if key not in self._masks:
+            self._masks[key] = make_block_mask(self._layout.trie, *key)
+        return self._masks[key]
 
 
 def make_block_mask(trie: Trie, window: int | None, device: torch.device) -> BlockMask:
-    """Which of the packed tokens see which, padding included: padding sees itself alone, and nobody sees it.
+    """The mask that says which packed tokens see which. A token of the padding sees itself alone, and no other sees it.
 
     Args:
-        trie: the packed tokens.
-        window: how many positions back a token sees, itself included; None for all.
-        device: where the attention is computed.
+        trie: The packed tokens.
+        window: How many positions back a token sees, itself included; None for all.
+        device: The device on which the attention is computed.
     """
     count = len(trie.tokens)
     padded = -(-count // BLOCK_SIZE) * BLOCK_SIZE
@@ -50,7 +71,7 @@ def make_block_mask(trie: Trie, window: int | None, device: torch.device) -> Blo
         def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return sees(batch, head, query, key) & (depth[query] - depth[key] < reach)
 
-    # A strip of blocks at a time: transformers' and PyTorch's helpers make all pairs at once.
+    # This takes a strip of blocks at a time: transformers' and PyTorch's helpers make all pairs at once.
     index = torch.arange(padded, dtype=torch.int32, device=device)
     zero = index.new_zeros(())
     some, every = [], []
@@ -65,7 +86,7 @@ def make_block_mask(trie: Trie, window: int | None, device: torch.device) -> Blo
 
 
 def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of blocks [n, n] how many are chosen, and which, those first: [1, 1, n] and [1, 1, n, n]."""
+    """For each row of blocks [n, n]: how many are chosen [1, 1, n], and all in order, the chosen first [1, 1, n, n]."""
     order = chosen.int().argsort(dim=1, descending=True, stable=True)
     return chosen.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
@@ -73,23 +94,22 @@ def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float | None) -> Tensor:
     """Attention of T packed tokens.
 
-    Compiled on CUDA, at the first call. On other devices the kernel's definition in plain operations, which has no
-    backward pass there: slow, and meant for tests.
+    On CUDA it is compiled at the first call. Other devices run the kernel's definition in plain operations, which has
+    no backward pass there and is slow: it is meant for tests.
 
     Args:
-        query: [heads, T, D]; converted to the dtype of the values, since autocast leaves queries and keys in float32
-            behind rotary embeddings.
-        key: [key heads, T, D]; converted too.
-        value: [key heads, T, D of values].
-        mask: from :func:`make_block_mask`.
-        scaling: factor on the scores; 1 / sqrt(D) by default.
+        query: The queries [heads, T, D], which are converted to the dtype of the values.
+        key: The keys [key heads, T, D], which are converted likewise.
+        value: The values [key heads, T, D of values].
+        mask: The mask from :func:`make_block_mask`.
+        scaling: The factor on the scores; 1 / sqrt(D) by default.
 
     Returns:
-        [heads, T, D of values].
+        The outputs [heads, T, D of values].
     """
     count = query.shape[1]
     padding = (0, 0, 0, mask.seq_lengths[0] - count)
-    kernel = _compiled() if query.is_cuda else flex_attention
+    kernel = _compiled() if is_cuda(query) else flex_attention
     output = kernel(
         F.pad(query.to(value.dtype), padding)[None],
         F.pad(key.to(value.dtype), padding)[None],
@@ -103,5 +123,5 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # With fullgraph, more variants than dynamo may compile are an error; else it would make all pairs from then on.
+    # Without fullgraph, dynamo would silently compute all pairs once it has compiled as many variants as it may.
     return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True, fullgraph=True))

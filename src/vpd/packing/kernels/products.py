@@ -1,10 +1,10 @@
-"""Attention of a packed batch by matrix products, for bfloat16 on a processor.
+"""Attention of a packed batch by matrix products, for bfloat16 on a CPU.
 
 PyTorch's own kernel multiplies in float32 there, at a fraction of the rate of oneDNN's products. Here all products have
-bfloat16 factors and float32 sums, as in kernels for GPUs. Scores and the gradient of the weights, of which the softmax
-takes away what a row has in common, come out in float32, all others in bfloat16, at twice the rate. Scores exist a
-batch of tiles (:mod:`vpd.packing.kernels.tiles`) at a time, in memory that all batches share, and the backward pass
-makes them again.
+bfloat16 factors and float32 sums, as in kernels for GPUs. The scores and the gradient of the weights have float32
+results, because the softmax subtracts what a row has in common; all other results are bfloat16, at twice the rate. The
+scores of one batch of tiles (:mod:`vpd.packing.kernels.tiles`) exist at a time, in memory that all batches share, and
+the backward pass recomputes them.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpd.device import multiplies_bfloat16, rounding_factors
-from vpd.packing.kernels.tiles import KeySum, TileBatch, Tiling
+from vpd.device import is_cpu, multiplies_bfloat16, rounding_factors
+from vpd.packing.kernels.tiles import KeySum, TileBatch, Tiling, make_tiling
+from vpd.packing.layout import PackedLayout
 
 
 class Workspace:
-    """Memory for what batches of tiles read and make, given out again for the next ones."""
+    """Memory for the inputs and results of a batch of tiles, which the next batch uses again."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialised; what was taken before under this name and dtype is overwritten."""
+        """An uninitialised tensor in the memory that was last taken under this name and dtype."""
         count = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < count:
@@ -37,25 +38,48 @@ class Workspace:
         return buffer[:count].view(*shape)
 
 
+class Prepared:
+    """The tilings of one packed batch, made at first use, and the memory in which they are computed.
+
+    Args:
+        layout: The layout of the batch.
+
+    Attributes:
+        workspace: The memory that all layers and passes share.
+    """
+
+    def __init__(self, layout: PackedLayout) -> None:
+        self._layout = layout
+        self._tilings: dict[tuple[int | None, int, int], Tiling] = {}
+        self.workspace = Workspace()
+
+    def tiling(self, window: int | None, heads: int, key_heads: int) -> Tiling:
+        """The tiles for layers that see ``window`` positions back and have so many heads."""
+        key = (self._layout.effective(window), heads, key_heads)
+        if key not in self._tilings:
+            self._tilings[key] = make_tiling(self._layout.trie, *key, self._layout.known)
+        return self._tilings[key]
+
+
 def can_multiply(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-    """Whether :func:`attend` computes this: in bfloat16, on a processor that has such products, without dropout."""
+    """Whether :func:`attend` can compute it: bfloat16 on a CPU with native products of that dtype, no dropout."""
     is_bfloat16 = all(tensor.dtype == torch.bfloat16 for tensor in (query, key, value))
-    return is_bfloat16 and query.device.type == "cpu" and not dropout and multiplies_bfloat16()
+    return is_bfloat16 and is_cpu(query) and not dropout and multiplies_bfloat16()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, tiling: Tiling, scaling: float, workspace: Workspace) -> Tensor:
     """Attention of all tiles; differentiable once.
 
     Args:
-        query: [T, heads, D] bfloat16.
-        key: [tokens, key heads, D] bfloat16.
-        value: [tokens, key heads, D of values] bfloat16.
-        tiling: see :func:`vpd.packing.kernels.tiles.make_tiling`; its tiles are the T tokens.
-        scaling: factor on the scores.
-        workspace: for the tiles of this call.
+        query: The queries [T, heads, D] in bfloat16.
+        key: The keys [tokens, key heads, D] in bfloat16.
+        value: The values [tokens, key heads, D of values] in bfloat16.
+        tiling: The tiles of the T tokens; see :func:`vpd.packing.kernels.tiles.make_tiling`.
+        scaling: The factor on the scores.
+        workspace: The memory for the tiles.
 
     Returns:
-        [T, heads, D of values] bfloat16.
+        The outputs [T, heads, D of values] in bfloat16.
     """
     rows = (tensor.contiguous() for tensor in (query, key, value))
     return _Products.apply(*rows, tiling, scaling, workspace)  # pyright: ignore[reportReturnType]
@@ -99,7 +123,7 @@ class _Products(torch.autograd.Function):
                 torch.bmm(products.transpose(1, 2), grad, out=grad_value.next(batch))
                 grad_weights = workspace.take("weights' gradient", weights.shape, torch.float32)
                 _multiply(grad, gather.keys(wide_value), grad_weights, workspace)
-                # Into its own input, as the softmax: both read a row whole before they write it, or number by number.
+                # The result replaces its input, as the softmax's does: both read a row before they write it.
                 torch.ops.aten._softmax_backward_data.out(
                     grad_weights, weights, -1, torch.float32, grad_input=grad_weights
                 )
@@ -119,8 +143,8 @@ class _Products(torch.autograd.Function):
 
 
 def _sum(rows: Tensor, part: KeySum) -> Tensor:
-    """[tokens * key heads, width]: of each row of the keys the sum over all places where it was gathered, made in
-    float32 and rounded."""
+    """For each row of the keys, the sum over all places where it was gathered, [tokens * key heads, width]. It is
+    summed in float32 and rounded."""
     return F.embedding_bag(part.places, rows, part.offsets, mode="sum")
 
 
@@ -134,17 +158,18 @@ def _total(sums: list[Tensor]) -> Tensor:
 
 
 class _Gatherer:
-    """Gathers a batch's rows, for the matrices of its tiles and key heads, in the workspace."""
+    """Gathers a batch's rows in the workspace, as the matrices of its tiles and key heads."""
 
     def __init__(self, batch: TileBatch, workspace: Workspace) -> None:
         self._batch, self._workspace = batch, workspace
 
     def queries(self, tensor: Tensor, name: str = "queries") -> Tensor:
-        """[n * key heads, query heads of one * Q, width] of [T, heads, width]."""
+        """From [T, heads, width] to [n * key heads, query heads of a key head * Q, width]."""
         return self._take(tensor, self._batch.query_rows, name)
 
     def keys(self, tensor: Tensor) -> Tensor:
-        """[n * key heads, K, width] of [tokens, key heads, width]; overwrites what was gathered in this dtype."""
+        """From [tokens, key heads, width] to [n * key heads, K, width], in the place of the keys last gathered in this
+        dtype."""
         return self._take(tensor, self._batch.key_rows, "keys")
 
     def _take(self, tensor: Tensor, rows: Tensor, name: str) -> Tensor:
@@ -155,19 +180,24 @@ class _Gatherer:
 
 
 class _Results:
-    """What batches make, row by row, one batch behind another, in ``rows``."""
+    """The results of all batches, one batch after another.
+
+    Attributes:
+        rows: The results, row by row, [all rows, width].
+    """
 
     def __init__(self, name: str, sizes: Sequence[int], like: Tensor, workspace: Workspace) -> None:
         self.rows = workspace.take(f"results of {name}", (sum(sizes), like.shape[-1]), like.dtype)
         self._parts = iter(self.rows.split(list(sizes)))
 
     def next(self, batch: TileBatch) -> Tensor:
-        """Uninitialised [n * key heads, rows, width], for the next batch's result."""
+        """The uninitialised memory [n * key heads, rows, width] for the next batch's result."""
         return next(self._parts).view(batch.matrices, -1, self.rows.shape[1])
 
 
 def _weights(query: Tensor, wide_key: Tensor, batch: TileBatch, scaling: float, workspace: Workspace) -> Tensor:
-    """[n * key heads, query heads of one * Q, K] float32, in the workspace's "weights"; ``wide_key`` is float32."""
+    """The attention weights [n * key heads, query heads of a key head * Q, K] in float32, in the workspace;
+    ``wide_key`` is float32."""
     count, queries, keys = batch.shape
     scores = workspace.take("weights", (*query.shape[:2], keys), torch.float32)
     _multiply(query, wide_key, scores, workspace, scaling)
@@ -179,8 +209,8 @@ def _weights(query: Tensor, wide_key: Tensor, batch: TileBatch, scaling: float, 
 
 
 def _multiply(left: Tensor, right: Tensor, output: Tensor, workspace: Workspace, factor: float = 1.0) -> None:
-    """``factor`` left right^T into ``output``, in float32; what is rounded of the factors, numbers of bfloat16, is
-    nothing."""
+    """Write ``factor`` left right^T to ``output`` in float32. The factors hold bfloat16 numbers, so that rounding them
+    changes nothing."""
     wide = workspace.take("factor", left.shape, torch.float32).copy_(left)
     with rounding_factors(left.device):
         torch.baddbmm(output, wide, right.transpose(1, 2), beta=0, alpha=factor, out=output)

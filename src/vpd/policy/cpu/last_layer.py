@@ -1,92 +1,95 @@
-"""A last layer that computes its queries and its MLP for the tokens alone that predict a completion's token.
+"""A last layer that computes its queries and its MLP only for the tokens that predict a completion's token.
 
-Of the other tokens, most of a prompt's and of a feedback's, a packed batch needs the last layer's keys and values; what
-follows them nobody reads.
+For the other tokens, most of a prompt and of a feedback text, a packed batch needs the last layer's keys and values
+only; nobody reads what follows them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vpd.packing import PackedLayout
 from vpd.policy.architecture import backbone_of
-from vpd.policy.cpu.norms import only_projects
+from vpd.policy.cpu.replacing import keeping_modes, only_projects
 
 _BY_ROW = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-"""Parts of the layer that take each token by itself, after its attention has been called."""
+"""The parts of the layer that compute each token by itself, all after its attention has been called."""
 
 
-@dataclass
-class _Rows:
-    """The tokens that the layer computes in the pass under way; None for all."""
+class ScoredRows:
+    """Hooks by which the parts of the last layer compute the scored tokens of the pass under way.
 
-    scored: Tensor | None = None
+    A part's input is narrowed to these tokens, and its output is widened again, with zeros for the others. The
+    attention's hook comes first and is told of the batch, in the second pass of gradient checkpointing too.
+    """
+
+    def __init__(self) -> None:
+        self._scored: Tensor | None = None
+        self._token_count = 0
+
+    def note(self, attention: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
+        """The attention's hook before its forward: takes the scored tokens from the layout, if there is one."""
+        layout: PackedLayout | None = kwargs.get("packed")
+        self._scored = None if layout is None else layout.scored
+        self._token_count = 0 if layout is None else layout.token_count
+
+    def narrow(self, part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor] | None:
+        """A part's hook before its forward: [1, T, in] to [1, scored, in]."""
+        if self._scored is None or len(inputs) != 1:
+            return None
+        return (inputs[0].index_select(1, self._scored),)
+
+    def widen(self, part: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """A part's hook after its forward: [1, scored, out] to [1, T, out]."""
+        if self._scored is None or len(inputs) != 1:
+            return None
+        zeros = output.new_zeros(1, self._token_count, output.shape[-1])
+        return zeros.index_copy(1, self._scored, output)
 
 
-def trim_last_layer(model: nn.Module) -> bool:
-    """Let the last layer compute as this module describes in packed batches, for good; return whether it does.
+def trim_last_layer(model: nn.Module) -> int:
+    """Let the last layer compute as this module describes in packed batches; return how many layers do, 1 or 0.
 
-    In place of what it leaves out stand zeros; the hidden states of tokens that predict nothing then mean nothing. Not
-    where there is a GPU, nor in layers built otherwise.
+    The hidden states of tokens that predict nothing then mean nothing. Layers of another build stay as they are.
 
     Args:
-        model: a language model on the CPU.
+        model: A language model on the CPU.
     """
     layers = getattr(backbone_of(model), "layers", None)
-    if torch.accelerator.is_available() or not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-        return False
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return 0
     last = layers[-1]
     try:
         parts = [last.get_submodule(name) for name in _BY_ROW]
     except AttributeError:
-        return False
+        return 0
     is_used_once = all(layer is not last for layer in list(layers)[:-1])
-    if not (is_used_once and only_projects(last) and all(map(_takes_rows, parts))):
-        return False
-    rows = _Rows()
-    # The attention is told of the batch, in gradient checkpointing's second pass too.
-    attention = last.get_submodule("self_attn")
-    vars(attention)["rows"] = rows
-    attention.register_forward_pre_hook(_note_rows, with_kwargs=True)
+    is_trimmed = hasattr(last, "scored_rows")
+    if is_trimmed or not (is_used_once and only_projects(last) and all(map(_takes_rows, parts))):
+        return 0
+    rows = ScoredRows()
+    vars(last)["scored_rows"] = rows
+    last.get_submodule("self_attn").register_forward_pre_hook(rows.note, with_kwargs=True)
     for part in parts:
-        vars(part)["rows"] = rows
-        # On the instance, and under this name, as norms.py has it.
-        part.forward = MethodType(forward, part)
-    return True
+        part.register_forward_pre_hook(rows.narrow)
+        part.register_forward_hook(rows.widen)
+    return 1
 
 
 @torch.no_grad()
 def _takes_rows(part: nn.Module) -> bool:
-    """Whether the part makes one tensor of one, each row by itself, and has no forward of its own."""
+    """Whether the part makes one tensor of one tensor, each row by itself."""
     first = next((module for module in part.modules() if isinstance(module, nn.Linear)), None)
-    if first is None or "forward" in vars(part):
+    if first is None:
         return False
     x = torch.linspace(-1.0, 1.0, 3 * first.in_features, dtype=first.weight.dtype).view(1, 3, -1)
-    was_training = part.training
-    part.eval()
-    try:
-        together, alone = part(x), part(x[:, 1:2])
-        return torch.allclose(together[:, 1:2].float(), alone.float(), rtol=1e-2, atol=1e-3)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-        return False
-    finally:
-        part.train(was_training)
-
-
-def _note_rows(attention: nn.Module, inputs: Any, kwargs: dict[str, Any]) -> None:
-    packed: PackedLayout | None = kwargs.get("packed")
-    cast(_Rows, attention.rows).scored = None if packed is None else packed.scored
-
-
-def forward(part: nn.Module, x: Tensor, *others: Any) -> Tensor:
-    """The ``forward`` of a part: [1, T, in] to [1, T, out]."""
-    scored, compute = cast(_Rows, part.rows).scored, type(part).forward
-    if scored is None or others:
-        return compute(part, x, *others)
-    found = compute(part, x.index_select(1, scored))
-    return found.new_zeros(1, x.shape[1], found.shape[-1]).index_copy(1, scored, found)
+    with keeping_modes(part):
+        part.eval()
+        try:
+            together, alone = part(x), part(x[:, 1:2])
+            return torch.allclose(together[:, 1:2].float(), alone.float(), rtol=1e-2, atol=1e-3)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return False

@@ -1,8 +1,12 @@
 """Rotary positions that go over queries and keys once, and hand attention what autocast would make of them anyway.
 
-Under autocast transformers' function takes queries and keys in bfloat16 to float32, makes five tensors of their size
-there, and attention casts the sum back. Here a tile of tokens stays in the processor's cache from the first operation
-to the last cast. The backward pass needs nothing but cosines and sines.
+Under autocast transformers' function casts queries and keys from bfloat16 to float32 and makes five tensors of their
+size there, and attention casts the sum back. Here a tile of tokens stays in the CPU's cache from the first operation to
+the last cast. The backward pass needs only the cosines and sines.
+
+transformers has no plain way to replace the function ``apply_rotary_pos_emb``, which its attention layers call by name:
+``use_kernelized_func`` needs the package ``kernels``, and a new function in the layers' module would change all models
+of the process. So each layer's own forward is rebuilt with another function under that name.
 """
 
 from __future__ import annotations
@@ -15,27 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vpd.device import is_cpu
 from vpd.policy.cpu.norms import TILE_NUMBERS
 
 _NAME = "apply_rotary_pos_emb"
-"""What transformers' attention layers call, a function of their module."""
+"""The function of their module that transformers' attention layers call."""
 
 Rotation: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
-"""Of queries, keys, cosines and sines."""
+"""A function of queries, keys, cosines and sines that returns the rotated queries and keys."""
 
 
 def fuse_rotary(model: nn.Module) -> int:
     """Let the attention layers rotate as this module describes, for good; return how many do.
 
-    Where there is a GPU, none. Layers whose function computes something else (pairs of neighbours instead of halves)
-    stay as they are, and so do those that call it otherwise, or have a forward of their own or a decorated one. What
-    others change in a layer's module from now on, these layers do not see.
+    Layers whose function computes something else (with pairs of neighbours instead of halves) stay as they are, and so
+    do those that call it otherwise, or have a forward of their own or a decorated one. The changed layers do not see
+    later changes of their module's functions.
 
     Args:
-        model: a language model on the CPU.
+        model: A language model on the CPU.
     """
-    if torch.accelerator.is_available():
-        return 0
     count = 0
     for layer in model.modules():
         function = type(layer).forward
@@ -45,8 +48,7 @@ def fuse_rotary(model: nn.Module) -> int:
         theirs = function.__globals__.get(_NAME)
         if theirs is None or not _is_plain(theirs):
             continue
-        # The layer's own forward, with another function under this name; on the instance, so that its class and its
-        # module stay as they are for other models.
+        # The forward is set on the instance, so that other models keep their class and its module as they are.
         names = {**function.__globals__, _NAME: _faster(theirs)}
         own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
         own.__kwdefaults__ = function.__kwdefaults__
@@ -59,12 +61,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + (-x2, x1) * sin, where x1 and x2 are the halves of the last dimension; computed in float32.
 
     Args:
-        x: [B, heads, T, D], float32 or bfloat16, on the CPU.
-        cos: [B or 1, T, D] in float32.
-        sin: as ``cos``.
+        x: The queries or keys [B, heads, T, D] in float32 or bfloat16, on the CPU.
+        cos: The cosines [B or 1, T, D] in float32.
+        sin: The sines, likewise.
 
     Returns:
-        [B, heads, T, D], in autocast's dtype where it is on, else in float32.
+        The rotated queries or keys [B, heads, T, D], in autocast's dtype where it is on, else in float32.
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     return _Rotation.apply(x, cos, sin, dtype)  # pyright: ignore[reportReturnType]
@@ -89,7 +91,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     half = width // 2
     tokens = x.transpose(1, 2).reshape(-1, heads, width)
     cos, sin = (part.expand(batch, length, width).reshape(-1, 1, width) for part in (cos, sin))
-    # Laid out as attention's outputs are, and not a view, which could not be changed in place.
+    # It is laid out as attention's outputs are, and is no view, which could not be changed in place.
     strides = (length * heads * width, width, heads * width, 1)
     output = torch.empty_strided((batch, heads, length, width), strides, dtype=dtype)
     output_tokens = output.transpose(1, 2).view(tokens.shape)
@@ -105,13 +107,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _faster(theirs: Rotation) -> Rotation:
-    """Their function, replaced where :func:`rotate` computes the same."""
+    """A function that calls :func:`rotate` where that computes the same, and else transformers' function."""
 
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **others: Any
     ) -> tuple[Tensor, Tensor]:
-        is_float32 = cos.dtype == sin.dtype == torch.float32 and q.device.type == "cpu"
-        # Some functions give what they were given: where nothing else tells the dtype, only float32 stays the same.
+        is_float32 = cos.dtype == sin.dtype == torch.float32 and is_cpu(q)
+        # Some functions return the dtype that they were given; without autocast only float32 is the same in all.
         is_float32 &= torch.is_autocast_enabled("cpu") or q.dtype == k.dtype == torch.float32
         is_whole = q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1]
         if rest or others or not is_float32 or not is_whole or cos.requires_grad or sin.requires_grad:
@@ -122,7 +124,7 @@ def _faster(theirs: Rotation) -> Rotation:
 
 
 def _is_plain(function: Rotation) -> bool:
-    """Whether it computes with queries and keys what :func:`rotate` does."""
+    """Whether the function computes what :func:`rotate` does."""
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(1, 2, 3, 8, generator=generator)
     cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
