@@ -137,8 +137,10 @@ def test_losses_on_all_logits_at_once(tmp_path, monkeypatch, expected):
         used.add("token_log_probs")
         return of(logits_of(hidden, head, temperature), targets)
 
-    monkeypatch.setattr("vpd.policy.objectives.divergence", divergence)
-    monkeypatch.setattr("vpd.policy.objectives.token_log_probs", token_log_probs)
+    for module in ("distil", "scoring"):
+        monkeypatch.setattr(f"vpd.policy.objectives.{module}.divergence", divergence)
+    for module in ("base", "distil"):
+        monkeypatch.setattr(f"vpd.policy.objectives.{module}.token_log_probs", token_log_probs)
     found = curve(tmp_path / "run")
     assert used == {"divergence", "token_log_probs"}
     assert_the_same(found, expected)
