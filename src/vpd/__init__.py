@@ -139,7 +139,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: torch takes seconds to load, which `vpd --help` and the config schema need not pay.
+    # A name is imported on first use: torch takes seconds to load, which `vpd --help` need not pay.
     if name in _HOME_OF:
         return getattr(import_module(_HOME_OF[name]), name)
     raise AttributeError(f"module 'vpd' has no attribute {name!r}")

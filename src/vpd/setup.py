@@ -143,6 +143,7 @@ def assemble(
         environment.stages(), args.rollout.prompts_per_step, args.rollout.next_stage_at, args.run.seed
     )
     _check_prompts(environment, prompts)
+    _check_judge(args, algorithm, environment)
     run_state = TrainingState()
     needed = [source.name for source in sources] if algorithm.needs_feedback else None
     monitor = Monitor(journal, run_state, needed, args.run.stop_on)
@@ -195,6 +196,19 @@ def _make_critic(args: VPDConfig, algorithm: Algorithm, sampler: RolloutSampler)
     if settings.critique.endpoint is not None:
         return EndpointCritic(settings.critique)
     return SelfCritic(lambda chats, seed: sampler.answer(chats, settings.critique, seed))
+
+
+def _check_judge(args: VPDConfig, algorithm: Algorithm, environment: Environment) -> None:
+    """Refuse tasks without a judge where something asks for verdicts."""
+    if environment.judges:
+        return
+    if algorithm.needs_verdicts:
+        raise ConfigError(
+            f'algorithm.type = "{args.algorithm.type}" learns from verdicts, but these tasks have no judge: give '
+            "reward_funcs (data.reward_funcs), or an environment."
+        )
+    if args.eval.eval_steps is not None:
+        raise ConfigError("eval.eval_steps asks for evaluations, but these tasks have no judge: leave it out.")
 
 
 def _check_prompts(environment: Environment, prompts: PromptBuilder) -> None:

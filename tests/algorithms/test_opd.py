@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from tiny import VOCABULARY, llama, tokenizer
-from toy import ToyEnvironment, toy_config, toy_trainer
+from toy import ToyEnvironment, toy_config, toy_model, toy_trainer
 
 from vpd import ConfigError, VPDTrainer
 from vpd.algorithms import ExampleBatch
@@ -125,6 +125,24 @@ def test_a_teacher_of_another_tokenizer_is_refused_by_its_first_token_that_diffe
 def test_hidden_states_of_two_networks_are_not_matched(tmp_path):
     with pytest.raises(ConfigError, match="opd has two: leave it out"):
         toy_trainer(tmp_path / "run", algorithm=opd(tmp_path, representation_weight=1.0))
+
+
+def test_a_dataset_needs_no_reward_functions(tmp_path):
+    rows = [{"prompt": f"Number {i}."} for i in range(40)]
+
+    def trainer(algorithm, **sections):
+        args = toy_config(tmp_path / algorithm["type"], algorithm=algorithm, run={"max_steps": 1}, **sections)
+        return VPDTrainer(toy_model(), args, train_dataset=rows, processing_class=tokenizer())
+
+    result = trainer(opd(tmp_path)).train()
+    assert result.global_step == 1
+    assert result.metrics["rows"] == []
+    (line,) = [line for line in read_metrics(tmp_path / "opd") if line["event"] == "train"]
+    assert line["reward"] is None
+    with pytest.raises(ConfigError, match='"vpd" learns from verdicts, but these tasks have no judge'):
+        trainer({"type": "vpd"})
+    with pytest.raises(ConfigError, match=r"eval\.eval_steps asks for evaluations, but these tasks have no judge"):
+        trainer(opd(tmp_path / "again"), eval={"eval_steps": 1})
 
 
 def test_the_task_alone_needs_no_feedback_and_no_verdict(tmp_path, monkeypatch):

@@ -99,8 +99,9 @@ class PromptData(Section):
     """The environment's name."""
     path: str
     """A JSONL file or a Hugging Face dataset id with a ``prompt`` column (text or chat messages)."""
-    reward_funcs: list[str] = Field(min_length=1)
-    """The reward functions with TRL's signature, each as ``package.module:function``."""
+    reward_funcs: list[str] | None = Field(default=None, min_length=1)
+    """The reward functions with TRL's signature, each as ``package.module:function``. Without any, completions are not
+    judged, which only ``algorithm.type = "opd"`` can do with."""
     reward_weights: list[float] | None = None
     """One weight for each reward function; by default all weights are 1."""
     selection_size: int = Field(default=100, ge=1)

@@ -87,8 +87,8 @@ def choose_environment(
             raise ConfigError("Give either an environment, or train_dataset with reward_funcs, not both.")
         return environment
     if train_dataset is not None or reward_funcs is not None:
-        if train_dataset is None or reward_funcs is None:
-            raise ConfigError("train_dataset and reward_funcs go together: one was given without the other.")
+        if train_dataset is None:
+            raise ConfigError("train_dataset and reward_funcs go together: the dataset is missing.")
         return PromptDataset(train_dataset, reward_funcs, eval_dataset=eval_dataset, reward_weights=reward_weights)
     if settings is None:
         raise ConfigError("There are no tasks: give an environment, a train_dataset with reward_funcs, or args.data.")

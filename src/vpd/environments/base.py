@@ -21,9 +21,12 @@ class Environment(ABC):
     Attributes:
         judges_on_main_thread: Whether a plain ``judge`` must run on the main thread, for example because it sets
             signal handlers. Otherwise it runs on a thread of its own, so that a run can go on without one that hangs.
+        judges: Whether completions are judged at all. Without a judge no rollout has a verdict and nothing is
+            evaluated, which only an algorithm can do with that asks for no verdict.
     """
 
     judges_on_main_thread: bool = False
+    judges: bool = True
 
     @abstractmethod
     def tasks(self, split: Split) -> Sequence[Task]:

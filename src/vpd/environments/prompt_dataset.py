@@ -35,6 +35,7 @@ class PromptDataset(Environment):
     Args:
         train_dataset: A ``datasets.Dataset``, a list of rows, a JSONL file or a Hugging Face dataset id.
         reward_funcs: One or several functions, plain or async, or their names as ``package.module:function``.
+            None gives the completions no judge.
         eval_dataset: The held-out rows, in the same forms.
         reward_weights: One number for each function; by default all weights are 1.
         selection_size: How many training prompts become the selection split; by default a tenth, at most 100.
@@ -53,7 +54,7 @@ class PromptDataset(Environment):
     def __init__(
         self,
         train_dataset: Rows | str | Path,
-        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str],
+        reward_funcs: RewardFunction | str | Sequence[RewardFunction | str] | None,
         *,
         eval_dataset: Rows | str | Path | None = None,
         reward_weights: Sequence[float] | None = None,
@@ -76,7 +77,8 @@ class PromptDataset(Environment):
         )
         tasks = [task for split in self._tasks.values() for task in split]
         columns = frozenset.intersection(*(frozenset(task.data["columns"]) for task in tasks))
-        self._calls = _reward_calls(reward_funcs, reward_weights, columns)
+        self.judges = reward_funcs is not None
+        self._calls = [] if reward_funcs is None else _reward_calls(reward_funcs, reward_weights, columns)
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return check_split(self._tasks, split)

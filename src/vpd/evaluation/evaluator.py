@@ -40,6 +40,11 @@ class Evaluator:
         self._args = args
         self._accelerator = accelerator
 
+    @property
+    def has_judge(self) -> bool:
+        """Whether there is anything to measure: whether completions are judged."""
+        return self._environment.judges
+
     def accuracy(self, split: Split, limit: int | None = None) -> Evaluation:
         """Measure the accuracy on the first ``limit`` tasks of a split; the processes share the work."""
         return evaluate(

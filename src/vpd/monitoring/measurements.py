@@ -36,7 +36,7 @@ class Measurements:
 
     def row(self, name: str, train_seconds: float = 0.0) -> None:
         """Evaluate on the final split, for the table alone."""
-        if self._settings.final_tasks == 0:
+        if self._settings.final_tasks == 0 or not self._evaluator.has_judge:
             return
         evaluation = self._evaluator.accuracy("final", self._settings.final_tasks)
         row = {"name": name, **evaluation.summary(), "train_seconds": train_seconds}

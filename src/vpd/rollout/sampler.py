@@ -175,6 +175,8 @@ class RolloutSampler:
         A rollout that the length limit cut off gets reward 0 and a text that says so, whatever the judge would find in
         it. A rollout whose judge failed stays without a verdict, and the log says why.
         """
+        if not self.environment.judges:
+            return rollouts, []
         whole = [index for index, rollout in enumerate(rollouts) if not rollout.truncated]
         pairs = [(rollouts[index].task, rollouts[index].text) for index in whole]
         verdicts = judge_all(self.environment, pairs, self.settings.judge_seconds)
