@@ -83,10 +83,10 @@ def this_machine(settings: VPDConfig, config: Any, lengths: Lengths) -> Hardware
         return replace(plain, name=f"{plain.name} (what a run reaches of it is a guess)")
     dtype = torch.bfloat16 if settings.model.dtype == "bfloat16" else torch.float32
     network = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
-    if settings.model.gradient_checkpointing:
-        network.activation_checkpointing_enable({"use_reentrant": False})
     # The last layer stays whole: it may be the only one here, and its time stands for those that are left out.
     optimise(network, settings.model, skip={"last_layer"})
+    if settings.model.gradient_checkpointing:
+        network.activation_checkpointing_enable({"use_reentrant": False})
     half = autocasts(settings.model, device)
 
     decode_share = _decode_share(network, size, settings, lengths, plain)

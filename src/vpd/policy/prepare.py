@@ -68,11 +68,13 @@ def prepare_policy(
             raise ConfigError(f"The adapters cannot be made: {error}") from error
     if teacher_lora is not None:
         network = add_teacher_adapter(network, teacher_lora)  # pyright: ignore[reportArgumentType]
+    module = make_module(network, settings)
     if settings.gradient_checkpointing:
+        # Only now: it hooks the embedding, and layers that others have hooked are computed as they are.
         causal_lm_of(network).activation_checkpointing_enable({"use_reentrant": False})  # pyright: ignore
         if isinstance(network, PeftModel):
             network.enable_input_require_grads()
-    return make_module(network, settings), tokenizer
+    return module, tokenizer
 
 
 def make_module(network: torch.nn.Module, settings: ModelSettings) -> PolicyModule:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import tokenizer
 from tiny_models import SIZES, build
 from transformers import LlamaConfig
 
 from vpd.config import ModelSettings
 from vpd.policy.cpu import OPTIMISATIONS, optimise
+from vpd.policy.cpu.embedding import TiedEmbedding
+from vpd.policy.prepare import prepare_policy
 
 LAYERS = SIZES["num_hidden_layers"]
 ALL = {"norms": 2 * LAYERS, "rotary": LAYERS, "mlps": LAYERS, "embedding": 1, "last_layer": 1}
@@ -31,6 +34,15 @@ def test_all_of_a_model_is_changed_once_and_its_numbers_and_names_stay(model):
     torch.testing.assert_close(model(tokens).logits, expected)
     assert list(model.state_dict()) == names
     assert optimise(model, ModelSettings()) == dict.fromkeys(ALL, 0)
+
+
+def test_gradient_checkpointing_leaves_nothing_as_it_was(model):
+    """It hooks the embedding, and what others have hooked is not changed: so it comes last."""
+    settings = ModelSettings(gradient_checkpointing=True)
+    policy, _ = prepare_policy(model, tokenizer(), settings)
+    assert policy.model.is_gradient_checkpointing
+    assert type(policy.model.get_input_embeddings()) is TiedEmbedding
+    assert optimise(model, settings) == dict.fromkeys(ALL, 0)
 
 
 @pytest.mark.parametrize("name", OPTIMISATIONS)
