@@ -12,10 +12,10 @@ class Server:
     """Answers from a list, then with ``default``: texts, or numbers for errors with that status.
 
     Attributes:
-        requests: what came in.
-        keys: of each request.
-        seconds: how long an answer takes.
-        most_at_once: requests that were open at the same time.
+        requests: The requests that came in.
+        keys: The API key of each request.
+        seconds: How many seconds an answer takes.
+        most_at_once: The largest number of requests that were open at the same time.
     """
 
     def __init__(self, default: str):

@@ -79,3 +79,16 @@ def test_layers_are_optimised_where_there_is_no_accelerator_unless_told_not_to(m
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
     assert optimises_layers(ModelSettings()) is not has_accelerator
     assert not optimises_layers(ModelSettings(fused_layers=False))
+
+
+@pytest.mark.parametrize("stays", ["true", "1", "yes"])
+def test_what_keeps_accelerate_on_the_cpu_keeps_everything_there(monkeypatch, stays):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert device.training_device().type == "cuda"
+    assert not device.optimises_layers(ModelSettings())
+    monkeypatch.setenv("ACCELERATE_USE_CPU", stays)
+    assert device.training_device().type == "cpu"
+    assert device.optimises_layers(ModelSettings())
+    assert device.packed_kernel(ModelSettings(), device.training_device()) == "blocks"

@@ -300,5 +300,5 @@ def test_a_step_can_be_taken(settings, tmp_path, monkeypatch):
     if settings.algorithm.type == "vpd":
         assert metrics["e_step"] == 1
         assert math.isfinite(metrics["e_loss"])
-    if trainer.algorithm.has_teacher:
+    if trainer.algorithm.reads_feedback:
         assert metrics["active_share"] > 0

@@ -119,7 +119,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     options = arguments()
     measured: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "workloads": {},
     }

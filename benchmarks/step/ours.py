@@ -33,7 +33,8 @@ class WholeCompletions(RolloutSampler):
     """A sampler whose completions all reach the length limit, and count as ended there rather than as truncated."""
 
     def _rollout(self, task: Task, group: int, prompt: list[int], sample: Sample) -> Rollout:
-        return replace(super()._rollout(task, group, prompt, sample), truncated=False)
+        rollout = super()._rollout(task, group, prompt, sample)
+        return replace(rollout, turns=[replace(turn, truncated=False) for turn in rollout.turns])
 
 
 def settings(side: Side, workload: Workload, folder: str) -> VPDConfig:
@@ -96,7 +97,7 @@ def _step(trainer: VPDTrainer, step: int, workload: Workload) -> StepRecord:
 
     phases = dict(timer.seconds | batch.seconds)
     phases["contexts"] = sampled_at - start - phases["rollout"] - phases["judge"]
-    has_teacher = trainer.algorithm.has_teacher
+    has_teacher = trainer.algorithm.reads_feedback
     needed, needed_jointly = _needed(batch, has_teacher)
     record = StepRecord(
         seconds=seconds,

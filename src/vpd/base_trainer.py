@@ -1,4 +1,4 @@
-"""What users of transformers' Trainer and of TRL look for on a trainer, around the parts of a run."""
+"""Puts the methods that users of transformers' Trainer and of TRL know around the parts of a run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class BaseTrainer:
     """Evaluates, saves, uploads and logs as transformers' ``Trainer`` does.
 
     Args:
-        args: all settings.
-        environment: brings tasks and judges completions.
-        processing_class: the tokenizer.
-        parts: of the run; each is an attribute of its own name here.
+        args: All settings.
+        environment: Holds the tasks and judges completions.
+        processing_class: The tokenizer.
+        parts: The parts of the run, each of which becomes an attribute of the same name.
 
     Attributes:
-        model: the network, without the accelerator's wrapping.
-        optimizer: one for both steps.
-        lr_scheduler: advances once a rollout batch.
-        state: transformers' ``TrainerState``; a step is a rollout batch.
-        run_state: the numbers of this project's own that a resumed run goes on from.
+        model: The network, without the accelerator's wrapping.
+        optimizer: The optimizer of both the E-step and the M-step.
+        lr_scheduler: The learning rate's schedule, which advances once a rollout batch.
+        state: The ``TrainerState`` of transformers; a step is a rollout batch.
+        run_state: The numbers that a resumed run goes on from and that ``state`` does not hold.
     """
 
     def __init__(
@@ -63,21 +63,21 @@ class BaseTrainer:
     def evaluate(
         self, split: Split = "selection", limit: int | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure the accuracy of the policy as it is now, with the settings in ``args.eval``; on all processes.
+        """Measure the policy's accuracy as it is now, with the settings in ``args.eval``. Call this on all processes.
 
         Args:
-            split: ``selection``, ``final`` or ``train``.
-            limit: how many of its tasks to ask, from the first on; all by default.
-            metric_key_prefix: stands before each key.
+            split: The split: ``selection``, ``final`` or ``train``.
+            limit: How many of its tasks to ask, from the first on; all by default.
+            metric_key_prefix: The prefix of each key of the result.
 
         Returns:
             ``eval_accuracy``, the mean share of successes among a task's completions (nan where nothing could be
-            graded); ``eval_low`` and ``eval_high``, its 95% interval; ``eval_n``, the graded tasks;
-            ``eval_ungraded``, those that the judge failed on; and ``eval_seconds``. The same is logged, and given to
-            the callbacks' ``on_evaluate``.
+            graded); ``eval_low`` and ``eval_high``, its 95% interval; ``eval_n``, the number of graded tasks;
+            ``eval_ungraded``, the number of tasks on which the judge failed; and ``eval_seconds``. The same numbers are
+            logged and passed to the callbacks' ``on_evaluate``.
 
         Raises:
-            ConfigError: there is no such split.
+            ConfigError: There is no such split.
         """
         if split not in SPLITS:
             raise ConfigError(f"There is no split {split!r}: give one of {', '.join(SPLITS)}.")
@@ -89,7 +89,7 @@ class BaseTrainer:
         return metrics
 
     def log(self, logs: Mapping[str, Any]) -> None:
-        """Log numbers of your own under the newest step.
+        """Log numbers under the newest step.
 
         They go to ``state.log_history``, to the callbacks' ``on_log``, to the trackers, and into ``metrics.jsonl`` as
         an event ``log``.
@@ -102,7 +102,7 @@ class BaseTrainer:
         self.callbacks.log(logs)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        """Add a callback, or one of the given class."""
+        """Add a callback, or make one of the given class and add it."""
         self.callbacks.handler.add_callback(callback)
 
     def pop_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> TrainerCallback | None:
@@ -114,14 +114,14 @@ class BaseTrainer:
         self.callbacks.handler.remove_callback(callback)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Save the model, the tokenizer and a model card in Hugging Face layout; to be called on all processes.
+        """Save the model, the tokenizer and a model card in Hugging Face layout. Call this on all processes.
 
         Args:
-            output_dir: a folder that is new, empty, or holds a model, which is replaced; by default ``model`` in
+            output_dir: A folder that is new, empty, or holds a model, which is replaced; by default ``model`` in
                 ``run.output_dir``. An adapter is saved without its base model.
 
         Raises:
-            RunError: the folder cannot be written, or holds other things than a model.
+            RunError: The folder cannot be written, or holds other things than a model.
         """
         if self.accelerator.is_main_process:
             self._write_model(Path(output_dir or self._model_folder), base_model_of(self.model))
@@ -137,23 +137,23 @@ class BaseTrainer:
         revision: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo | None:
-        """Save the model with its card, and upload it to the Hugging Face hub; to be called on all processes.
+        """Save the model with its card, and upload it to the Hugging Face hub. Call this on all processes.
 
         Args:
-            repo_id: ``owner/name``, or the name alone for the token's owner; the repository is made where it is
+            repo_id: The repository as ``owner/name``, or the name alone for the token's owner. It is made where it is
                 missing.
-            private: whether a new repository is private; None for the owner's default.
-            token: of a user who may write there; None for the one that ``hf auth login`` has stored.
-            commit_message: of the one commit that is made.
-            revision: the branch, which is made where it is missing; None for the main one.
-            create_pr: open a pull request instead of committing.
+            private: Whether a new repository is private; None for the owner's default.
+            token: The token of a user who may write there; None for the one that ``hf auth login`` has stored.
+            commit_message: The message of the one commit that is made.
+            revision: The branch, which is made where it is missing; None for the main one.
+            create_pr: Whether to open a pull request instead of committing.
 
         Returns:
             The commit; None on other processes than the main one.
 
         Raises:
-            RunError: the model cannot be saved.
-            huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+            RunError: The model cannot be saved.
+            huggingface_hub.errors.HfHubHTTPError: The hub refuses.
         """
         self.callbacks.push_begin()
         commit = None

@@ -7,7 +7,6 @@ is described in one place.
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +22,15 @@ PackedKernel: TypeAlias = Literal["blocks", "flex"]
 
 
 def training_device() -> torch.device:
-    """The device that this process trains on: the first GPU that CUDA offers, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that this process trains on: the first GPU that CUDA offers, else the CPU.
+
+    ``ACCELERATE_USE_CPU`` keeps accelerate off the GPUs, and so everything here.
+    """
+    return torch.device("cuda" if torch.cuda.is_available() and not _stays_on_cpu() else "cpu")
+
+
+def _stays_on_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
 
 
 def is_cpu(where: torch.device | Tensor) -> bool:
@@ -68,6 +74,8 @@ def peak_memory_bytes() -> int:
     memory."""
     if is_cuda(training_device()):
         return torch.cuda.max_memory_allocated()
+    import resource  # Only Unix has it, and only this function needs it.
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -117,7 +125,7 @@ def optimises_layers(settings: ModelSettings) -> bool:
     It does nothing where there is an accelerator of any kind: the network will go there, and there are other kernels
     for its layers (such as Liger's).
     """
-    return settings.fused_layers and not torch.accelerator.is_available()
+    return settings.fused_layers and (_stays_on_cpu() or not torch.accelerator.is_available())
 
 
 def default_kernel(device: torch.device) -> PackedKernel:

@@ -1,4 +1,4 @@
-"""``vpd train --dry-run``: one group, as student and teacher see it."""
+"""``vpd train --dry-run`` shows one group as student and teacher see it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does around its EM loop: before it, after it, and with what it found."""
+"""The phases of a run around its EM loop prepare it, evaluate and save during it, and write its result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vpd.runs.result import TrainOutput, mean_loss
 
 
 def open_run(trainer: BaseTrainer, resume: bool | str | Path | None) -> bool:
-    """Open the run's folder and the trackers, and load a checkpoint where asked; whether there was one."""
+    """Open the run's folder and the trackers, load a checkpoint where asked, and return whether there was one."""
     args, journal, state = trainer.args, trainer.journal, trainer.run_state
     checkpoint = trainer.checkpoints.open(resume)
     journal.folder = trainer.checkpoints.folder
@@ -25,13 +25,13 @@ def open_run(trainer: BaseTrainer, resume: bool | str | Path | None) -> bool:
         journal.warn("changed_settings", f"The run began with other settings: {changed}.", state.step)
     if args.run.report_to:
         trainer.accelerator.init_trackers("vpd", config={"config": args.model_dump_json()})
-    # What ended the run before is judged anew, by the settings as they are now.
+    # The settings as they are now decide anew whether the run ends.
     state.stopped_by = None
     return checkpoint is not None
 
 
 def before_training(trainer: BaseTrainer) -> None:
-    """Begin a new run: the base model's row, the warm start, and whether there is anything to distil."""
+    """Begin a new run: measure the base model, make the warm start, and measure whether there is anything to distil."""
     args = trainer.args
     trainer.sampler.engine.sync()
     if args.eval.eval_on_start:
@@ -44,7 +44,7 @@ def before_training(trainer: BaseTrainer) -> None:
         weights.assign(trainer.learner.module)
     for name, text in trainer.algorithm.warnings().items():
         trainer.journal.warn(name, text)
-    if args.eval.preflight_tasks and trainer.algorithm.has_teacher:
+    if args.eval.preflight_tasks and trainer.algorithm.reads_feedback:
         trainer.measurements.preflight()
 
 
@@ -78,7 +78,7 @@ def show_progress(trainer: BaseTrainer) -> None:
 def after_step(trainer: BaseTrainer) -> None:
     """Evaluate and save where the callbacks ask for it."""
     control = trainer.callbacks.control
-    # A callback may have asked on one process alone, and what follows needs all of them.
+    # A callback may have asked on one process alone, but evaluating and saving need all of them.
     evaluates, saves = trainer.learner.total(control.should_evaluate, control.should_save)
     if evaluates:
         _note_accuracy(trainer, trainer.evaluate("selection")["eval_accuracy"])
@@ -104,7 +104,7 @@ def save_checkpoint(trainer: BaseTrainer) -> None:
 
 
 def after_training(trainer: BaseTrainer) -> None:
-    """End a run that was not interrupted: the best weights, the final measurements, and the model's folder."""
+    """End a run that was not interrupted: load the best weights, make the final measurements, and save the model."""
     args, state = trainer.args, trainer.run_state
     if args.eval.load_best_model_at_end and state.best_step not in (-1, state.step):
         trainer.checkpoints.load_best()
@@ -115,20 +115,20 @@ def after_training(trainer: BaseTrainer) -> None:
     if not args.run.max_steps and args.eval.eval_steps:
         trainer.evaluate("selection")
     if state.step or not state.rows:
-        trainer.measurements.row(f"after {args.algorithm.type.upper()}", state.train_seconds)
-    if state.step and args.eval.preflight_tasks and trainer.algorithm.has_teacher:
+        trainer.measurements.row(f"after {args.algorithm.title}", state.train_seconds)
+    if state.step and args.eval.preflight_tasks and trainer.algorithm.reads_feedback:
         trainer.measurements.gap("After training")
     trainer.save_model()
     trainer.journal.end_tracking()
 
 
 def finish(trainer: BaseTrainer, seconds: float, interrupted: int | None) -> TrainOutput:
-    """Write ``result.json`` and the page, and give the result back.
+    """Write ``result.json`` and the page, and return the result.
 
     Args:
-        trainer: whose run has ended.
-        seconds: of the whole call.
-        interrupted: the number of the signal that ended the run early.
+        trainer: The trainer whose run has ended.
+        seconds: The wall-clock seconds of the whole call.
+        interrupted: The number of the signal that ended the run early.
     """
     args, state, folder = trainer.args, trainer.run_state, trainer.journal.folder
     report = None

@@ -1,4 +1,4 @@
-"""Seeds of a run's parts, from the run's own."""
+"""Makes the seeds of a run's parts from the seed of the run."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import random
 
 
 def mix(*numbers: int) -> int:
-    """One seed from several numbers, the same on every machine and in every process."""
+    """Make one seed from several numbers, the same on every machine and in every process."""
     return random.Random(json.dumps(numbers)).getrandbits(31)

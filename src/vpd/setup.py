@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: the policy, the sampler, the feedback, the measurements, the run's folder."""
+"""Makes the parts of a run from its settings: the policy, the sampler, the feedback, the measurements, the folder."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ from vpd.runs.state import TrainingState
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer works with.
+    """The parts that a trainer works with.
 
     Attributes:
-        algorithm: takes losses on the rollouts.
-        accelerator: places, wraps and saves what trains.
-        learner: the wrapped policy with its optimizer.
-        lr_scheduler: advances once a rollout batch.
-        prompts: makes the student's and the teacher's prompts.
-        sampler: samples completions from the student and has them judged.
-        sources: give feedback, in order of preference.
-        curriculum: says which tasks a batch holds.
-        evaluator: measures the policy that the sampler samples from.
-        run_state: the numbers that a resumed run goes on from.
-        journal: tells what happens, on the screen, in the run's folder and to the trackers.
-        monitor: warns, and ends the run where the settings ask for that.
-        measurements: the evaluations that the journal tells of.
-        checkpoints: open the run's folder, and save what a resume needs.
-        callbacks: transformers' callbacks with their state.
+        algorithm: Updates the policy on the rollouts.
+        accelerator: Places, wraps and saves what trains.
+        learner: The wrapped policy with its optimizer.
+        lr_scheduler: The learning rate's schedule, which advances once a rollout batch.
+        prompts: Makes the student's and the teacher's prompts.
+        sampler: Samples completions from the student and has them judged.
+        sources: The sources of feedback, in order of preference.
+        curriculum: Says which tasks a batch holds.
+        evaluator: Measures the policy that the sampler samples from.
+        run_state: The numbers that a resumed run goes on from.
+        journal: Writes what happens to the screen, to the run's folder and to the trackers.
+        monitor: Warns, and ends the run where the settings ask for that.
+        measurements: Makes the evaluations, and has the journal tell of them.
+        checkpoints: Opens the run's folder, and saves what a resume needs.
+        callbacks: The callbacks of transformers with their state.
     """
 
     algorithm: Algorithm
@@ -85,10 +85,10 @@ def make_policy(
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: Any,
 ) -> tuple[PolicyModule, PreTrainedTokenizerBase]:
-    """The network ready for training, and its tokenizer.
+    """Make the network ready for training, and its tokenizer.
 
     Raises:
-        ConfigError: the model cannot be loaded, or not be trained with these settings.
+        ConfigError: The model cannot be loaded, or cannot be trained with these settings.
     """
     algorithm = args.make_algorithm()
     policy, tokenizer = prepare_policy(model, tokenizer, args.model, peft_config, algorithm.teacher_adapter())
@@ -109,19 +109,20 @@ def assemble(
     """Make all parts of a run.
 
     Args:
-        args: all settings.
-        policy: from :func:`make_policy`.
-        tokenizer: belongs to the policy.
-        environment: brings the tasks and judges completions.
-        callbacks: transformers' ``TrainerCallback`` objects.
-        optimizers: an optimizer and a scheduler in place of those that ``args.optim`` describes.
-        sources: of feedback, in place of those that ``args.feedback.sources`` names.
+        args: All settings.
+        policy: The policy that :func:`make_policy` made.
+        tokenizer: The policy's tokenizer.
+        environment: Holds the tasks and judges completions.
+        callbacks: The ``TrainerCallback`` objects of transformers.
+        optimizers: An optimizer and a scheduler in place of those that ``args.optim`` describes.
+        sources: The sources of feedback, in place of those that ``args.feedback.sources`` names.
 
     Raises:
-        ConfigError: settings cannot work together, or a prompt is too long.
+        ConfigError: Settings cannot work together, or a prompt is too long.
     """
     callback_args = training_arguments(args)
     algorithm: Algorithm = args.make_algorithm()
+    _check_judge(args, algorithm, environment)
     accelerator = make_accelerator(args, algorithm.teacher_adapter() is not None)
     keep_freed_memory(accelerator.device)
     journal = Journal(accelerator)
@@ -137,13 +138,13 @@ def assemble(
         args.rollout,
         eos_token_ids(model, tokenizer),  # pyright: ignore[reportArgumentType]
     )
-    sources = sources or make_sources(args.feedback, _make_critic(args, algorithm, sampler))
+    if sources is None:
+        sources = make_sources(args.feedback, _make_critic(args, algorithm, sampler))
     evaluator = Evaluator(sampler, environment, args, accelerator, sources)
     curriculum = Curriculum(
         environment.stages(), args.rollout.prompts_per_step, args.rollout.next_stage_at, args.run.seed
     )
     _check_prompts(environment, prompts)
-    _check_judge(args, algorithm, environment)
     run_state = TrainingState()
     needed = [source.name for source in sources] if algorithm.needs_feedback else None
     monitor = Monitor(journal, run_state, needed, args.run.stop_on)
@@ -174,7 +175,7 @@ def _make_learner(
     accelerator: Accelerator,
     optimizers: tuple[torch.optim.Optimizer | None, Any],
 ) -> tuple[Learner, Any]:
-    """The policy wrapped for training, with its optimizer and its scheduler."""
+    """Wrap the policy for training, and make its optimizer and its scheduler."""
     trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = optimizers[0] or make_optimizer(args.optim, trainable)
     lr_scheduler = optimizers[1] or make_scheduler(args.optim, optimizer, args.run.max_steps)
@@ -189,9 +190,9 @@ def _make_learner(
 
 
 def _make_critic(args: VPDConfig, algorithm: Algorithm, sampler: RolloutSampler) -> Critic | None:
-    """Who writes critiques; None where nobody reads one."""
+    """Make the critic that writes critiques; None where nobody reads one."""
     settings = args.feedback
-    if "critique" not in settings.sources or not algorithm.has_teacher:
+    if "critique" not in settings.sources or not algorithm.reads_feedback:
         return None
     if settings.critique.endpoint is not None:
         return EndpointCritic(settings.critique)
@@ -209,10 +210,12 @@ def _check_judge(args: VPDConfig, algorithm: Algorithm, environment: Environment
         )
     if args.eval.eval_steps is not None:
         raise ConfigError("eval.eval_steps asks for evaluations, but these tasks have no judge: leave it out.")
+    if args.optim.extrapolation:
+        raise ConfigError("optim.extrapolation goes by a score, but these tasks have no judge: leave it out.")
 
 
 def _check_prompts(environment: Environment, prompts: PromptBuilder) -> None:
-    """Refuse a task whose prompt is too long now, and not when it comes up hours into the run."""
+    """Refuse a task whose prompt is too long now, and not hours into the run."""
     tasks = [task for split in SPLITS for task in environment.tasks(split)]
     if not tasks:
         raise ConfigError("The environment has no tasks.")

@@ -1,8 +1,8 @@
-"""The EM loop: Variational Policy Distillation, Algorithm 1 (arXiv 2605.15113), from top to bottom.
+"""Runs the EM loop: Variational Policy Distillation, Algorithm 1 (arXiv 2605.15113), from top to bottom.
 
-One iteration samples a batch of prompts with N completions each, has them judged, builds the teacher's prompts from
-the feedback, and hands the rollouts to the algorithm: on E-iterations the teacher is refined on outcomes, then its
-token distribution is distilled into the student. Both are the same network.
+One iteration samples N completions for each prompt of a batch, has them judged, builds the teacher's prompts from the
+feedback, and hands the rollouts to the algorithm. On E-iterations the algorithm refines the teacher on outcomes, and on
+all iterations it distils the teacher's token distribution into the student. Both are the same network.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,12 @@ class Batch:
     """The rollouts of one iteration on this process, with what the teacher reads.
 
     Attributes:
-        rollouts: The judged rollouts, B of them.
-        is_success: Whether each succeeded.
-        views: What the teacher reads of each; None where there is no feedback.
-        counts: What the feedback sources have counted.
+        rollouts: The judged rollouts [B].
+        is_success: Whether each rollout has succeeded [B].
+        views: The teacher's prompts for each rollout [B]; None where it has no feedback.
+        counts: The numbers that the feedback sources have counted, by name.
         token_count: How many tokens were sampled for the batch, critiques included.
-        seconds: The seconds of sampling, judging and critiques.
+        seconds: The seconds of sampling, of judging and of critiques.
     """
 
     rollouts: list[Rollout]
@@ -72,24 +71,25 @@ class Batch:
 class VPDTrainer(BaseTrainer):
     """Trains a causal language model from rewards and textual feedback.
 
-    Evaluation, saving, the hub, callbacks and logs are those of :class:`vpd.base_trainer.BaseTrainer`.
+    :class:`vpd.base_trainer.BaseTrainer` has the methods for evaluation, saving, the hub, callbacks and logs.
 
     Args:
-        model: a hub id, folder, GGUF file or short name, or a loaded model; by default ``args.model.name``.
-        args: all settings.
-        environment: brings tasks and judges completions; by default what ``args.data`` describes.
-        train_dataset: rows with a ``prompt`` column, judged by ``reward_funcs``, in place of an environment.
-        reward_funcs: functions with TRL's signature; each returns floats or (reward, feedback) pairs.
-        eval_dataset: rows for the final split; by default cut off ``train_dataset``.
-        reward_weights: one for each of ``reward_funcs``; 1 by default.
-        processing_class: the tokenizer; by default the model's own.
-        callbacks: transformers' ``TrainerCallback`` objects.
-        optimizers: an optimizer and a scheduler in place of those that ``args.optim`` describes.
-        peft_config: a PEFT config, to train adapters only; by default what ``args.model.lora`` describes.
-        feedback_sources: in order of preference; by default those that ``args.feedback.sources`` names.
+        model: A hub id, folder, GGUF file or short name, or a loaded model; by default ``args.model.name``.
+        args: All settings.
+        environment: Holds the tasks and judges completions; by default the one that ``args.data`` describes.
+        train_dataset: Rows with a ``prompt`` column, judged by ``reward_funcs``, in place of an environment.
+        reward_funcs: Functions with TRL's signature; each returns floats or (reward, feedback) pairs.
+        eval_dataset: Rows for the final split; by default they are cut off ``train_dataset``.
+        reward_weights: The weight of each of ``reward_funcs``; 1 by default.
+        processing_class: The tokenizer; by default the model's own.
+        callbacks: The ``TrainerCallback`` objects of transformers.
+        optimizers: An optimizer and a scheduler in place of those that ``args.optim`` describes.
+        peft_config: A PEFT config, to train adapters only; by default the one that ``args.model.lora`` describes.
+        feedback_sources: The sources of feedback, in order of preference; by default those that
+            ``args.feedback.sources`` names.
 
     Raises:
-        ConfigError: settings or arguments cannot work together.
+        ConfigError: Settings or arguments cannot work together.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class VPDTrainer(BaseTrainer):
         super().__init__(args, environment, tokenizer, parts)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
-        """Run everything: warm start, pre-flight, the EM loop, the final evaluation.
+        """Run everything: the warm start, the pre-flight measurement, the EM loop and the final evaluation.
 
         Args:
             resume_from_checkpoint: True to go on from the newest checkpoint in ``run.output_dir``, where there is one;
-                or the path of a checkpoint of this run, whose later checkpoints and measurements are removed then.
+                or the path of a checkpoint of this run, whose later checkpoints and measurements are then removed.
 
         Raises:
             ConfigError: ``run.output_dir`` cannot be used, or the path is no checkpoint of this run.
@@ -152,7 +152,7 @@ class VPDTrainer(BaseTrainer):
         return finish(self, time.perf_counter() - start, interrupted)
 
     def _iterate(self) -> None:
-        """One rollout batch (Algorithm 1, lines 3 to 17), and what is due after it."""
+        """Run one rollout batch (Algorithm 1, lines 3 to 17), and what is due after it."""
         step = self.run_state.step + 1
         set_seed(mix(self.args.run.seed, step, self.accelerator.process_index))
         throughput, timer = Throughput(self.learner), Timer()
@@ -170,7 +170,7 @@ class VPDTrainer(BaseTrainer):
         after_step(self)
 
     def _is_finished(self, guard: InterruptGuard) -> bool:
-        """Whether to stop; every process answers alike, since a signal or the clock may reach one alone."""
+        """Tell whether to stop, alike on every process, since a signal or the clock may reach one alone."""
         limits, state = self.args.run, self.run_state
         out_of_time = limits.max_seconds is not None and state.train_seconds >= limits.max_seconds
         asked = self.callbacks.control.should_training_stop or state.stopped_by is not None
@@ -181,7 +181,7 @@ class VPDTrainer(BaseTrainer):
         """Sample this process's share of rollout batch ``step`` from the student, and have it judged.
 
         Raises:
-            RunError: the judge failed on too much of the batch, and the run would learn from what little it graded.
+            RunError: The judge failed on too much of the batch, and the run would learn from what little it graded.
         """
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         sampled = self.sampler.sample(
@@ -202,7 +202,7 @@ class VPDTrainer(BaseTrainer):
         return sampled
 
     def with_feedback(self, sampled: Sampled) -> Batch:
-        """Decide successes and build the teacher's prompts of judged rollouts."""
+        """Decide which rollouts succeeded, and build the teacher's prompts for them all."""
         rollouts, threshold = sampled.rollouts, self.args.algorithm.success_threshold
         is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
         permute = self.args.feedback.permute
@@ -216,26 +216,28 @@ class VPDTrainer(BaseTrainer):
         return Batch(rollouts, is_success, views, tally.counts, sampled.token_count + tally.token_count, seconds)
 
     def update(self, batch: Batch, step: int) -> tuple[dict[str, Any], UpdateResult]:
-        """Refine the teacher (E-step) and distil it into the student (M-step), as the algorithm does on one batch.
+        """Let the algorithm learn from one batch: VPD refines the teacher (E-step) and distils it (M-step).
 
         Returns:
-            The batch's metrics, and what the algorithm did, the numbers of each completion token among it.
+            The batch's metrics, and the algorithm's result with the numbers of each completion token.
         """
         examples = self._examples(batch)
         total, largest = self.learner.total, self.learner.largest
         statistics = batch_statistics(batch.rollouts, batch.is_success, batch.views, total, largest)
         self.sampler.engine.release()
-        if batch.counts:
-            statistics |= dict(zip(batch.counts, total(*batch.counts.values()), strict=True))
-        fresh = partial(self._fresh_examples, batch, step) if self.args.eval.margin_tasks else None
-        prompts = self.args.rollout.prompts_per_step
-        result = self.algorithm.update(self.learner, ExampleBatch(examples, step, prompts, fresh))
+        # A source of one's own may count under a name on one process alone.
+        if names := self.learner.union(batch.counts):
+            statistics |= dict(zip(names, total(*(batch.counts.get(name, 0.0) for name in names)), strict=True))
+        given = ExampleBatch(examples, step, self.args.rollout.prompts_per_step)
+        if self.args.eval.margin_tasks and self.algorithm.wants_fresh(self.learner, given):
+            given = replace(given, fresh=self._fresh_examples(batch, step))
+        result = self.algorithm.update(self.learner, given)
         for weights in self.learner.copies.values():
             weights.follow(self.learner.module)
         return statistics | result.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}, result
 
     def _fresh_examples(self, batch: Batch, step: int) -> list[Example]:
-        """Rollouts of held-out tasks, on which an E-step's effect is measured; their cost counts as the batch's."""
+        """Sample held-out rollouts, on which an E-step's effect is measured; their cost counts as the batch's."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         tasks = list(self.environment.tasks("selection"))[: self.args.eval.margin_tasks][process::processes]
         seed = mix(self.args.run.seed, -step, process)
@@ -251,7 +253,7 @@ class VPDTrainer(BaseTrainer):
         return make_examples(batch.rollouts, batch.is_success, batch.views, masks, graded)
 
     def _extrapolate(self, step: int, timer: Timer) -> dict[str, Any]:
-        """At some steps, try to go on along the weights' path."""
+        """Extrapolate along the weights' path, at the steps at which that is due."""
 
         def score() -> float:
             self.sampler.engine.sync()
@@ -263,13 +265,13 @@ class VPDTrainer(BaseTrainer):
             return extrapolate(self.learner, score)
 
     def _sync(self, timer: Timer) -> None:
-        """Let the next batch be sampled from the new weights, and trained at the next learning rate."""
+        """Bring the rollout engine and the learning rate up to date for the next batch."""
         with timer("sync"):
             self.lr_scheduler.step()
             self.sampler.engine.sync()
 
     def _record(self, step: int, batch: Batch, metrics: dict[str, Any], tokens: Mapping[int, TokenNumbers]) -> None:
-        """Count the batch as done, tell of it, and go on to the curriculum's next stage where enough succeeded."""
+        """Count and log the batch, and go on to the curriculum's next stage where enough rollouts succeeded."""
         self.run_state.step = self.state.global_step = step
         self.run_state.train_seconds += metrics["seconds"]
         self.run_state.skipped_e_steps += metrics.get("e_step") == 0
@@ -278,7 +280,12 @@ class VPDTrainer(BaseTrainer):
         self.monitor.watch(metrics)
         if self.journal.folder is not None and self.args.run.logged_samples:
             records = [
-                RolloutRecord.from_rollout(step, rollout, view, **(asdict(tokens[i]) if i in tokens else {}))
+                RolloutRecord.from_rollout(
+                    step,
+                    rollout,
+                    view if self.algorithm.reads_feedback else None,
+                    **(asdict(tokens[i]) if i in tokens else {}),
+                )
                 for i, (rollout, view) in enumerate(zip(batch.rollouts, batch.views, strict=True))
             ]
             self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])

@@ -1,4 +1,4 @@
-"""The values that travel through a run, and the legend of the dimension letters.
+"""The values that go through a run, and the legend of the dimension letters.
 
 A prompt enters as a :class:`Task`, the student answers it (:class:`Rollout`), the environment judges the answer
 (:class:`Verdict`), and feedback turns the verdict into what the teacher reads (:class:`TeacherView`).
@@ -25,10 +25,10 @@ class Task:
     """One question of an environment.
 
     Attributes:
-        id: unique within the environment, across its splits.
-        prompt: the chat shown to the student, as is. The last message is the user's.
-        data: what the judge needs. Never shown to the student.
-        reference: a right answer, for a critic or for demonstrations. Never shown to the student.
+        id: The name of the task, unique within the environment, across its splits.
+        prompt: The chat that the student is shown, as it stands. The last message is the user's.
+        data: The values that the judge needs. The student never sees them.
+        reference: A right answer, for a critic or for demonstrations. The student never sees it.
     """
 
     id: str
@@ -39,12 +39,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the environment says of one completion.
+    """The environment's judgement of one completion.
 
     Attributes:
-        reward: a finite number; the run's ``success_threshold`` (1.0) tells successes from failures.
-        feedback: a text that diagnoses the completion, or None where there is nothing to say.
-        details: whatever else is worth keeping with the sample (JSON-serialisable).
+        reward: A finite number. The run's ``success_threshold`` (1.0) tells successes from failures.
+        feedback: A text that diagnoses the completion, or None where there is nothing to say.
+        details: Whatever else is worth keeping with the sample (JSON-serialisable).
     """
 
     reward: float
@@ -57,9 +57,9 @@ class Demonstration:
     """A worked answer for supervised warm-up.
 
     Attributes:
-        task: the question.
-        completion: a right answer in the form the judge wants.
-        attempt: a wrong answer to the same question, so that feedback on it can be made; None where the environment
+        task: The question.
+        completion: A right answer in the form that the judge wants.
+        attempt: A wrong answer to the same question, so that feedback on it can be made; None where the environment
             has no way to make one.
     """
 
@@ -74,11 +74,11 @@ class Turn:
 
     Attributes:
         prompt_ids: The student's prompt as token ids. From the second turn on it mostly begins with the turn before it,
-            prompt and completion; where a chat template rewrites the history (and strips thinking, for example), it
-            does not, and is simply another prompt.
-        completion_ids: The sampled token ids, T of them, the end-of-sequence token included where one was sampled.
-        log_probs: The log-probability of each sampled token at the sampling temperature, before top-p, top-k or min-p
-            cut the distribution; T of them. They come from the rollout engine: for logs, never for losses.
+            prompt and completion. Where a chat template rewrites the history (and strips thinking, for example), it is
+            simply another prompt.
+        completion_ids: The sampled token ids [T], with the end-of-sequence token where one was sampled.
+        log_probs: The log-probability of each sampled token [T] at the sampling temperature, before top-p, top-k or
+            min-p cut the distribution. They come from the rollout engine and are for logs, never for losses.
         truncated: Whether the length limit ended the completion, and no end-of-sequence token or stop string did.
         text: The completion, decoded without special tokens.
     """
@@ -92,14 +92,14 @@ class Turn:
 
 @dataclass(slots=True)
 class Rollout:
-    """What the student wrote for one task, in one turn or in several, with its verdict.
+    """The student's completions for one task, in one turn or in several, with their verdict.
 
     Attributes:
         task: The question that it answers.
         group: The index of the prompt within the batch; rollouts of one group answer the same prompt.
         turns: The completions, at least one, in their order.
-        verdict: The environment's verdict; None while unjudged, or where the judge itself failed (then the rollout is
-            ungraded).
+        verdict: The environment's verdict; None before there is one, or where the judge itself failed (the rollout is
+            then ungraded).
     """
 
     task: Task
@@ -125,11 +125,11 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class TeacherPrompt:
-    """What the teacher reads before one completion.
+    """The teacher's prompt for one completion.
 
     Attributes:
         prompt_ids: The token ids, ready for the completion to follow.
-        text: The same as text, for people.
+        text: The prompt as text, for people.
     """
 
     prompt_ids: list[int]

@@ -1,4 +1,4 @@
-"""GRPO and its mixtures with a teacher: what each update is made of."""
+"""The updates of GRPO and its mixtures with a teacher are made of the right terms."""
 
 from __future__ import annotations
 
@@ -120,16 +120,16 @@ def test_the_joint_gradient_is_the_weighted_sum_of_its_parts(trainer, examples):
             assert len(result.tokens[example.rollout].divergence) == len(example.completion)
 
 
-def test_reshaping_adds_the_teachers_lead_to_each_tokens_advantage(trainer, examples):
+def test_reshaping_adds_the_teachers_log_ratio_to_each_tokens_advantage(trainer, examples):
     some = without_teacher(examples, lambda example: example.rollout % 2 == 0)
     rewarded, _ = update(trainer, some, GRPOSettings(**NO_CLIP))
     assert_close(update(trainer, some, ReshapeSettings(distillation_weight=0.0, **NO_CLIP))[0], rewarded)
-    # The lead alone is the sampled estimate without its baseline, over all tokens instead of those with a teacher.
-    lead, _ = update(trainer, some, ReshapeSettings(reward_weight=0.0, **NO_CLIP))
+    # The log-ratio alone is the sampled estimate without its baseline, over all tokens instead of those with a teacher.
+    log_ratio, _ = update(trainer, some, ReshapeSettings(reward_weight=0.0, **NO_CLIP))
     sampled, _ = update(trainer, some, SDPOSettings(teacher="live", divergence="sampled", control_variate=False))
     taught = sum(len(example.completion) for example in some if example.has_teacher)
     share = taught / sum(len(example.completion) for example in some)
-    assert_close(lead, {name: share * value for name, value in sampled.items()})
+    assert_close(log_ratio, {name: share * value for name, value in sampled.items()})
 
 
 def test_reweighting_fades_into_grpo(trainer, examples):

@@ -1,4 +1,4 @@
-"""EffOPD: which weights are tried, which are kept, and what is forgotten."""
+"""Extrapolation (EffOPD) tries the right weights, keeps the best, and forgets the moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On-policy distillation from another network: what it reads, whose weights move, and whom it refuses."""
+"""On-policy distillation reads another network, moves the student's weights alone, and refuses other tokenizers."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_the_task_alone_needs_no_feedback_and_no_verdict(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ToyEnvironment, "judge", broken)
     trainer = toy_trainer(tmp_path / "run", algorithm=opd(tmp_path), run={"max_steps": 1}, eval={"final_tasks": 0})
-    assert not trainer.algorithm.has_teacher
+    assert not trainer.algorithm.reads_feedback
     trainer.train()
     (line,) = [line for line in read_metrics(tmp_path / "run") if line["event"] == "train"]
     assert line["divergence"] > 0

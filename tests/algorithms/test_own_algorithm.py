@@ -1,4 +1,4 @@
-"""The algorithm that docs/algorithms.md shows works as it stands there, by its path and by a name."""
+"""The algorithm in docs/algorithms.md works exactly as it is shown there, by its path and by a name."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def test_its_settings_are_checked_as_any_others(own_file):
         ("shortest", "there is no algorithm 'shortest'; there are vpd, sdpo,"),
         ("no_such_module:Algorithm", "the algorithm 'no_such_module:Algorithm' cannot be imported: No module named"),
         ("shortest_success:Longest", "cannot be imported: module 'shortest_success' has no attribute 'Longest'"),
+        ("os:system", "'os:system' is no class with a settings_class: give a subclass of vpd.Algorithm"),
+        ("vpd.algorithms.base:Algorithm", "is no class with a settings_class"),
+        (".a:b", "the algorithm '.a:b' cannot be imported"),
+        (3, "algorithm.type is 3: give a name, one of vpd, sdpo"),
+        (["vpd"], "algorithm.type is .'vpd'.: give a name"),
     ],
 )
 def test_what_cannot_be_found_is_refused_with_a_sentence(own_file, kind, message):
@@ -66,3 +71,8 @@ def test_a_name_is_given_once(own_file):
 
     with pytest.raises(ConfigError, match="There is an algorithm 'vpd' already"):
         vpd.register_algorithm("vpd", shortest_success.ShortestSuccess)
+    own = shortest_success.ShortestSuccess
+    vpd.register_algorithm("shortest", own)
+    vpd.register_algorithm("shortest", type(own.__name__, (own,), {"__module__": own.__module__}))
+    with pytest.raises(ConfigError, match="There is an algorithm 'shortest' already"):
+        vpd.register_algorithm("shortest", type("Another", (own,), {"__module__": own.__module__}))

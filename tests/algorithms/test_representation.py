@@ -1,4 +1,4 @@
-"""Matching hidden states: the distance, its gradient, and which layers."""
+"""The distance between matched hidden states has the right value, gradient and layers."""
 
 from __future__ import annotations
 

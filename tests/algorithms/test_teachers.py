@@ -1,4 +1,4 @@
-"""Whose predictions are distilled, and what the E-step holds the teacher to."""
+"""The M-step distils the teacher that the settings name, and the E-step holds it to its prior."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def logits_of(trainer, examples, settings):
 def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, monkeypatch, algorithm, sections):
     updates, computed = [], []
     halves = sections.get("model", {}).get("autocast") == "bfloat16"
-    for lends in (True, False):
-        if not lends:
+    for reuses in (True, False):
+        if not reuses:
             monkeypatch.setattr(PolicyModule, "can_reuse_keys", False)
-        trainer = toy_trainer(tmp_path / str(lends), algorithm=algorithm, **sections)
+        trainer = toy_trainer(tmp_path / str(reuses), algorithm=algorithm, **sections)
         trainer.sampler.engine.sync()
         batch = trainer.with_feedback(trainer.sample(1))
         before = trainer.learner.counts
@@ -75,26 +75,26 @@ def test_a_live_teacher_reads_the_questions_from_the_students_pass(tmp_path, mon
         computed.append((trainer.learner.counts - before).computed)
         assert trainer.learner.module.training
         assert not torch.is_autocast_enabled("cpu")
-    (behind, behind_tokens, behind_weights), (alone, alone_tokens, alone_weights) = updates
+    (reused, reused_tokens, reused_weights), (alone, alone_tokens, alone_weights) = updates
     examples = with_teacher(make_examples(batch.rollouts, batch.is_success, batch.views))
     known = 0
     for part in split_by_prompts(examples, algorithm.get("m_minibatch_prompts"), 2):
         asked, taught = (prefixes(view, part) for view in (student_view, teacher_view))
         known += len(asked & taught)
     if "type" not in algorithm:
-        # The E-step's prior, behind the teacher's pass over the whole batch.
+        # The E-step's prior is conditioned on the teacher's pass over the whole batch.
         asked, taught = (prefixes(view, examples) for view in (student_view, teacher_view))
         known += len(asked & taught)
     assert known > 15
     assert computed[1] - computed[0] == known
     for name in ("m_loss", "grad_norm"):
-        assert behind[name] == pytest.approx(alone[name], rel=0.1 if halves else 1e-4), name
+        assert reused[name] == pytest.approx(alone[name], rel=0.1 if halves else 1e-4), name
     assert alone_tokens
     for rollout, numbers in alone_tokens.items():
         expected = pytest.approx(numbers.teacher_log_probs, rel=1e-2 if halves else 1e-4)
-        assert behind_tokens[rollout].teacher_log_probs == expected
+        assert reused_tokens[rollout].teacher_log_probs == expected
     if not halves:
-        for left, right in zip(behind_weights, alone_weights, strict=True):
+        for left, right in zip(reused_weights, alone_weights, strict=True):
             torch.testing.assert_close(left, right, rtol=1e-3, atol=2e-5)
 
 
@@ -118,7 +118,7 @@ def test_other_teachers_read_them_anew(tmp_path, teacher):
     assert not make_teacher(trainer.args.algorithm).reuses_keys(trainer.learner)
 
 
-def test_networks_that_a_training_pass_runs_otherwise_lend_nothing():
+def test_networks_that_a_training_pass_runs_otherwise_have_no_kv_reuse():
     assert PolicyModule(toy_model()).can_reuse_keys
     assert not PolicyModule(toy_model(), share_prefixes=False).can_reuse_keys
     assert not PolicyModule(toy_model(), kernel="flex").can_reuse_keys

@@ -1,4 +1,4 @@
-"""The same tensors through TRL's losses and ours: values and gradients."""
+"""TRL's losses and ours give the same values and gradients on the same tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts of several turns: what each loss sums over, and what a turn without a teacher takes part in."""
+"""Losses over several turns sum over the right tokens, and a turn without a teacher stays out of the M-step."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def assert_gradient(trainer, found, loss):
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-def test_a_turn_that_begins_with_the_one_before_is_packed_behind_it(trainer):
+def test_a_turn_that_begins_with_the_one_before_shares_its_prefix(trainer):
     for rewrites, shared in ((False, True), (True, False)):
         examples = conversations(rewrites)
         batch = trainer.learner.pack(examples, student_view)

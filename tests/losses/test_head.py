@@ -15,7 +15,7 @@ from vpd.losses.head import HeadProducts, tiles
 
 @pytest.fixture(params=["by oneDNN", "by hand"])
 def rounding(request, monkeypatch):
-    """Both ways to round factors, the second also on a processor that would take the first."""
+    """Both ways to round factors, the second also on a CPU that would take the first."""
     if not multiplies_bfloat16():
         pytest.skip("this CPU has no products in bfloat16")
     if request.param == "by hand":

@@ -1,4 +1,4 @@
-"""What tests of packing share."""
+"""The fixtures that tests of packing share."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Which packed token sees which, by walking every sequence, and tries to ask it of."""
+"""Finds which packed token sees which by walking every sequence, and makes tries to test that on."""
 
 import numpy as np
 from hypothesis import settings

@@ -1,4 +1,4 @@
-"""Which architectures may be packed, and how a run finds out about the others."""
+"""The right architectures may be packed, and a run finds out about the others."""
 
 import pytest
 import torch

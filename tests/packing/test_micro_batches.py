@@ -52,7 +52,7 @@ def test_a_group_that_fits_is_not_divided(views, budget, data):
 
 @few
 @given(rollouts, st.integers(1, 20))
-def test_of_views_behind_the_first_only_what_it_lacks_is_counted(views, budget):
+def test_views_conditioned_on_the_first_count_only_the_tokens_that_it_lacks(views, budget):
     def worst(batch):
         first = [turn[:-1] for i in batch for turn in views[i][0]]
         both = first + [turn[:-1] for i in batch for turn in views[i][1]]

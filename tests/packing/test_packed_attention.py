@@ -1,5 +1,8 @@
 """A packed batch gives what separate sequences give: hidden states, loss, and gradients of every parameter."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,12 +64,12 @@ def test_tokens_that_fill_a_batch_up_change_nothing(name, monkeypatch):
     found = []
     for multiple in (1, 6):
         monkeypatch.setattr("vpd.packing.batch.PAD_TO_MULTIPLE_OF", multiple)
-        lender = pack(sequences, starts, keeps_keys=True)
-        loss, states, gradients = loss_and_gradients(model, lender)
-        behind = pack(longer, [start + 3 for start in starts], conditioned_on=lender)
-        assert all(batch.padding > 0 for batch in (lender, behind)) is (multiple == 6)
+        first = pack(sequences, starts, keeps_keys=True)
+        loss, states, gradients = loss_and_gradients(model, first)
+        conditioned = pack(longer, [start + 3 for start in starts], conditioned_on=first)
+        assert all(batch.padding > 0 for batch in (first, conditioned)) is (multiple == 6)
         with torch.no_grad():
-            found.append((loss, states, hidden_states(model.model, behind)[behind.predictor], gradients))
+            found.append((loss, states, hidden_states(model.model, conditioned)[conditioned.predictor], gradients))
     for plain, filled in zip(*(values[:3] for values in found), strict=True):
         assert_close(filled, plain)
     for parameter, gradient in found[0][3].items():
@@ -75,7 +78,7 @@ def test_tokens_that_fill_a_batch_up_change_nothing(name, monkeypatch):
 
 @pytest.mark.parametrize("divided", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeypatch):
+def test_a_batch_conditioned_on_another_gives_what_it_gives_alone(name, divided, monkeypatch):
     if divided:
         monkeypatch.setattr(blocks, "KEY_COST", 0)
         monkeypatch.setattr(blocks, "CALL_COST", 1)
@@ -83,35 +86,35 @@ def test_a_batch_behind_another_gives_what_it_gives_alone(name, divided, monkeyp
     sequences, starts = grouped_sequences()
     pairs = list(zip(sequences, starts, strict=True))
     inserted = [[*tokens[: start - 2], 7, 8, 9, *tokens[start - 2 :]] for tokens, start in pairs]
-    # Of one prompt nothing is added, so that all of it but what predicts the completion is known.
+    # Nothing is added to one prompt, so that all of it is known except for the token that predicts the completion.
     inserted[0] = sequences[0]
-    behind_starts = [start + len(new) - len(old) for new, (old, start) in zip(inserted, pairs, strict=True)]
+    inserted_starts = [start + len(new) - len(old) for new, (old, start) in zip(inserted, pairs, strict=True)]
     model = build(CONFIGS[name])
     enable_packed_attention(model)
-    lender = pack(sequences, starts, keeps_keys=True)
-    hidden_states(model.model, lender)
-    # All of them; and the second group alone, whose beginning is the lender's in two pieces.
-    for first, fewest in ((0, 15), (4, 12)):
-        given = inserted[first:], behind_starts[first:]
-        alone, behind = pack(*given), pack(*given, conditioned_on=lender)
-        assert behind.token_count <= alone.token_count - fewest
-        assert behind.targets.tolist() == alone.targets.tolist()
+    first = pack(sequences, starts, keeps_keys=True)
+    hidden_states(model.model, first)
+    # Both groups are tried, and then the second alone, whose beginning the first batch has in two pieces.
+    for begin, fewest in ((0, 15), (4, 12)):
+        given = inserted[begin:], inserted_starts[begin:]
+        alone, conditioned = pack(*given), pack(*given, conditioned_on=first)
+        assert conditioned.token_count <= alone.token_count - fewest
+        assert conditioned.targets.tolist() == alone.targets.tolist()
         with torch.no_grad():
             expected = hidden_states(model.model, alone)[alone.predictor]
-            assert_close(hidden_states(model.model, behind)[behind.predictor], expected)
+            assert_close(hidden_states(model.model, conditioned)[conditioned.predictor], expected)
     with torch.no_grad():
-        # One that stands behind another may lend too.
-        middle = pack(inserted, behind_starts, conditioned_on=lender, keeps_keys=True)
+        # A batch may also be conditioned on one that is itself conditioned on another.
+        middle = pack(inserted, inserted_starts, conditioned_on=first, keeps_keys=True)
         hidden_states(model.model, middle)
         last = pack(*given, conditioned_on=middle)
-        assert last.token_count < behind.token_count
+        assert last.token_count < conditioned.token_count
         assert_close(hidden_states(model.model, last)[last.predictor], expected)
-        lender.layout.forget()
+        first.layout.forget()
         with pytest.raises(ValueError, match="told to forget"):
-            hidden_states(model.model, behind)
+            hidden_states(model.model, conditioned)
 
 
-def test_a_batch_without_shared_prefixes_neither_lends_nor_borrows():
+def test_a_batch_without_shared_prefixes_has_no_kv_reuse():
     sequences, starts = grouped_sequences()
     for settings in ({"keeps_keys": True}, {"conditioned_on": pack(sequences, starts, keeps_keys=True)}):
         with pytest.raises(ValueError, match="without shared prefixes"):
@@ -191,3 +194,30 @@ def test_a_layout_lost_on_the_way_is_noticed():
 def test_an_empty_batch_is_not_run():
     with pytest.raises(ValueError, match="is empty"):
         hidden_states(build(CONFIGS["llama"]).model, pack([], []))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_what_a_batch_needed_is_freed_with_it():
+    sequences, starts = grouped_sequences()
+    model = build(CONFIGS["llama"])
+    for kernel in ("blocks", "flex"):
+        enable_packed_attention(model, kernel)
+        gc.collect()
+        gc.disable()
+        try:
+            first = pack(sequences, starts, keeps_keys=kernel == "blocks")
+            with torch.set_grad_enabled(kernel == "blocks"):
+                hidden_states(model.model, first)
+            batches = [first]
+            if kernel == "blocks":
+                longer = [[*x[:-1], 7, *x[-1:]] for x in sequences]
+                batches.append(pack(longer, starts, conditioned_on=first))
+                with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+                    hidden_states(model.model, batches[1])
+            held = [weakref.ref(batch.layout) for batch in batches]
+            held += [weakref.ref(made) for batch in batches for made in batch.layout._prepared.values()]
+            assert len(held) >= 2
+            del first, batches
+            assert not any(reference() for reference in held), kernel
+        finally:
+            gc.enable()

@@ -1,4 +1,4 @@
-"""What is scored in a packed batch, and where its predictions stand."""
+"""A packed batch scores the completion tokens, each by the token that predicts it."""
 
 import pytest
 from hypothesis import given, settings
@@ -60,11 +60,11 @@ def test_rows_are_the_sequences_but_the_last_token(sequences_and_starts):
 
 @few
 @given(st.integers(200, 300), st.integers(1, 40), st.booleans())
-def test_a_batch_is_filled_up_to_a_multiple_where_that_is_little(prompt, completion, lends):
-    """By tokens that belong to no sequence, stand behind all others, and are not counted."""
+def test_a_batch_is_filled_up_to_a_multiple_where_that_is_little(prompt, completion, keeps_keys):
+    """The added tokens belong to no sequence, stand at the end, and are not counted."""
     tokens = list(range(5, 5 + prompt + 2 * completion))
     sequences = [tokens[: prompt + completion], tokens[:prompt] + tokens[prompt + completion :]]
-    batch = pack(sequences, [prompt, prompt], keeps_keys=lends)
+    batch = pack(sequences, [prompt, prompt], keeps_keys=keeps_keys)
     needed = prompt + 2 * (completion - 1)
     assert batch.token_count == needed
     length = batch.input_ids.numel()
@@ -76,16 +76,16 @@ def test_a_batch_is_filled_up_to_a_multiple_where_that_is_little(prompt, complet
     assert pack(sequences, [prompt, prompt], share_prefixes=False).padding == 0
 
 
-def test_what_is_filled_up_behind_another_batch_are_the_tokens_that_it_lacks():
+def test_a_batch_conditioned_on_another_fills_up_the_tokens_that_the_other_lacks():
     prompt, feedback, completion = list(range(300)), list(range(300, 570)), list(range(600, 610))
-    lender = pack([prompt + completion], [300], keeps_keys=True)
-    assert (lender.token_count, lender.padding) == (309, 11)
-    behind = pack([prompt + feedback + completion], [570], conditioned_on=lender)
-    assert (behind.token_count, behind.padding) == (279, 9)
-    assert behind.layout.token_count == 288
-    # Of what is padding there nothing is taken.
-    assert not behind.layout._known.mask[-9:].any()
-    assert behind.layout._known.mask.sum() == 300
+    first = pack([prompt + completion], [300], keeps_keys=True)
+    assert (first.token_count, first.padding) == (309, 11)
+    conditioned = pack([prompt + feedback + completion], [570], conditioned_on=first)
+    assert (conditioned.token_count, conditioned.padding) == (279, 9)
+    assert conditioned.layout.token_count == 288
+    # None of its padding is taken from the first batch.
+    assert not conditioned.layout._known.mask[-9:].any()
+    assert conditioned.layout._known.mask.sum() == 300
 
 
 def test_no_sequences_make_an_empty_batch():

@@ -224,3 +224,24 @@ def test_a_network_that_is_large_however_few_its_layers_is_not_run(monkeypatch):
     hardware = this_machine(config(), toy_model().config, Lengths(20, 6, 10))
     assert "is a guess" in hardware.name
     assert (hardware.train_share, hardware.decode_share) == (0.6, 0.6)
+
+
+def test_another_networks_teacher_is_counted_with_its_own_size():
+    teacher = {"name": "some/model", "prompt": "task"}
+    settings = config(algorithm={"type": "opd", "teacher_model": teacher})
+    lengths = Lengths(250, 16, 60)
+    with pytest.raises(ValueError, match="The teacher is some/model: give the sizes of its network"):
+        predict(settings, SIZE, lengths, GPUS["h100"])
+    large = replace(SIZE, parameters=10 * SIZE.parameters, hidden=4 * SIZE.hidden)
+    plans = [predict(settings, SIZE, lengths, GPUS["h100"], size) for size in (SIZE, large)]
+    assert plans[0].tokens.teacher == plans[0].tokens.student == 4 * (250 + 8 * 16)
+    assert plans[1].flops.teacher > 5 * plans[0].flops.teacher
+    assert plans[1].flops.student == plans[0].flops.student
+    assert plans[1].memory - plans[0].memory == 2 * 9 * SIZE.parameters
+
+
+def test_a_placebo_reads_the_student_once_more_than_a_policy_gradient():
+    grpo, opsa = (
+        predict(config(algorithm={"type": kind}), SIZE, Lengths(250, 16, 60), GPUS["h100"]) for kind in ("grpo", "opsa")
+    )
+    assert opsa.tokens.student == 1.5 * grpo.tokens.student

@@ -1,4 +1,4 @@
-"""AdamW's moments, made before its first step."""
+"""AdamW's moments are made before its first step, and are those that the step would make."""
 
 from __future__ import annotations
 

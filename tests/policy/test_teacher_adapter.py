@@ -1,4 +1,4 @@
-"""A teacher with an adapter of its own: who sees it, who trains it, and what is saved."""
+"""The teacher's adapter is seen by the teacher, trained by the E-step, and left out of the saved student."""
 
 from __future__ import annotations
 

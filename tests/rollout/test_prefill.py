@@ -67,7 +67,7 @@ def test_what_prompts_begin_with_is_computed_once_and_nothing_is_padded(make_mod
     engine = LocalEngine(make_model("llama"), tokenizer, dtype="float32")
     shapes = counted_tokens(engine)
     generate(engine, [*PROMPTS, PROMPTS[0]], num_generations=2, max_new_tokens=2, eos_token_ids=())
-    # (5, 6, 7, 8, 9, 10), (20, 21, 22), 30 behind (5, 6, 7), nothing for (5, 6), and (40,).
+    # (5, 6, 7, 8, 9, 10), (20, 21, 22), 30 after (5, 6, 7), nothing for (5, 6), and (40,).
     assert shapes == [(1, 6 + 3 + 1 + 0 + 1), (12, 1)]
 
 
@@ -156,7 +156,7 @@ def test_nor_where_attention_is_not_plain(make_model, monkeypatch):
     assert not Prefill(subject).shares
 
 
-def test_nor_behind_a_window_that_the_trial_does_not_reach(make_model):
+def test_nor_beyond_a_window_that_the_trial_does_not_reach(make_model):
     subject = network(make_model, "gemma3")
     subject.config.sliding_window = 64
     for layer in subject.model.layers:

@@ -34,7 +34,7 @@ def test_a_space_that_the_decoder_drops_at_the_beginning_still_ends():
     assert end(StopCondition(tokenizer, [], [" "]), [0, 2, 2, 1, 0]) == 4
 
 
-def test_a_stop_string_may_begin_far_behind_the_window_of_short_ones(tokenizer):
+def test_a_stop_string_may_begin_far_before_the_window_of_short_ones(tokenizer):
     stop = "a rather long stop string, spanning many tokens"
     token_ids = tokenizer.encode("x" * 30 + stop + "y")
     assert end(StopCondition(tokenizer, [], ["!", stop]), token_ids) == len(token_ids) - 1

@@ -1,4 +1,4 @@
-"""The card beside a trained model, and the way of both to the hub."""
+"""A card is written beside a trained model, and both are uploaded to the hub."""
 
 from __future__ import annotations
 

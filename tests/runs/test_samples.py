@@ -1,8 +1,10 @@
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from vpd.runs import RolloutRecord, read_rollouts, write_rollouts
+from vpd.runs import RolloutRecord, RunError, read_rollouts, write_rollouts
 from vpd.types import Rollout, Task, TeacherPrompt, TeacherView, Turn, Verdict
 
 ROLLOUT = Rollout(
@@ -57,3 +59,10 @@ def test_equal_rows_give_equal_bytes_and_none_give_a_file(tmp_path):
 def test_any_text_can_be_stored(tmp_path, text):
     write_rollouts(tmp_path / "rows", [replace(RolloutRecord.from_rollout(1, ROLLOUT), feedback=text)])
     assert read_rollouts(tmp_path / "rows")[0].feedback == text.replace("\udcff", "?")
+
+
+def test_files_of_another_version_are_told_by_a_sentence(tmp_path):
+    path = tmp_path / "step-000001.parquet"
+    pq.write_table(pa.table({"step": [1], "completion": ["2"]}), path)
+    with pytest.raises(RunError, match="has no column group, so another version of vpd wrote it"):
+        read_rollouts(path)

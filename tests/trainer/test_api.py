@@ -1,4 +1,4 @@
-"""What users of transformers' Trainer and of TRL look for on VPDTrainer."""
+"""VPDTrainer has what users of transformers' Trainer and of TRL look for."""
 
 from __future__ import annotations
 

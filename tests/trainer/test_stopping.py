@@ -1,4 +1,4 @@
-"""Runs that end before their time, and the weights that they end with."""
+"""Runs end before their time where they should, with the right weights."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_evaluation_without_a_grade_is_not_the_best(tmp_path, monkeypatch):
 def test_a_run_without_steps_still_has_its_row(tmp_path):
     result = toy_trainer(tmp_path, run={"max_steps": 0}, eval={"eval_on_start": False}).train()
     assert len(result.metrics["rows"]) == 1
-    # The teacher's lead is measured once: there is no "after training".
+    # The gap is measured once: there is no "after training".
     assert [line["event"] for line in read_metrics(tmp_path)].count("gap") == 1
 
 

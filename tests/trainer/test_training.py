@@ -1,4 +1,4 @@
-"""The whole loop on a random two-layer Llama."""
+"""The whole loop runs on a random two-layer Llama."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_metrics_of_an_e_iteration_name_its_effects(tmp_path):
     assert first["margin_after"] > first["margin_before"]
 
 
-def test_the_teachers_lead_is_measured_before_and_after(tmp_path):
+def test_the_gap_is_measured_before_and_after(tmp_path):
     toy_trainer(tmp_path / "run").train()
     gaps = [line for line in read_metrics(tmp_path / "run") if line["event"] == "gap"]
     assert [gap["step"] for gap in gaps] == [0, 2]

@@ -1,4 +1,4 @@
-"""What an algorithm is: its settings, what it needs of the trainer, and its update on one batch of rollouts.
+"""An algorithm has settings, says what it needs of the trainer, and updates the policy on one batch of rollouts.
 
 An algorithm of your own is one file with two classes, its settings and itself. ``algorithm.type`` finds it as
 ``package.module:Class``, or by a name that :func:`vpd.register_algorithm` gave it::
@@ -17,7 +17,7 @@ An algorithm of your own is one file with two classes, its settings and itself. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -35,26 +35,31 @@ S = TypeVar("S", bound=AlgorithmSettings)
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """The rollouts of one batch as losses see them.
+    """The rollouts of one batch, as the losses see them.
 
     Attributes:
         examples: The rollouts of this process, with and without feedback.
         step: The number of the rollout batch, counted from 1.
-        prompts: The number of the batch's prompts, over all processes.
-        sample_fresh: Makes held-out rollouts on which an E-step is measured; None leaves the measurement out.
+        prompts: How many prompts the batch has, over all processes.
+        fresh: Held-out rollouts on which an E-step is measured; None leaves the measurement out.
     """
 
     examples: Sequence[Example]
     step: int
     prompts: int
-    sample_fresh: Callable[[], list[Example]] | None = None
+    fresh: Sequence[Example] | None = None
 
 
 @dataclass
 class TokenNumbers:
-    """What the M-step saw of each completion token of one rollout before its update: [T] each.
+    """The M-step's numbers for each completion token of one rollout before its update.
 
-    Where a rollout has several turns, those that have a teacher stand one after another.
+    Where a rollout has several turns, the tokens of those that have a teacher stand one turn after another.
+
+    Attributes:
+        student_log_probs: The student's log-probability of each token [T].
+        teacher_log_probs: The teacher's log-probability of each token [T].
+        divergence: The divergence of the two distributions at each token [T].
     """
 
     student_log_probs: list[float]
@@ -64,10 +69,10 @@ class TokenNumbers:
 
 @dataclass
 class UpdateResult:
-    """What an algorithm did with one batch.
+    """The result of an algorithm's update on one batch.
 
     Attributes:
-        metrics: Numbers for ``metrics.jsonl``, the same on all processes.
+        metrics: The numbers for ``metrics.jsonl``, the same on all processes.
         tokens: The numbers of every token, by the index of the rollout.
         seconds: The seconds of each phase, ``e_step`` and ``m_step``.
     """
@@ -79,17 +84,17 @@ class UpdateResult:
 
 @dataclass(frozen=True)
 class Passes:
-    """Which passes a step makes besides the student's training pass; :mod:`vpd.planning` predicts its cost from them.
+    """Counts a step's passes besides the student's training pass, so that :mod:`vpd.planning` can predict its cost.
 
     Attributes:
-        student_reads: Passes without gradient over the student's sequences in an average step.
-        teacher_reads: Passes without gradient over the teacher's sequences.
-        teacher_reads_feedback: Whether these sequences hold feedback; else they are the student's.
+        student_reads: How many passes without gradient an average step makes over the student's sequences.
+        teacher_reads: How many passes without gradient it makes over the teacher's sequences.
+        teacher_reads_feedback: Whether these sequences hold feedback; otherwise they are the student's.
         teacher_model: The name of the network that makes them; None for the policy's own.
-        teacher_bytes: The bytes of one weight of that network.
+        teacher_bytes: How many bytes one weight of that network takes.
         teacher_reuses_keys: Whether the teacher's pass may take keys and values from the student's.
         e_steps: The share of steps that begin with an E-step.
-        e_epochs: Passes with gradient over the teacher's sequences in an E-step.
+        e_epochs: How many passes with gradient an E-step makes over the teacher's sequences.
         e_is_whole: Whether an E-step takes the whole batch in one optimizer step.
         prior_reuses_keys: Whether the E-step's prior may take keys and values from the teacher's pass.
     """
@@ -112,15 +117,16 @@ class Algorithm(ABC, Generic[S]):
     The defaults are those of an algorithm that learns from rewards alone.
 
     Attributes:
-        settings_class: The section of settings that ``algorithm.type`` chooses with the algorithm.
-        has_teacher: Whether feedback is read: only then are teacher's prompts built and the gap measured.
+        settings_class: The class of settings that ``algorithm.type`` chooses together with the algorithm.
+        reads_feedback: Whether a teacher is conditioned on the feedback: only then is the gap between it and the
+            student measured, and what it read is kept with the samples.
         needs_feedback: Whether a batch without any feedback teaches nothing.
         needs_verdicts: Whether a rollout must have been judged to take part.
-        memory: Numbers that are kept from one batch to the next; they are saved with the run.
+        memory: The numbers that outlast a batch; they are saved with the run.
     """
 
     settings_class: ClassVar[type[Any]]
-    has_teacher: bool = False
+    reads_feedback: bool = False
     needs_feedback: bool = False
     needs_verdicts: bool = True
 
@@ -129,13 +135,17 @@ class Algorithm(ABC, Generic[S]):
         self.memory: dict[str, float] = {}
 
     def prepare(self, learner: Learner, tokenizer: PreTrainedTokenizerBase, model: ModelSettings) -> None:
-        """Get ready, once before training: load another network, for example.
+        """Get ready once before training, for example by loading another network.
 
         Args:
             learner: The policy.
-            tokenizer: The policy's.
+            tokenizer: The policy's tokenizer.
             model: The settings of the policy's network.
         """
+
+    def wants_fresh(self, learner: Learner, batch: ExampleBatch) -> bool:
+        """Whether the update on this batch measures itself on held-out rollouts; the same on all processes."""
+        return False
 
     @abstractmethod
     def update(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
@@ -147,41 +157,54 @@ class Algorithm(ABC, Generic[S]):
         Raises:
             ValueError: The message says what contradicts what, and how to mend it.
         """
-        for name in ("m_minibatch_prompts", "e_minibatch_prompts"):
-            size, prompts = getattr(self.settings, name, None), config.rollout.prompts_per_step
-            if size is not None and size > prompts:
-                raise ValueError(
-                    f"algorithm.{name} = {size} is more than the batch holds (rollout.prompts_per_step = {prompts}): "
-                    "lower it or leave it out"
-                )
+        check_minibatch("m_minibatch_prompts", self.settings.m_minibatch_prompts, config)
 
     def weight_copies(self) -> Mapping[str, float]:
-        """The copies of the trained weights that are needed, by name, and how far each batch pulls them along.
+        """Ask for copies of the trained weights: their names, each with how far every batch pulls it along.
 
-        The names are those of :mod:`vpd.policy.copies`; a rate of 0 keeps the copy as it is.
+        The names are those of :mod:`vpd.policy.copies`. A rate of 0 keeps the copy as it is.
         """
         return {}
 
     def matched_layers(self) -> Sequence[int]:
-        """The layers, counted from 1, whose hidden states the loss names; the model must have them."""
+        """Return the layers, counted from 1, whose hidden states the loss matches; the model must have them."""
         return ()
 
     def teacher_adapter(self) -> LoraSettings | None:
-        """The adapter of the teacher's own that E-steps train; None where student and teacher share all weights."""
+        """Return the settings of the adapter that E-steps train; None where student and teacher share all weights."""
         return None
 
     def warnings(self) -> dict[str, str]:
-        """What works against itself in the settings, though it is no mistake: texts by name."""
+        """Return texts, by name, about settings that work against each other without being a mistake."""
         return {}
 
     def passes(self, prompts_per_step: int) -> Passes:
-        """Which passes a step of so many prompts makes."""
+        """Count the passes of a step with so many prompts."""
         return Passes()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint saves of the algorithm."""
+        """Return what a checkpoint saves of the algorithm."""
         return {"memory": self.memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint has saved."""
         self.memory = dict(state["memory"])
+
+
+def check_minibatch(name: str, size: int | None, config: VPDConfig) -> None:
+    """Refuse minibatches that are larger than the batch.
+
+    Args:
+        name: The setting's name in the section of the algorithm.
+        size: The prompts of a minibatch; None for the whole batch.
+        config: The run's settings.
+
+    Raises:
+        ValueError: The minibatch is too large.
+    """
+    prompts = config.rollout.prompts_per_step
+    if size is not None and size > prompts:
+        raise ValueError(
+            f"algorithm.{name} = {size} is more than the batch holds (rollout.prompts_per_step = {prompts}): lower it "
+            "or leave it out"
+        )

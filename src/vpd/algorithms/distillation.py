@@ -1,4 +1,4 @@
-"""What algorithms need whose update is an M-step: a teacher, its copies of weights, and its passes."""
+"""Algorithms whose update is an M-step share what it needs: a teacher, its copies of weights, and its passes."""
 
 from __future__ import annotations
 
@@ -19,40 +19,43 @@ S = TypeVar("S", bound=MStepSettings)
 class DistillationAlgorithm(Algorithm[S]):
     """An algorithm that distils a teacher, and learns nothing where there is no feedback."""
 
-    has_teacher = True
+    reads_feedback = True
     needs_feedback = True
 
     def check(self, config: VPDConfig) -> None:
-        """The sampled divergence needs every token to have a chance of being drawn."""
+        """Refuse sampling that excludes tokens, which the sampled divergence cannot correct for."""
         super().check(config)
         check_sampling(self.settings, config)
 
     def weight_copies(self) -> Mapping[str, float]:
-        """The copies that the teacher needs."""
+        """Return the copies of the weights that the teacher needs."""
         return make_teacher(self.settings).copies
 
     def matched_layers(self) -> Sequence[int]:
-        """The layers whose hidden states are matched with the teacher's, where some are named."""
+        """Return the layers whose hidden states are matched with the teacher's, where the settings name some."""
         return self.settings.representation_layers or ()
 
     def passes(self, prompts_per_step: int) -> Passes:
-        """The M-step's passes."""
+        """Count the M-step's passes."""
         return self.m_step_passes(prompts_per_step)
 
-    def m_step_passes(self, prompts_per_step: int, e_steps: float = 0.0, **e_step: Any) -> Passes:
-        """The M-step's passes, beside those of an E-step in a share of the steps.
+    def teacher_reads(self) -> int:
+        """How many passes the teacher makes."""
+        return make_teacher(self.settings).reads
 
-        Tokens that are weighed by pi / pi_old are read before an update that comes between: in every step with several
-        minibatches, else in E-iterations alone.
+    def m_step_passes(self, prompts_per_step: int, e_steps: float = 0.0, **e_step: Any) -> Passes:
+        """Count the M-step's passes, and those of an E-step in a share of the steps.
+
+        Tokens that are weighed by pi / pi_old need log pi_old before the update that comes in between: in every step
+        with several minibatches, else in E-iterations alone.
         """
-        teacher = make_teacher(self.settings)
         if reads_old_log_probs(self.settings, prompts_per_step, e_step=False):
             reads = 1.0
         else:
             reads = e_steps * reads_old_log_probs(self.settings, prompts_per_step, e_step=True)
         return Passes(
             student_reads=reads,
-            teacher_reads=teacher.reads,
+            teacher_reads=self.teacher_reads(),
             teacher_reuses_keys=self.settings.teacher == "live",
             e_steps=e_steps,
             **e_step,
@@ -60,7 +63,7 @@ class DistillationAlgorithm(Algorithm[S]):
 
 
 def check_sampling(settings: MStepSettings, config: VPDConfig) -> None:
-    """Refuse a sampled divergence on rollouts whose distribution was cut.
+    """Refuse a sampled divergence on rollouts that top-p, top-k or min-p cut.
 
     Raises:
         ValueError: Says which settings contradict each other.

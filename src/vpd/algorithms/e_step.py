@@ -1,17 +1,17 @@
-"""The E-step: refine the teacher on outcomes (VPD, arXiv 2605.15113, Algorithm 1, lines 9 to 14).
+"""The E-step refines the teacher on outcomes (VPD, arXiv 2605.15113, Algorithm 1, lines 9 to 14).
 
     r~(x,y,C) = beta * [ log q(y|x,C) - log pi_prior(y|x) ]
     L_E = - mean_{successes} log sigmoid( r~ - delta ) - mean_{failures} log sigmoid( -(r~ - delta) )
     delta = 1/2 ( mean r~ over successes + mean r~ over failures )
 
-The prior is the student at the start of this E-step, by the trainer's own forward. It and delta are found once and
-stay as they are while the minibatches are worked through. A batch of one class has no E-step: delta would be undefined,
-and a loss that only pushes up or down teaches no difference.
+The prior is the student at the start of this E-step, computed by the trainer's own forward. The prior and delta are
+computed once and stay as they are while the E-step goes through the minibatches. A batch of one class has no E-step:
+delta would be undefined, and a loss that only pushes up or only pushes down teaches no difference.
 
 delta needs the implicit rewards of the whole batch before the loss of its first rollout. Where the batch fits in one
 pass, that pass gives them: the student's pass is conditioned on the teacher's keys and values, since both are the same
-network as long as nothing has been updated, and delta is found between the two passes and the loss. Otherwise passes
-without gradient come first.
+network as long as nothing has been updated, and delta is computed after the two passes and before the loss. Otherwise
+passes without gradient come first.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Refinement:
-    """What an E-step did.
+    """The result of an E-step.
 
     Attributes:
         learner: The policy.
         examples: The active rollouts of this process.
-        prior: [B], log pi_prior(y|x) of these rollouts.
-        settings: The algorithm's.
-        metrics: The numbers of the step.
+        prior: The log-probability log pi_prior(y|x) of each of these rollouts [B].
+        settings: The algorithm's settings.
+        metrics: The metrics of the step.
     """
 
     learner: Learner
@@ -56,10 +56,10 @@ class Refinement:
     metrics: dict[str, float | None] = field(default_factory=dict)
 
     def margins_after(self, teacher_log_probs: Tensor) -> dict[str, float | None]:
-        """The batch's margins after the step.
+        """Measure the batch's margins after the step.
 
         Args:
-            teacher_log_probs: [B], log q(y|x,C) under the refined teacher.
+            teacher_log_probs: The log-probability log q(y|x,C) of each rollout under the refined teacher [B].
         """
         rewards = implicit_rewards(teacher_log_probs, self.prior, betas(self.examples, self.settings))
         return _margins_by_source(self.learner, "margin_after", self.examples, rewards)
@@ -67,12 +67,12 @@ class Refinement:
 
 @dataclass(frozen=True)
 class _Start:
-    """What is constant during an E-step.
+    """The constants of an E-step.
 
     Attributes:
-        prior: [B], log pi_prior(y|x).
-        rewards: [B], the implicit rewards before the first update.
-        shift: delta.
+        prior: The log-probability log pi_prior(y|x) of each rollout [B].
+        rewards: The implicit rewards before the first update [B].
+        shift: The shift delta.
     """
 
     prior: Tensor
@@ -81,7 +81,7 @@ class _Start:
 
 
 def holds_both_classes(learner: Learner, examples: Sequence[Example]) -> bool:
-    """Whether the batch, over all processes, has a success and a failure: an E-step needs both."""
+    """Tell whether the batch, over all processes, has a success and a failure. An E-step needs both."""
     successes = sum(example.is_success for example in examples)
     return all(learner.total(successes, len(examples) - successes))
 
@@ -100,17 +100,17 @@ def refine_teacher(
     Args:
         learner: The policy.
         examples: The active rollouts of this process.
-        settings: beta, the minibatch and the learning-rate factor.
+        settings: The settings of beta, the minibatch and the learning-rate factor.
         batch_prompts: The prompts of the batch, over all processes.
         fresh: Held-out rollouts on which the margin is measured before and after; None, on every process, leaves it
             out.
-        memory: Where delta is kept from one E-step to the next, for ``shift_momentum``.
-        measures_after: Measure the batch's margin after the step in a pass of its own. The M-step's teacher pass gives
-            the same numbers where it reads the refined teacher: :meth:`Refinement.margins_after`.
+        memory: The numbers that outlast an E-step: it keeps delta for ``shift_momentum``.
+        measures_after: Whether a pass of its own measures the batch's margin after the step. The M-step's teacher pass
+            gives the same numbers where it reads the refined teacher: :meth:`Refinement.margins_after`.
 
     Returns:
-        Metrics, margins among them: those of the batch and of ``fresh``, before and after, of all rollouts and of those
-        with each source of feedback; nan where a class is absent.
+        The refinement with its metrics. Among them are the margins of the batch and of ``fresh``, before and after the
+        step, over all rollouts and over those with each source of feedback; nan where a class is absent.
     """
     margins: dict[str, float | None] = {}
     fresh_prior = None if fresh is None else _prior(learner, fresh, settings)
@@ -155,7 +155,7 @@ def _take_steps(
     batch_prompts: int,
     memory: dict[str, float],
 ) -> tuple[_Start, list[OptimizerStep]]:
-    """The optimizer steps of an E-step, and what it started from."""
+    """Make the optimizer steps of an E-step, and return them with its constants."""
     planned = [
         learner.micro_batches(minibatch, teacher_view)
         for minibatch in split_by_prompts(examples, settings.e_minibatch_prompts, batch_prompts)
@@ -186,7 +186,7 @@ class _Refining:
     Args:
         learner: The policy.
         examples: The active rollouts of this process.
-        settings: The algorithm's.
+        settings: The algorithm's settings.
     """
 
     def __init__(self, learner: Learner, examples: Sequence[Example], settings: VPDSettings) -> None:
@@ -197,12 +197,12 @@ class _Refining:
         self._counts = learner.total(successes, len(examples) - successes)
 
     def step(self, parts: Sequence[list[Example]], prior: Tensor | None, shift: float | ShiftRule) -> OptimizerStep:
-        """One optimizer step on the micro-batches of a minibatch.
+        """Make one optimizer step on the micro-batches of a minibatch.
 
         Args:
-            parts: The micro-batches.
-            prior: [B], of all of this process's rollouts; None finds it in the same forward.
-            shift: delta, or the rule that finds it in the same forward.
+            parts: The micro-batches of this process.
+            prior: The prior of all of this process's rollouts [B]; None computes it in the same forward.
+            shift: The shift delta, or the rule that computes it in the same forward.
         """
 
         def make_pass(part: list[Example]) -> TrainingPass:
@@ -228,24 +228,24 @@ class _Refining:
 
 
 def _is_one_pass(learner: Learner, planned: Sequence[Sequence[Sequence[Example]]]) -> bool:
-    """Whether every process works its whole batch off in one pass, in which all of them can sum, free of dropout."""
+    """Tell whether every process has exactly one pass, in which all of them can sum, and there is no dropout."""
     one = len(planned) == 1 and len(planned[0]) == 1 and len(planned[0][0]) > 0 and not learner.module.has_dropout
     return learner.total(one)[0] == learner.accelerator.num_processes
 
 
 def _prior(learner: Learner, examples: Sequence[Example], settings: VPDSettings) -> Tensor:
-    """log pi_prior(y|x) [B] in passes of its own."""
+    """Compute log pi_prior(y|x) [B] in separate passes without gradient."""
     network = learner.copies[INITIAL].module if settings.prior == "fixed" else None
     return learner.sequence_log_probs(examples, student_view, network)
 
 
 def _rewards(learner: Learner, examples: Sequence[Example], prior: Tensor, settings: VPDSettings) -> Tensor:
-    """The implicit rewards [B] of the teacher as it is, in passes without gradient."""
+    """Compute the implicit rewards [B] of the teacher as it is, in passes without gradient."""
     return implicit_rewards(learner.sequence_log_probs(examples, teacher_view), prior, betas(examples, settings))
 
 
 def betas(examples: Sequence[Example], settings: VPDSettings) -> Tensor:
-    """The implicit reward's temperature for each rollout [B]: one for all, unless a reference length is set."""
+    """Return the implicit reward's temperature for each rollout [B]: one for all, unless a reference length is set."""
     lengths = torch.tensor([float(len(example.completion)) for example in examples])
     if settings.length_reference is None:
         return torch.full_like(lengths, settings.bco_beta)
@@ -259,7 +259,7 @@ def _successes(examples: Sequence[Example]) -> Tensor:
 def _margins_by_source(
     learner: Learner, name: str, examples: Sequence[Example], rewards: Tensor
 ) -> dict[str, float | None]:
-    """The margin of implicit rewards [B] under ``name``, and under ``name_source`` that of each source alone.
+    """Measure the margin of implicit rewards [B] as ``name``, and that of each source alone as ``name_source``.
 
     A margin that grows for one source only may be read off its template: the texts for successes and failures differ.
     """
@@ -272,7 +272,7 @@ def _margins_by_source(
 
 
 def _gradient_weights(learner: Learner, shifted_rewards: Tensor, is_success: Tensor) -> dict[str, float | None]:
-    """Mean weight of each class's gradient at the start, between 0 and 1: a stale shift turns one of them off."""
+    """Average the weight of each class's gradient at the start, in [0, 1]: a stale shift turns one of them off."""
     weights = torch.where(is_success, -shifted_rewards, shifted_rewards).sigmoid()
     measured = measure_margin(learner.total, weights, is_success)
     return {"e_weight_success": measured.success, "e_weight_failure": measured.failure}
@@ -281,10 +281,10 @@ def _gradient_weights(learner: Learner, shifted_rewards: Tensor, is_success: Ten
 def _length_effects(
     learner: Learner, examples: Sequence[Example], shifted_rewards: Tensor, is_success: Tensor
 ) -> dict[str, float | None]:
-    """How length weighs in the implicit rewards that the E-step starts from, which are sums over tokens.
+    """Measure how length weighs in the implicit rewards that the E-step starts from, which are sums over tokens.
 
-    ``misranked_share`` are rollouts on the wrong side of the shift, whose gradient grows with length;
-    ``saturated_share`` those so far on the right side (sigmoid above 0.95) that they have next to none.
+    ``misranked_share`` counts rollouts on the wrong side of the shift, whose gradient grows with length.
+    ``saturated_share`` counts those so far on the right side (sigmoid above 0.95) that they have almost no gradient.
     """
     side = torch.where(is_success, shifted_rewards, -shifted_rewards)
     rewards = shifted_rewards.double()

@@ -1,4 +1,4 @@
-"""What the losses need to know of one rollout."""
+"""Holds what the losses need to know of one rollout."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Example:
         rollout: The index of the rollout in the batch.
         group: The index of its prompt in the batch, counted over all processes.
         turns: The completions; one for a question and an answer, more for a conversation.
-        reward: The outcome.
-        is_success: Whether it counts as a success.
-        source: The kind of feedback; None where there is none.
+        reward: The reward that the environment gave; nan where there is no verdict.
+        is_success: Whether the rollout counts as a success.
+        source: The kind of feedback that the teacher reads; None where there is none.
     """
 
     rollout: int
@@ -58,7 +58,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class PromptedCompletion:
-    """A prompt with a completion to imitate, both token ids."""
+    """A prompt with a completion to imitate, both as token ids."""
 
     prompt: list[int]
     completion: list[int]
@@ -92,13 +92,13 @@ def make_examples(
     mask_truncated: bool = False,
     graded_only: bool = True,
 ) -> list[Example]:
-    """The rollouts that take part in a loss: those with a verdict and at least one completion token.
+    """Select the rollouts that take part in a loss: those with a verdict and at least one completion token.
 
     Args:
-        rollouts: B rollouts.
-        is_success: B flags.
-        views: B teacher's prompts; None where a rollout has no feedback.
-        mask_truncated: Whether those that the length limit ended are left out, too.
+        rollouts: The B rollouts of this process.
+        is_success: Whether each rollout has succeeded [B].
+        views: The teacher's prompts for each rollout [B]; None where it has no feedback.
+        mask_truncated: Whether rollouts that the length limit ended are left out, too.
         graded_only: Whether a verdict is needed; without one the reward is nan.
     """
     return [
@@ -118,7 +118,7 @@ def make_examples(
 
 
 def _turns(rollout: Rollout, view: TeacherView | None) -> Iterator[ExampleTurn]:
-    """The turns with at least one completion token."""
+    """Yield the turns with at least one completion token."""
     prompts = [None] * len(rollout.turns) if view is None else view.turns
     for turn, prompt in zip(rollout.turns, prompts, strict=True):
         if turn.completion_ids:
@@ -126,7 +126,7 @@ def _turns(rollout: Rollout, view: TeacherView | None) -> Iterator[ExampleTurn]:
 
 
 def with_teacher(examples: Sequence[Example]) -> list[Example]:
-    """The rollouts that have a teacher, reduced to the turns that have one."""
+    """Select the rollouts that have a teacher, reduced to the turns that have one."""
     return [
         replace(example, turns=tuple(turn for turn in example.turns if turn.teacher_prompt is not None))
         for example in examples

@@ -30,7 +30,7 @@ class JointSettings(PolicyGradientSettings, MStepSettings):
     reward_weight: float = Field(default=1.0, ge=0)
     """The weight of GRPO's loss."""
     importance_clip: float | None = Field(default_factory=bounded_importance, ge=0)
-    """As in SDPO, for the distillation's tokens."""
+    """The bound on the weights of the distillation's tokens, as in SDPO."""
 
     @model_validator(mode="after")
     def _teacher(self) -> JointSettings:
@@ -43,7 +43,7 @@ class Joint(PolicyGradientAlgorithm[JointSettings]):
     """Both losses in one pass over the student's sequences."""
 
     settings_class = JointSettings
-    has_teacher = True
+    reads_feedback = True
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         settings = self.settings
@@ -56,14 +56,14 @@ class Joint(PolicyGradientAlgorithm[JointSettings]):
         check_sampling(self.settings, config)
 
     def weight_copies(self) -> Mapping[str, float]:
-        """The copies of the penalty and those of the teacher."""
+        """Ask for the initial model, where its penalty needs it, and for what the teacher needs."""
         return {**super().weight_copies(), **make_teacher(self.settings).copies}
 
     def matched_layers(self) -> Sequence[int]:
         return self.settings.representation_layers or ()
 
     def passes(self, prompts_per_step: int) -> Passes:
-        """Those of the policy gradient, and the teacher's."""
+        """Count the passes of the policy gradient and of the teacher."""
         return Passes(
             student_reads=super().passes(prompts_per_step).student_reads,
             teacher_reads=make_teacher(self.settings).reads,

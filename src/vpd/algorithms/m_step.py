@@ -1,9 +1,9 @@
-"""The M-step: distil the teacher's token distribution into the student on its own rollouts.
+"""The M-step distils the teacher's token distribution into the student, on the student's own rollouts.
 
     L_M = E sum_t D( pi(.|x,y_<t), stopgrad q(.|x,C,y_<t) )
 
-The teacher is the live network, conditioned on the feedback. It is read anew at every minibatch, without gradient, and
-where the network allows it (:attr:`Learner.reuses_keys`) it takes the keys and values of the question from the
+The teacher is the live network, conditioned on the feedback. It is read anew at every minibatch, without gradient.
+Where the network allows KV reuse (:attr:`Learner.reuses_keys`), it takes the keys and values of the question from the
 student's pass. By default no importance weights correct for the E-step in between (VPD, section 4.2).
 """
 
@@ -39,7 +39,7 @@ def reads_old_log_probs(settings: MStepSettings, batch_prompts: int, *, e_step: 
     """Whether the M-step's loss asks for log pi(y_t) before any update.
 
     Args:
-        settings: Which divergence is taken, and whether tokens are weighed.
+        settings: The settings that say which divergence is taken and whether tokens are weighed.
         batch_prompts: The prompts of the batch, over all processes.
         e_step: Whether an E-step comes first.
     """
@@ -51,7 +51,7 @@ def reads_old_log_probs(settings: MStepSettings, batch_prompts: int, *, e_step: 
 def old_log_probs(
     learner: Learner, examples: Sequence[Example], settings: MStepSettings, batch_prompts: int, *, e_step: bool = False
 ) -> Mapping[int, Tensor] | None:
-    """log pi(y_t) [T] by rollout index, before any update; None where :func:`reads_old_log_probs` says no."""
+    """Read log pi(y_t) [T] before any update, by rollout index; None where :func:`reads_old_log_probs` says no."""
     if not reads_old_log_probs(settings, batch_prompts, e_step=e_step):
         return None
     return by_rollout(examples, learner.token_log_probs(examples, student_view))
@@ -73,9 +73,9 @@ def distil(
         examples: The active rollouts of this process: those with a teacher.
         settings: The divergence, the aggregation and the minibatch.
         batch_prompts: The prompts of the batch, over all processes.
-        betas: [B], the temperature of each rollout's implicit reward, for the reported margin.
-        old: From :func:`old_log_probs`, called before the E-step.
-        teacher: Who predicts what is distilled; by default the one that the settings name.
+        betas: The temperature of each rollout's implicit reward [B], for the reported margin.
+        old: The result of :func:`old_log_probs`, called before the E-step.
+        teacher: The teacher whose predictions are distilled; by default the one that the settings name.
     """
     chosen = teacher or make_teacher(settings)
     planned = plan_minibatches(
@@ -90,7 +90,7 @@ def distil(
     frozen = _frozen_states(learner, planned, chosen)
 
     def make_pass(part: list[Example], minibatch: Minibatch) -> TrainingPass:
-        # Another network makes its pass before the student's, whose activations it then need not stand beside.
+        # Another network makes its pass before the student's, so that both passes' activations are not kept at once.
         states = _states_before(learner, part, chosen, frozen)
         batch, conditioned = pack_both(learner, part, part, chosen)
         return TrainingPass(batch, distilling(learner, part, settings, minibatch.counts, states, old), conditioned)
@@ -111,11 +111,11 @@ def distil(
 def pack_both(
     learner: Learner, part: list[Example], taught: list[Example], teacher: Teacher
 ) -> tuple[PackedBatch, PackedBatch | None]:
-    """The student's batch, and the teacher's where it is conditioned on the student's keys and values."""
+    """Pack the student's batch, and the teacher's batch conditioned on it where there is KV reuse."""
     if not teacher.reuses_keys(learner):
         return learner.pack(part, student_view), None
     batch = learner.pack(part, student_view, keeps_keys=bool(taught))
-    # Every process makes the second pass, also one that has no rollout with a teacher left.
+    # Every process must make the second pass, even if it has no rollout with a teacher left.
     return batch, learner.pack(taught, teacher.view, conditioned_on=batch if taught else None)
 
 
@@ -128,17 +128,16 @@ def distilling(
     old: Mapping[int, Tensor] | None = None,
     tokens: Tensor | None = None,
 ) -> Distil:
-    """The M-step's loss on some rollouts with a teacher.
+    """Make the objective of the M-step's loss on some rollouts with a teacher.
 
     Args:
         learner: The policy.
-        taught: The rollouts; none on a process that has none left.
-        settings: The divergence.
+        taught: The rollouts; empty on a process that has none left.
+        settings: The settings of the divergence.
         counts: The sizes over all such rollouts of the minibatch.
-        states: What the teacher predicts, where it was read before. None where its pass is conditioned on the
-            student's.
-        old: From :func:`old_log_probs`.
-        tokens: The indices of the student batch's completion tokens that are theirs; None where it holds no others.
+        states: The teacher's states, where they were read before; None where its pass is conditioned on the student's.
+        old: The result of :func:`old_log_probs`.
+        tokens: The indices of these rollouts' completion tokens in the student's batch; None where it holds no others.
     """
     return Distil(
         teacher=states,
@@ -151,7 +150,7 @@ def distilling(
 
 
 def token_numbers(results: MinibatchResults) -> dict[int, TokenNumbers]:
-    """The numbers of every token that was distilled, by rollout index."""
+    """Collect the numbers of every token that was distilled, by rollout index."""
     found: dict[int, TokenNumbers] = {}
     for part, values in results.parts:
         if "divergence" not in values:
@@ -168,7 +167,7 @@ def token_numbers(results: MinibatchResults) -> dict[int, TokenNumbers]:
 
 
 def _frozen_states(learner: Learner, planned: Sequence[Minibatch], teacher: Teacher) -> dict[int, ScoredStates]:
-    """What a frozen teacher predicts for every part before the first update, by the part's identity."""
+    """Read a frozen teacher's states for every part before the first update, by the part's identity."""
     if not teacher.is_frozen:
         return {}
     head = kept_head(head_of(learner.module.model))
@@ -179,7 +178,7 @@ def _frozen_states(learner: Learner, planned: Sequence[Minibatch], teacher: Teac
 def _states_before(
     learner: Learner, part: list[Example], teacher: Teacher, frozen: Mapping[int, ScoredStates]
 ) -> ScoredStates | None:
-    """What the teacher predicts for a part; None where its pass is conditioned on the student's."""
+    """Read the teacher's states for a part; None where its pass is conditioned on the student's."""
     if id(part) in frozen:
         return frozen[id(part)]
     return None if teacher.reuses_keys(learner) else teacher.read(learner, part)
@@ -192,7 +191,7 @@ def _token_metrics(
     entropy_sum: float,
     betas: Tensor,
 ) -> dict[str, float | None]:
-    """Token means over all processes, and the margin of the teacher against the student as it is now."""
+    """Compute token means over all processes, and the margin of the teacher against the student as it is now."""
     sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
     divergence_sum = first_sum = token_count = 0.0
     for example, beta in zip(examples, betas.tolist(), strict=True):

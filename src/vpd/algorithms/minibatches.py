@@ -1,4 +1,4 @@
-"""The loop over minibatches that the M-step and the policy gradient share: one optimizer step a minibatch."""
+"""The M-step and the policy gradient share this loop over minibatches, with one optimizer step for each of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Counts:
     """The sizes that losses are divided by, over all processes.
 
     Attributes:
-        tokens: Completion tokens.
-        sequences: Rollouts.
+        tokens: How many completion tokens there are.
+        sequences: How many rollouts there are.
     """
 
     tokens: float
@@ -41,15 +41,15 @@ class Minibatch:
 
 
 MakePass = Callable[[list[Example], Minibatch], TrainingPass]
-"""Packs a micro-batch, an empty one too, and says what to compute of it."""
+"""Packs a micro-batch, which may be empty, and says what to compute of it."""
 
 
 @dataclass
 class MinibatchResults:
-    """What the loop gave.
+    """The results of the loop.
 
     Attributes:
-        steps: The optimizer steps.
+        steps: The optimizer steps that were made.
         parts: Every micro-batch of this process that holds rollouts, with the numbers that its objective gave.
     """
 
@@ -73,8 +73,8 @@ class MinibatchResults:
 def split_by_prompts(examples: Sequence[Example], prompts: int | None, batch_prompts: int) -> list[list[Example]]:
     """Cut a batch into minibatches of ``prompts`` prompts with all their rollouts.
 
-    The cut goes by the group's index over all processes, so that every process gets the same number of minibatches,
-    some of them empty where it has no active rollout.
+    The cut follows the group's index over all processes, so that every process gets the same number of minibatches. A
+    minibatch is empty on a process that has no active rollout in it.
 
     Args:
         examples: The rollouts of this process.
@@ -98,14 +98,14 @@ def plan_minibatches(
     conditioned: bool = False,
     wants_layers: bool = False,
 ) -> list[Minibatch]:
-    """The minibatches of a batch that hold any rollout on any process, divided into micro-batches.
+    """Plan the minibatches that hold any rollout on any process, and divide them into micro-batches.
 
     Args:
         learner: The policy.
         examples: The rollouts of this process.
         prompts: How many a minibatch has; None for one minibatch.
         batch_prompts: How many the whole batch has, over all processes.
-        scored, conditioned, wants_layers: See :meth:`Learner.micro_batches`.
+        scored, conditioned, wants_layers: The arguments of :meth:`Learner.micro_batches`.
     """
     planned = []
     for minibatch in split_by_prompts(examples, prompts, batch_prompts):
@@ -138,10 +138,10 @@ def run_minibatches(learner: Learner, minibatches: Sequence[Minibatch], make_pas
 
 
 def token_weights(part: Sequence[Example], aggregation: str, counts: Counts) -> Tensor:
-    """The loss's weight of each completion token of ``part``, in order: [S].
+    """Compute the loss's weight of each completion token of ``part``, in order [S].
 
-    ``token_mean`` gives one over the minibatch's tokens, ``sequence_mean`` one over its rollouts and the rollout's own
-    tokens, ``sum`` one.
+    ``token_mean`` gives a token 1 / (the minibatch's tokens), ``sequence_mean`` gives it
+    1 / (the minibatch's rollouts * the rollout's tokens), and ``sum`` gives it 1.
     """
     weights = {
         "token_mean": lambda length: 1.0 / counts.tokens,
@@ -154,11 +154,11 @@ def token_weights(part: Sequence[Example], aggregation: str, counts: Counts) -> 
 
 
 def tokens_with_teacher(part: Sequence[Example]) -> Tensor:
-    """The indices of those of a part's completion tokens, in order, that belong to a turn with a teacher."""
+    """Return the indices of those completion tokens of a part that belong to a turn with a teacher, in order."""
     flags = [turn.teacher_prompt is not None for example in part for turn in example.turns for _ in turn.completion]
     return torch.tensor(flags, dtype=torch.bool).nonzero()[:, 0]
 
 
 def by_rollout(examples: Sequence[Example], values: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Numbers of each rollout's tokens, by the rollout's index."""
+    """Key the numbers of each rollout's tokens by the rollout's index."""
     return {example.rollout: value for example, value in zip(examples, values, strict=True)}

@@ -1,4 +1,4 @@
-"""On-policy distillation (OPD): another, stronger model teaches, token by token, on the student's own rollouts.
+"""In on-policy distillation (OPD) another, stronger model teaches, token by token, on the student's own rollouts.
 
     L = E_{y ~ pi} sum_t D( pi(.|x,y_<t), q'(.|x,y_<t) )
 
@@ -35,27 +35,27 @@ from vpd.timing import Timer
 
 
 class TeacherModelSettings(Section):
-    """Which network teaches, and what it reads."""
+    """The settings of the network that teaches."""
 
     name: str
-    """A hub id, a folder, a GGUF file or a short name, as ``model.name``."""
+    """The network that teaches: a hub id, a folder, a GGUF file or a short name, as in ``model.name``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The precision of its weights."""
     prompt: Literal["task", "feedback"] = "task"
-    """What it is conditioned on: the task alone, as the student, or the task with the feedback on the attempt. With
-    ``task`` neither a judge nor feedback is needed."""
+    """The teacher is conditioned on the task alone, like the student, or on the task with the feedback on the attempt.
+    With ``task`` neither a judge nor feedback is needed."""
 
 
 class OPDSettings(MStepSettings):
-    """On-policy distillation from another model."""
+    """The settings of on-policy distillation from another model."""
 
     type: Literal["opd"] = "opd"  # pyright: ignore[reportIncompatibleVariableOverride]
     teacher_model: TeacherModelSettings
     """The network that teaches."""
     teacher: Literal["model"] = "model"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Always the network of ``teacher_model``."""
+    """The teacher is always the network of ``teacher_model``."""
     importance_clip: float | None = Field(default=None, ge=0)
-    """As in ``vpd``."""
+    """The largest weight pi / pi_old of a token's divergence, with the meaning that it has in ``vpd``."""
 
     @model_validator(mode="after")
     def _divergence_alone(self) -> OPDSettings:
@@ -67,12 +67,12 @@ class OPDSettings(MStepSettings):
 
 
 class ModelTeacher(Teacher):
-    """A network of its own.
+    """Predicts with another network than the policy's.
 
     Args:
-        settings: The algorithm's.
-        network: The teacher, frozen and on the device.
-        head: Its head, over the tokens that both networks have.
+        settings: The algorithm's settings.
+        network: The teacher's network, frozen and on the device.
+        head: The teacher's head, over the tokens that both networks have.
     """
 
     def __init__(self, settings: OPDSettings, network: PolicyModule, head: Head) -> None:
@@ -85,14 +85,14 @@ class ModelTeacher(Teacher):
 
 
 class OPD(DistillationAlgorithm[OPDSettings]):
-    """The M-step with another network as the teacher."""
+    """Runs the M-step with another network as the teacher."""
 
     settings_class = OPDSettings
 
     def __init__(self, settings: OPDSettings) -> None:
         super().__init__(settings)
         reads_feedback = settings.teacher_model.prompt == "feedback"
-        self.has_teacher = self.needs_feedback = self.needs_verdicts = reads_feedback
+        self.reads_feedback = self.needs_feedback = self.needs_verdicts = reads_feedback
         self._teacher: ModelTeacher | None = None
         self._tokens = 0
 
@@ -103,7 +103,7 @@ class OPD(DistillationAlgorithm[OPDSettings]):
             ConfigError: The teacher cannot be loaded, or its tokens are not the student's.
         """
         settings = self.settings.teacher_model
-        loaded = load_policy(settings.name, dtype=getattr(torch, settings.dtype))
+        loaded = load_policy(settings.name, dtype=getattr(torch, settings.dtype), chats=False)
         check_same_tokens(tokenizer, loaded.tokenizer, settings.name)
         network = make_module(loaded.model, model).requires_grad_(False).eval()
         network.to(learner.accelerator.device)
@@ -117,7 +117,7 @@ class OPD(DistillationAlgorithm[OPDSettings]):
         examples = [example for example in conditioned if max(example.completion) < self._tokens]
         with timer("m_step"):
             old = old_log_probs(learner, examples, self.settings, batch.prompts)
-            # A margin is a matter of rewards; nothing here depends on its temperature.
+            # The margin's temperature is a setting of the E-step, and nothing here depends on it.
             betas = torch.ones(len(examples))
             result = distil(learner, examples, self.settings, batch.prompts, betas, old, self._teacher)
         (left_out,) = learner.total(len(conditioned) - len(examples))
@@ -126,21 +126,25 @@ class OPD(DistillationAlgorithm[OPDSettings]):
         return result
 
     def weight_copies(self) -> Mapping[str, float]:
-        """None: the teacher has weights of its own."""
+        """Ask for no copies, since the teacher has other weights."""
         return {}
 
+    def teacher_reads(self) -> int:
+        """One pass of the other network."""
+        return 1
+
     def passes(self, prompts_per_step: int) -> Passes:
-        """The M-step's passes, whose teacher is another network."""
+        """Count the M-step's passes, whose teacher is another network."""
         return replace(
             self.m_step_passes(prompts_per_step),
             teacher_model=self.settings.teacher_model.name,
             teacher_bytes=2 if self.settings.teacher_model.dtype == "bfloat16" else 4,
-            teacher_reads_feedback=self.has_teacher,
+            teacher_reads_feedback=self.reads_feedback,
         )
 
     def _conditioned(self, examples: Sequence[Example]) -> list[Example]:
-        """The rollouts with what the teacher reads in the place of its prompt."""
-        if self.has_teacher:
+        """Give each rollout the prompt that the teacher reads, which may be the student's."""
+        if self.reads_feedback:
             return with_teacher(examples)
         return [
             replace(example, turns=tuple(replace(turn, teacher_prompt=turn.student_prompt) for turn in example.turns))

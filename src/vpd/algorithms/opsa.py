@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from vpd.algorithms.base import ExampleBatch, UpdateResult
+from vpd.algorithms.base import ExampleBatch, Passes, UpdateResult
 from vpd.algorithms.example import Example, student_view
 from vpd.algorithms.policy_step import PolicyGradientAlgorithm, policy_step
 from vpd.config import PolicyGradientSettings
@@ -36,6 +37,11 @@ class OPSA(PolicyGradientAlgorithm[OPSASettings]):
     """The policy gradient with advantages from the student's own probabilities."""
 
     settings_class = OPSASettings
+
+    def passes(self, prompts_per_step: int) -> Passes:
+        """The advantages come from one more pass than a policy gradient makes."""
+        passes = super().passes(prompts_per_step)
+        return replace(passes, student_reads=passes.student_reads + 1)
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         advantages = lowest_token_advantages(learner, batch.examples, self.settings.token_share)

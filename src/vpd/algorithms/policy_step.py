@@ -1,4 +1,4 @@
-"""What GRPO and its mixtures with a teacher share: advantages within groups, and the policy-gradient update.
+"""GRPO and its mixtures with a teacher share advantages within groups and the policy-gradient update.
 
 All graded rollouts take part; the teacher enters only where a rollout has feedback.
 """
@@ -34,16 +34,16 @@ from vpd.timing import Timer
 S = TypeVar("S", bound=PolicyGradientSettings)
 
 Shaping = Callable[[Tensor, Tensor], Tensor]
-"""From advantages [S] and the log-ratio log q - log pi [S] (0 where there is no teacher) to advantages [S]."""
+"""Makes advantages [S] from advantages [S] and the log-ratio log q - log pi [S], which is 0 without a teacher."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The M-step's loss as a second term.
+    """Adds the M-step's loss as a second term.
 
     Attributes:
         reward_weight: The weight of GRPO's loss.
-        weight: The weight of the M-step's.
+        weight: The weight of the M-step's loss.
         settings: The M-step's settings.
     """
 
@@ -56,12 +56,12 @@ class PolicyGradientAlgorithm(Algorithm[S]):
     """An algorithm whose update is one :func:`policy_step`."""
 
     def weight_copies(self) -> Mapping[str, float]:
-        """The penalty for leaving the initial model needs that model."""
+        """Ask for the initial model where there is a penalty for leaving it."""
         return {INITIAL: 0.0} if self.settings.beta > 0 else {}
 
     def passes(self, prompts_per_step: int) -> Passes:
-        """Log-probabilities are read before the update, and once more under the initial model for the penalty."""
-        return Passes(student_reads=1.0 + (self.settings.beta > 0), teacher_reads=int(self.has_teacher))
+        """Count the reads of log-probabilities: before the update, and under the initial model for the penalty."""
+        return Passes(student_reads=1.0 + (self.settings.beta > 0), teacher_reads=int(self.reads_feedback))
 
     def update(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         timer = Timer()
@@ -71,13 +71,13 @@ class PolicyGradientAlgorithm(Algorithm[S]):
         return result
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
-        """The update, without its timing: GRPO's by default."""
+        """Make the update, which is GRPO's by default; the caller times it."""
         advantages = group_advantages(batch.examples, self.settings.scale_rewards)
         return policy_step(learner, batch, self.settings, advantages)
 
 
 def group_advantages(examples: Sequence[Example], scale_rewards: bool) -> dict[int, Tensor]:
-    """The reward's distance from its group's mean at each completion token [T], by rollout index.
+    """Compute the reward's distance from its group's mean for each completion token [T], by rollout index.
 
     With ``scale_rewards`` it is divided by the group's standard deviation, plus 1e-4 as TRL has it.
     """
@@ -102,15 +102,15 @@ def policy_step(
     shaping: Shaping | None = None,
     distillation: Distillation | None = None,
 ) -> UpdateResult:
-    """One optimizer step a minibatch on GRPO's objective.
+    """Make one optimizer step for each minibatch on GRPO's objective.
 
     Args:
         learner: The policy.
         batch: The rollouts, of which all graded ones take part.
         settings: The aggregation, the minibatch and the clipping.
         advantages: The advantage of each completion token [T], by rollout index.
-        shaping: How the teacher changes the advantages; None reads no teacher.
-        distillation: Adds the M-step's loss.
+        shaping: The rule by which the teacher changes the advantages; None reads no teacher.
+        distillation: The M-step's loss as a second term; None leaves it out.
     """
     examples = batch.examples
     old = by_rollout(examples, learner.token_log_probs(examples, student_view))
@@ -165,9 +165,9 @@ def _with_distillation(
     teacher: Teacher,
     old: Mapping[int, Tensor] | None,
 ) -> TrainingPass:
-    """GRPO's loss on a part, and the M-step's on those of its turns that have a teacher."""
+    """Combine GRPO's loss on a part with the M-step's loss on those of its turns that have a teacher."""
     taught = with_teacher(part)
-    # A teacher's pass of its own is one that all processes make, also where this one has no rollout for it.
+    # All processes make a teacher's separate pass, even if this one has no rollout for it.
     states = None if teacher.reuses_keys(learner) else teacher.read(learner, taught)
     batch, conditioned = pack_both(learner, part, taught, teacher)
     where = tokens_with_teacher(part)
@@ -181,7 +181,7 @@ def _with_distillation(
 def _of_taught(
     part: Sequence[Example], values: Mapping[int, Tensor] | None, where: Tensor
 ) -> Mapping[int, Tensor] | None:
-    """Numbers of all tokens of rollouts [T] -> of the tokens of their turns with a teacher, by rollout index."""
+    """Cut the numbers of rollouts' tokens [T] down to the tokens of turns with a teacher, by rollout index."""
     if values is None or not part:
         return values
     taught = with_teacher(part)
@@ -194,7 +194,7 @@ def _of_tokens(part: Sequence[Example], values: Mapping[int, Tensor]) -> Tensor:
 
 
 def _teacher_log_probs(learner: Learner, part: Sequence[Example]) -> Tensor:
-    """log q of each completion token of a part [S]; nan where the turn has no teacher."""
+    """Read log q of each completion token of a part [S]; nan where the turn has no teacher."""
     taught = with_teacher(part)
     scored = learner.score(learner.pack(taught, teacher_view), TokenLogProbs(learner.temperature)).values
     values = torch.full((sum(len(example.completion) for example in part),), torch.nan)

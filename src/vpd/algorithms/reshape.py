@@ -30,7 +30,7 @@ class Reshape(PolicyGradientAlgorithm[ReshapeSettings]):
     """The policy gradient with advantages that the teacher's log-ratio is added to."""
 
     settings_class = ReshapeSettings
-    has_teacher = True
+    reads_feedback = True
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         settings = self.settings

@@ -31,7 +31,7 @@ class ReweightSettings(PolicyGradientSettings):
 
 
 def mixing(settings: ReweightSettings, step: int) -> float:
-    """a in rollout batch ``step``, counted from 1."""
+    """Return a in rollout batch ``step``, counted from 1."""
     return settings.mixing * max(0.0, 1.0 - (step - 1) / settings.mixing_steps)
 
 
@@ -39,7 +39,7 @@ class Reweight(PolicyGradientAlgorithm[ReweightSettings]):
     """The policy gradient with advantages that the teacher's agreement weighs."""
 
     settings_class = ReweightSettings
-    has_teacher = True
+    reads_feedback = True
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         share, epsilon = mixing(self.settings, batch.step), self.settings.weight_epsilon

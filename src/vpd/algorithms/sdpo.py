@@ -28,11 +28,11 @@ class SDPOSettings(MStepSettings):
 
     type: Literal["sdpo"] = "sdpo"  # pyright: ignore[reportIncompatibleVariableOverride]
     teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "ema"
-    """A running average, as in the paper's baseline; ``live`` is VPD without its E-steps (with ``importance_clip`` 0,
-    where a batch has several M-minibatches)."""
+    """Whose predictions are distilled: a running average's, as in the paper's baseline. ``live`` is VPD without its
+    E-steps (with ``importance_clip`` 0, where a batch has several M-minibatches)."""
     importance_clip: float | None = Field(default_factory=bounded_importance, ge=0)
-    """2 as in SDPO's code, where tokens weigh something else than 1: with several M-minibatches. With ``sampled`` there
-    is no bound."""
+    """The bound on tokens' weights, 2 as in SDPO's code. Tokens weigh something else than 1 with several M-minibatches.
+    With ``sampled`` there is no bound."""
 
 
 class SDPO(DistillationAlgorithm[SDPOSettings]):

@@ -1,4 +1,4 @@
-"""Which network plays the teacher, and how its predictions are read.
+"""Says which network is the teacher, and how its predictions are read.
 
 live            the network as it is at each minibatch
 frozen          the network as it was after the E-step, for all minibatches of the batch
@@ -30,9 +30,9 @@ class Teacher(ABC):
     """Predicts what the M-step distils.
 
     Attributes:
-        view: The sequences that it reads.
+        view: The sequences that the teacher reads.
         copies: The copies of the trained weights that it needs; see :meth:`Algorithm.weight_copies`.
-        reads: How many passes it makes.
+        reads: How many passes without gradient it makes for one batch.
         is_frozen: Whether it is read once for the whole batch, before the first update.
     """
 
@@ -45,12 +45,12 @@ class Teacher(ABC):
         self.settings = settings
 
     def reuses_keys(self, learner: Learner) -> bool:
-        """Whether its pass is conditioned on the keys and values of the student's, within the same forward."""
+        """Tell whether its pass is conditioned on the student's pass, within the same forward (KV reuse)."""
         return False
 
     @abstractmethod
     def read(self, learner: Learner, examples: Sequence[Example]) -> ScoredStates:
-        """Make the teacher's own pass over rollouts that have one; every process must, also with no rollouts."""
+        """Make the teacher's pass over rollouts that have a teacher. Every process must, even without rollouts."""
 
     def _states(
         self, learner: Learner, examples: Sequence[Example], network: PolicyModule | None = None
@@ -60,10 +60,10 @@ class Teacher(ABC):
 
 
 class LiveTeacher(Teacher):
-    """The network as it is at each minibatch, with its own adapter on where it has one."""
+    """Predicts with the network as it is at each minibatch."""
 
     def reuses_keys(self, learner: Learner) -> bool:
-        """The student's pass gives keys and values wherever the network allows it."""
+        """Reuse the student's keys and values wherever the network allows it."""
         return learner.reuses_keys
 
     def read(self, learner: Learner, examples: Sequence[Example]) -> ScoredStates:
@@ -71,20 +71,20 @@ class LiveTeacher(Teacher):
 
 
 class AdaptedTeacher(LiveTeacher):
-    """The network with the adapter of the teacher's own, which the student's pass does not have."""
+    """Predicts with the network and the teacher's adapter, which the student's pass does not have."""
 
     def reuses_keys(self, learner: Learner) -> bool:
         return False
 
 
 class FrozenTeacher(AdaptedTeacher):
-    """The network as it was before the first update of the batch."""
+    """Predicts with the network as it was before the first update of the batch."""
 
     is_frozen = True
 
 
 class AveragedTeacher(Teacher):
-    """A running average of the network."""
+    """Predicts with a running average of the network."""
 
     def __init__(self, settings: MStepSettings) -> None:
         super().__init__(settings)
@@ -96,7 +96,7 @@ class AveragedTeacher(Teacher):
 
 
 class TrustRegionTeacher(Teacher):
-    """Logits mixed from the initial network and the live one."""
+    """Predicts with logits mixed from the initial network and the live one."""
 
     copies: Mapping[str, float] = {INITIAL: 0.0}
     reads = 2
@@ -121,29 +121,29 @@ _TEACHERS: dict[str, type[Teacher]] = {
 
 
 def make_teacher(settings: MStepSettings) -> Teacher:
-    """The teacher that ``settings.teacher`` names."""
+    """Make the teacher that ``settings.teacher`` names."""
     return _TEACHERS[settings.teacher](settings)
 
 
 def wanted_states(settings: MStepSettings) -> ReadStates:
-    """What is read of the teacher: the states that predict completion tokens, and those of matched layers."""
+    """Ask for the states that predict completion tokens, and for those of matched layers."""
     return ReadStates(settings.representation_layers if settings.representation_weight else ())
 
 
 def states_of(values: Mapping[str, Tensor]) -> ScoredStates:
-    """What a pass of :func:`wanted_states` gave; nothing where the batch was empty."""
+    """Return the states from a pass of :func:`wanted_states`; they are empty where the batch was."""
     empty = torch.zeros(0), torch.zeros(0, dtype=torch.long)
     return ScoredStates(values.get("hidden", empty[0]), values.get("rows", empty[1]))
 
 
 def kept_head(head: Head) -> Head:
-    """The head as it is now, whatever later updates do to the network's."""
+    """Copy the head as it is now, so that later updates of the network leave it alone."""
     bias = None if head.bias is None else head.bias.detach().clone()
     return replace(head, weight=head.weight.detach().clone(), bias=bias)
 
 
 def mixed_head(initial: Head, live: Head, share: float) -> Head:
-    """One head for both networks' hidden states side by side, whose logits are (1 - share) initial + share live."""
+    """Make one head for both networks' hidden states side by side: its logits are (1 - share) initial + share live."""
     if initial.softcap is not None:
         raise ConfigError('algorithm.teacher = "trust_region" is not offered for models that cap their logits.')
     shares = ((1.0 - share, initial), (share, live))

@@ -9,20 +9,23 @@ only if outcomes refine it. E-iterations are the batches 1, 1+F, 1+2F, ...
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from vpd.algorithms.base import ExampleBatch, Passes, UpdateResult
+from vpd.algorithms.base import ExampleBatch, Passes, UpdateResult, check_minibatch
 from vpd.algorithms.distillation import DistillationAlgorithm
-from vpd.algorithms.e_step import Refinement, betas, holds_both_classes, refine_teacher
-from vpd.algorithms.example import Example, with_teacher
+from vpd.algorithms.e_step import betas, holds_both_classes, refine_teacher
+from vpd.algorithms.example import with_teacher
 from vpd.algorithms.m_step import distil, old_log_probs
 from vpd.config import LoraSettings, MStepSettings
 from vpd.policy.copies import INITIAL
 from vpd.policy.learner import Learner
 from vpd.timing import Timer
+
+if TYPE_CHECKING:
+    from vpd.config import VPDConfig
 
 
 class VPDSettings(MStepSettings):
@@ -74,7 +77,11 @@ class VPD(DistillationAlgorithm[VPDSettings]):
         metrics: dict[str, float | None] = {"e_step": 0.0 if is_due else None}
         refinement = None
         if is_due and holds_both_classes(learner, examples):
-            refinement = self._e_step(learner, batch, examples, timer)
+            with timer("e_step"):
+                measures_after = not self._m_step_reads_refined_teacher(batch.prompts)
+                refinement = refine_teacher(
+                    learner, examples, settings, batch.prompts, batch.fresh, self.memory, measures_after
+                )
             metrics = refinement.metrics
         with timer("m_step"):
             result = distil(learner, examples, settings, batch.prompts, betas(examples, settings), old)
@@ -88,11 +95,14 @@ class VPD(DistillationAlgorithm[VPDSettings]):
         merged = metrics | result.metrics | {"margin_on_arrival": arrival}
         return UpdateResult(merged, result.tokens, dict(timer.seconds))
 
-    def _e_step(self, learner: Learner, batch: ExampleBatch, examples: list[Example], timer: Timer) -> Refinement:
-        fresh = batch.sample_fresh() if batch.sample_fresh is not None else None
-        with timer("e_step"):
-            measures_after = not self._m_step_reads_refined_teacher(batch.prompts)
-            return refine_teacher(learner, examples, self.settings, batch.prompts, fresh, self.memory, measures_after)
+    def wants_fresh(self, learner: Learner, batch: ExampleBatch) -> bool:
+        """Held-out rollouts are for an E-step that is due and possible."""
+        is_due = is_e_iteration(batch.step, self.settings.e_step_every)
+        return is_due and holds_both_classes(learner, with_teacher(batch.examples))
+
+    def check(self, config: VPDConfig) -> None:
+        super().check(config)
+        check_minibatch("e_minibatch_prompts", self.settings.e_minibatch_prompts, config)
 
     def _m_step_reads_refined_teacher(self, batch_prompts: int) -> bool:
         """Whether the M-step's teacher is, for every rollout, the network as the E-step has left it."""

@@ -1,10 +1,11 @@
-"""The warm start: supervised steps on an environment's demonstrations before any reinforcement.
+"""The warm start makes supervised steps on an environment's demonstrations before any reinforcement.
 
-Half of the sequences are plain (prompt, answer), half feedback-conditioned (teacher's prompt, answer): a small model
-cannot read feedback at first, and a teacher that cannot read is worse than its student. The feedback of a demonstration
-is what a rollout would have got: a wrong attempt and the demonstrated answer are judged as a group of two, and the
-answer is learned behind the attempt's teacher prompt. Every other attempt stands alone, as in a group that all failed,
-so that the kinds of feedback that such groups get are learned too. Without feedback all sequences are plain.
+Half of the sequences are plain (prompt, answer), and half are conditioned on feedback (teacher's prompt, answer). A
+small model cannot read feedback at first, and a teacher that cannot read it is worse than its student. A demonstration
+gets the feedback that a rollout would get: a wrong attempt and the demonstrated answer are judged as a group, and the
+model learns the answer conditioned on the attempt's teacher prompt. Every other attempt stands alone, as in a group
+that failed as a whole, so that the model also learns the kinds of feedback that such groups get. Without feedback all
+sequences are plain.
 """
 
 from __future__ import annotations
@@ -37,7 +38,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WarmStartResult:
-    """What the warm start did: ``steps`` is 0 where its result was found in the cache."""
+    """What the warm start did.
+
+    Attributes:
+        sequences: How many sequences there are.
+        steps: How many optimizer steps were made; 0 where the result was found in the cache.
+        loss: The loss of the last step; nan where the result was found in the cache.
+        seconds: The wall-clock seconds that it took.
+        folder: The folder in the cache; None where the result is not cached.
+    """
 
     sequences: int
     steps: int
@@ -55,19 +64,20 @@ def demonstration_sequences(
     seed: int,
     sources: Sequence[FeedbackSource] | None = None,
 ) -> list[PromptedCompletion]:
-    """Plain and feedback-conditioned sequences of ``count`` demonstrations.
+    """Make the plain and the feedback-conditioned sequences of ``count`` demonstrations.
 
     Args:
-        environment: has the demonstrations.
-        prompts: makes both prompts.
-        end_of_sequence: closes an answer.
-        count: of demonstrations.
-        success_threshold: the reward from which an answer succeeds.
+        environment: The environment that has the demonstrations and judges them.
+        prompts: Makes the student's and the teacher's prompts.
+        end_of_sequence: The token that closes an answer.
+        count: How many demonstrations to take.
+        success_threshold: The reward from which an answer succeeds.
         seed: The seed for whatever sources of feedback draw.
-        sources: of feedback; those of the prompts' settings by default, and none makes plain sequences alone.
+        sources: The sources of feedback, by default those of the prompts' settings; an empty list makes plain
+            sequences alone.
 
     Raises:
-        ConfigError: the environment has no demonstrations, or one of them is not a success.
+        ConfigError: The environment has no demonstrations, or one of them is not a success.
     """
     demonstrations = environment.demonstrations(count)
     if not demonstrations:
@@ -93,7 +103,7 @@ def demonstration_sequences(
         attempt, answer = 2 * index, 2 * index + 1
         if not is_success[answer]:
             raise ConfigError(f"The demonstration of task {demonstration.task.id} is not a success for its own judge.")
-        # The tokenizer reads the answer by itself, as it reads a rollout behind a prompt.
+        # The answer is tokenized apart from the prompt, as a rollout's tokens are sampled apart from it.
         completion = prompts.completion(demonstration.completion, end_of_sequence)
         sequences.append(PromptedCompletion(rollouts[answer].turns[0].prompt_ids, completion))
         if (view := views[attempt]) is not None:
@@ -167,7 +177,7 @@ def _train(learner: Learner, sequences: Sequence[PromptedCompletion], settings: 
 
 
 def _key(learner: Learner, sequences: Sequence[PromptedCompletion], settings: WarmStartSettings) -> str:
-    """A name for the result: the weights before, the data, and the settings that shape it."""
+    """Name the result by the weights before it, the data, and the settings that shape it."""
     digest = hashlib.sha256()
     for name, parameter in learner.module.model.named_parameters():
         sample = parameter.detach().flatten()

@@ -30,6 +30,12 @@ class AlgorithmSettings(Section):
     """What becomes of a rollout that the length limit ended: it is a failure and is told so, or it is left out of the
     losses."""
 
+    @property
+    def title(self) -> str:
+        """The algorithm's name for tables: ``VPD``, or the class of one of your own."""
+        module, _, name = self.type.rpartition(":")
+        return name if module else self.type.upper()
+
     @classmethod
     def schema_named(cls, name: str) -> type[BaseModel] | None:
         """The settings class of the algorithm of a name."""
@@ -60,9 +66,10 @@ class MStepSettings(AlgorithmSettings):
     control_variate: bool = True
     """With ``sampled``: the exact divergence of each token as a baseline, which lowers the variance."""
     teacher: Literal["live", "frozen", "ema", "trust_region", "lora"] = "live"
-    """Whose predictions behind the feedback are distilled: the network's at each minibatch; as they were after the
-    E-step; a running average's; logits mixed from the initial network and the live one; or, with ``vpd``, those of
-    the network with an adapter of the teacher's own (``lora``), which E-steps train in place of the shared weights."""
+    """The teacher, which is conditioned on the feedback: the network as it is at each minibatch (``live``) or as it was
+    after the E-step (``frozen``), its running average (``ema``), the logits of the initial network and the live one
+    mixed (``trust_region``), or, with ``vpd``, the network with an adapter that the student does not have (``lora``),
+    which E-steps train in place of the shared weights."""
     ema_rate: float = Field(default=0.05, gt=0, le=1)
     """With ``ema``: how far each rollout batch pulls the average towards the network, after all of its updates."""
     trust_region_share: float = Field(default=0.05, ge=0, le=1)
@@ -143,7 +150,7 @@ _ALGORITHMS: dict[str, str | type[Any]] = {
         "opd": "OPD",
     }.items()
 }
-"""Algorithms by name: classes, or where to import them from, since they need torch and settings do not."""
+"""Algorithms by name: classes, or where to import them from at first use."""
 
 
 def register_algorithm(name: str, algorithm: type[Any]) -> None:
@@ -152,7 +159,13 @@ def register_algorithm(name: str, algorithm: type[Any]) -> None:
     Raises:
         ConfigError: The name is taken by another class.
     """
-    if _ALGORITHMS.get(name, algorithm) is not algorithm:
+    known = _ALGORITHMS.get(name, algorithm)
+    # A notebook's cell that runs again makes the same class anew.
+    is_other = isinstance(known, str) or (known.__module__, known.__qualname__) != (
+        algorithm.__module__,
+        algorithm.__qualname__,
+    )
+    if is_other:
         raise ConfigError(f"There is an algorithm {name!r} already: choose another name.")
     _ALGORITHMS[name] = algorithm
 
@@ -163,6 +176,8 @@ def algorithm_class(name: str) -> type[Any]:
     Raises:
         ValueError: There is no such algorithm, or it cannot be imported.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"algorithm.type is {name!r}: give a name, one of {', '.join(_ALGORITHMS)}")
     found = _ALGORITHMS.get(name, name)
     if not isinstance(found, str):
         return found
@@ -173,6 +188,14 @@ def algorithm_class(name: str) -> type[Any]:
             "package.module:Class"
         )
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        algorithm = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        # The module is the user's own, and may fail in any way.
         raise ValueError(f"the algorithm {name!r} cannot be imported: {error}") from error
+    schema = getattr(algorithm, "settings_class", None)
+    if not (isinstance(schema, type) and issubclass(schema, AlgorithmSettings)):
+        raise ValueError(
+            f"the algorithm {name!r} is no class with a settings_class: give a subclass of vpd.Algorithm, whose "
+            "settings_class is a subclass of vpd.AlgorithmSettings"
+        )
+    return algorithm

@@ -203,7 +203,7 @@ class VPDConfig(Section):
 
     @model_validator(mode="after")
     def _preflight(self) -> VPDConfig:
-        measures = self.eval.preflight_tasks > 0 and self.make_algorithm().has_teacher
+        measures = self.eval.preflight_tasks > 0 and self.make_algorithm().reads_feedback
         wanted = {"no_gap": measures, "template_only": measures and self.eval.preflight_permuted}
         for name in self.run.stop_on:
             if not wanted.get(name, True):

@@ -1,4 +1,4 @@
-"""Which tasks a rollout batch holds: the order within a stage, and the stages of a curriculum."""
+"""Says which tasks a rollout batch holds, by the order within a stage and the stages of a curriculum."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class Curriculum:
     """Goes through the tasks of one stage after another, epoch by epoch.
 
     Args:
-        stages: of rising difficulty; each holds at least one task.
-        prompts_per_step: how many tasks a rollout batch holds.
-        next_stage_at: the share of successes in a batch from which the next stage begins.
-        seed: of the order within an epoch.
+        stages: The tasks of each stage, in rising difficulty; each stage holds at least one task.
+        prompts_per_step: How many tasks a rollout batch holds.
+        next_stage_at: The share of successes in a batch from which the next stage begins.
+        seed: The seed of the order within an epoch.
 
     Attributes:
-        stages: as given.
-        stage: the index of the stage under way, from 0.
-        stage_start: how many rollout batches were done before it began.
+        stages: The tasks of each stage.
+        stage: The index of the current stage, from 0.
+        stage_start: How many rollout batches were done before it began.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Curriculum:
         self._seed = seed
 
     def tasks_of_step(self, step: int) -> list[Task]:
-        """The tasks of rollout batch ``step``, counted from 1, as the stage under way has them."""
+        """Choose the tasks of rollout batch ``step``, counted from 1, from the current stage."""
         stage = self.stages[self.stage]
         batch = step - 1 - self.stage_start
         orders: dict[int, list[int]] = {}
@@ -49,11 +49,11 @@ class Curriculum:
         return tasks
 
     def advance(self, step: int, success_rate: float | None) -> bool:
-        """Go on to the next stage if enough of batch ``step`` succeeded; whether a stage begins.
+        """Go on to the next stage if enough of batch ``step`` succeeded, and return whether a stage begins.
 
         Args:
-            step: the rollout batch that was done last.
-            success_rate: over all processes; None where nothing could be graded.
+            step: The number of the rollout batch that was done last.
+            success_rate: The share of successes over all processes; None where nothing could be graded.
         """
         is_last = self.stage + 1 == len(self.stages)
         if is_last or success_rate is None or success_rate < self._next_stage_at:
@@ -63,7 +63,7 @@ class Curriculum:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the curriculum, for a checkpoint."""
+        """Return the place in the curriculum, for a checkpoint."""
         return {"stage": self.stage, "stage_start": self.stage_start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

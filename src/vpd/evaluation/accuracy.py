@@ -20,7 +20,7 @@ class Evaluation:
 
     Attributes:
         accuracy: The share of successes among a task's k completions, averaged over tasks, in [0, 1].
-        low: The lower end of the 95% interval: Wilson's for one completion a task, a bootstrap over tasks for more.
+        low: The lower end of the 95% interval: Wilson's where k = 1, else a bootstrap over tasks.
         high: The upper end of that interval.
         n: How many tasks were graded.
         ungraded: How many tasks have no completion that could be graded; they are left out.
@@ -37,7 +37,7 @@ class Evaluation:
     outcomes: dict[str, float]
 
     def summary(self) -> dict[str, float | int]:
-        """All numbers but the outcomes of single tasks."""
+        """Return all numbers but the outcomes of single tasks."""
         return {name: getattr(self, name) for name in ("accuracy", "low", "high", "n", "ungraded", "seconds")}
 
 
@@ -55,7 +55,7 @@ def evaluate(
     Args:
         sampler: Samples completions and has them judged.
         tasks: All tasks; each process answers its part, and all processes get the whole result.
-        settings: The number of completions k, the temperature and top-p.
+        settings: The settings of the number of completions k, the temperature and top-p.
         success_threshold: The reward from which a completion succeeds.
         seed: The seed of the draws; each process adds its number.
         process: The number of this process.

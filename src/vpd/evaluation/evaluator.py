@@ -1,4 +1,4 @@
-"""Makes the measurements of a run, with the run's settings."""
+"""Makes the measurements of a run with its settings."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Evaluator:
         """Measure the gap between teacher and student on selection tasks; every process measures the same.
 
         Args:
-            permute: Give each rollout the feedback of another task, as a control.
+            permute: Whether each rollout gets the feedback of another task, as a control.
         """
         tasks = list(self._environment.tasks("selection"))[: self._args.eval.preflight_tasks]
         return measure_gap(

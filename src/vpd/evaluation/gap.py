@@ -58,7 +58,7 @@ def measure_gap(
         success_threshold: The reward from which a completion succeeds.
         seed: The seed of the student's draws, from which the others are made.
         sources: The sources of feedback; by default those of the prompts' settings that need nothing else.
-        permute: Give each rollout the feedback of another task.
+        permute: Whether each rollout gets the feedback of another task, as a control.
     """
     rollouts = sampler.sample(tasks, num_generations, seed=seed).rollouts
     is_success = [_succeeds(rollout, success_threshold) for rollout in rollouts]
@@ -86,7 +86,7 @@ def measure_gap(
 
 
 def _outcomes(rollouts: Sequence[Rollout], success_threshold: float) -> dict[str, list[float]]:
-    """The outcomes of the graded rollouts by task id, 1 for a success and 0 for a failure."""
+    """Collect the outcomes of the graded rollouts by task id, 1 for a success and 0 for a failure."""
     outcomes: dict[str, list[float]] = defaultdict(list)
     for rollout in rollouts:
         if rollout.verdict is not None:

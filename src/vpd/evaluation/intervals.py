@@ -13,7 +13,7 @@ _RESAMPLES = 2000
 
 
 def wilson_interval(successes: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of the share of successes among independent yes-or-no outcomes.
+    """Compute Wilson's 95% interval of the share of successes among independent yes-or-no outcomes.
 
     Unlike the normal interval it stays within [0, 1] and is not empty where all outcomes are alike.
 
@@ -33,9 +33,9 @@ def wilson_interval(successes: float, count: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a mean, by resampling whole questions.
+    """Compute the 95% percentile interval of a mean by resampling whole questions.
 
-    Completions of one question are alike. Resampling questions, and not completions, keeps them together.
+    The completions of one question are alike. Resampling questions, and not completions, keeps them together.
 
     Args:
         values: One number for each question.
@@ -52,14 +52,14 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def crossed_interval(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of a mean over training seeds and questions, by resampling both.
+    """Compute the 95% percentile interval of a mean over training seeds and questions by resampling both.
 
     Each resampling draws S - 1 of the S seeds, so that the resampled means vary as much as the mean itself does (S
     draws would give (S - 1) / S of its variance; Rao and Wu 1988). A single seed has no spread to draw from, and the
     interval is over questions alone.
 
     Args:
-        values: Scores, or differences of two arms that share seeds and questions, [S, Q], seeds by questions.
+        values: The scores, or the differences of two arms that share seeds and questions, seeds by questions [S, Q].
         seed: The seed of the resampling.
 
     Returns:

@@ -20,7 +20,7 @@ def batch_statistics(
     Args:
         rollouts: The B rollouts of this process, those of one group next to each other.
         is_success: Whether each rollout has succeeded.
-        views: The teacher's prompt of each rollout, None where it has no feedback.
+        views: The teacher's prompts for each rollout; None where it has no feedback.
         total: Sums each of several numbers over processes.
         largest: Takes the largest of a number over processes.
 
@@ -63,6 +63,6 @@ def batch_statistics(
 
 
 def repeated_share(token_ids: Sequence[int]) -> float:
-    """The share of a completion's 3-grams that have occurred before in it, in [0, 1)."""
+    """Compute the share of a completion's 3-grams that have occurred before in it, in [0, 1)."""
     trigrams = list(zip(token_ids, token_ids[1:], token_ids[2:], strict=False))
     return 1.0 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0

@@ -43,7 +43,7 @@ class Head:
         softcap: The bound of the logits' absolute value; None for no bound.
 
     Raises:
-        ValueError: shapes do not fit together, or softcap is not positive.
+        ValueError: Shapes do not fit together, or softcap is not positive.
     """
 
     weight: Tensor

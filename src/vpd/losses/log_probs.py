@@ -43,8 +43,8 @@ def token_log_probs(
         The log-probabilities [T] in nats, in fp32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a setting out of range, or a target outside of the vocabulary
-            (checked on the CPU only: on an accelerator the check would wait for the device).
+        ValueError: Shapes or dtypes do not fit, a setting is out of range, or a target is outside of the vocabulary.
+            (The targets are checked on the CPU only, since on an accelerator the check would wait for the device.)
     """
     check_settings(temperature, chunk_size)
     check_hidden("hidden", hidden, head)

@@ -25,13 +25,13 @@ from vpd.runs.folder import TRAINER_STATE
 class Callbacks:
     """Holds the callbacks with their ``TrainerState`` and ``TrainerControl``.
 
-    What they ask for through the control is honoured: ``should_evaluate``, ``should_save``, ``should_training_stop``.
+    The run does what they ask for through the control: ``should_evaluate``, ``should_save``, ``should_training_stop``.
     A step is a rollout batch. The state is part of the accelerator's checkpoints, as ``trainer_state.json``.
 
     Attributes:
-        handler: transformers' own, to which callbacks are added and from which they are removed.
-        control: what the callbacks ask for.
-        state: the run's ``TrainerState``.
+        handler: The handler of transformers, to which callbacks are added and from which they are removed.
+        control: The ``TrainerControl`` that holds what the callbacks ask for.
+        state: The ``TrainerState`` of the run.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The measurements of a run, told and logged as they are made."""
+"""Makes the measurements of a run, and tells and logs them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Measurements:
     """Measures the final table's rows, the accuracy on a split, and how far the teacher is ahead of the student.
 
     Args:
-        evaluator: asks the questions.
-        journal: tells the results.
-        state: holds the table's rows.
-        monitor: is told where the teacher is not ahead.
-        settings: say how much to measure.
+        evaluator: Asks the questions.
+        journal: Tells the results.
+        state: Holds the table's rows.
+        monitor: Warns where the teacher is not ahead.
+        settings: The settings that say how much to measure.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Measurements:
         """Measure by how much the teacher's accuracy is above the student's.
 
         Args:
-            when: begins the line that tells the result.
-            permute: give each rollout the feedback of another task.
+            when: The words that begin the line with the result.
+            permute: Whether each rollout gets the feedback of another task, as a control.
 
         Returns:
             The lower end of the difference's interval, and the number of tasks with feedback.

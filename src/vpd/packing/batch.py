@@ -1,4 +1,4 @@
-"""Token sequences -> one packed batch, and what is scored in it."""
+"""Packs token sequences into one batch, and runs a network on it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ from vpd.packing.layout import Known, PackedLayout
 from vpd.packing.trie import Tokens, Trie, build_trie, common_prefixes, padded
 
 PAD_TO_MULTIPLE_OF = 16
-"""Of the tokens of a batch, from 256 on, if it shares prefixes. oneDNN divides some other numbers of rows so badly that
-products take up to a quarter longer, and GPUs too multiply in blocks."""
+"""The number of tokens of a batch that shares prefixes is filled up to a multiple of this, from 256 tokens on. oneDNN
+divides some other numbers of rows so badly that products take up to a quarter longer. GPUs also use blocks."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One sequence of an unshared batch, as the model reads it: ids and positions [1, L], and where they came from."""
+    """One sequence of a batch that shares no prefixes, as the model reads it.
+
+    Attributes:
+        input_ids: The token ids [1, L].
+        position_ids: The position of each token [1, L].
+        start: The packed index of its first token.
+        stop: One past the packed index of its last token.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
@@ -33,22 +40,22 @@ class PackedRow:
 class PackedBatch:
     """T packed tokens of several sequences, and the S completion tokens that are scored.
 
-    The tokens are the distinct prefix tokens of every sequence without its last token: nothing is scored after the last
-    one, so its hidden state is not needed. A sequence without completion tokens adds none. A few tokens of no sequence,
-    which no other sees, may stand at the end: see :data:`PAD_TO_MULTIPLE_OF`.
+    The tokens are the distinct prefix tokens of every sequence without its last token, whose hidden state predicts
+    nothing that is scored. A sequence without completion tokens adds none. A few tokens of no sequence, which no other
+    token sees, may stand at the end: see :data:`PAD_TO_MULTIPLE_OF`.
 
     Attributes:
-        input_ids: [T] token ids.
-        position_ids: [T] position of each token in its sequences.
-        targets: [S] ids of the completion tokens, sequence after sequence.
-        predictor: [S] packed index of the token whose hidden state predicts the target.
-        rollout: [S] the rollout that the target belongs to, ascending; a rollout may have several sequences.
-        layout: what packed attention needs.
-        rollout_count: how many rollouts were given.
-        padded_token_count: what a padded batch would compute: sequences times the longest one's tokens.
-        row_lengths: lengths of the sequences laid end to end if prefixes are not shared, else None.
-        as_teacher: whether the teacher's own adapter is on in the pass, where the model has one.
-        padding: how many tokens at the end belong to no sequence.
+        input_ids: The token ids [T].
+        position_ids: The position of each token in its sequences [T].
+        targets: The ids of the completion tokens [S], sequence after sequence.
+        predictor: The packed index of the token whose hidden state predicts each target [S].
+        rollout: The rollout that each target belongs to [S], ascending; a rollout may have several sequences.
+        layout: The trie and the masks that packed attention needs.
+        rollout_count: How many rollouts were given.
+        padded_token_count: How many tokens a padded batch would compute: sequences times the longest one's tokens.
+        row_lengths: The lengths of the sequences, end to end, if prefixes are not shared; else None.
+        as_teacher: Whether the teacher's adapter is on in the pass, where the model has one.
+        padding: How many tokens at the end belong to no sequence.
     """
 
     input_ids: Tensor
@@ -65,22 +72,22 @@ class PackedBatch:
 
     @property
     def token_count(self) -> int:
-        """The tokens of sequences that the model computes, T less the padding."""
+        """How many tokens of sequences the model computes: T less the padding."""
         return self.input_ids.numel() - self.padding
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is scored and so nothing computed (T = S = 0); a model cannot run on it."""
+        """Whether nothing is scored, so that nothing is computed (T = S = 0). A model cannot run on such a batch."""
         return self.token_count == 0
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The batch with its tensors on the device. The layout is shared; its masks are made where the model is."""
+        """Return the batch with its tensors on the device. The layout, which makes its masks there, is shared."""
         names = ("input_ids", "position_ids", "targets", "predictor", "rollout")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keywords for one forward of a model with packed attention; its hidden states come out as [1, T, H]."""
-        # Any four-dimensional mask is taken as ready-made by transformers, which then makes none. It is never read.
+        """Return the keywords for one forward of a model with packed attention, whose hidden states are [1, T, H]."""
+        # transformers takes any four-dimensional mask as ready-made, and makes none. Nothing reads it.
         stand_in = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
         return {
             "input_ids": self.input_ids[None],
@@ -91,10 +98,10 @@ class PackedBatch:
         }
 
     def rows(self) -> Iterator[PackedRow]:
-        """The sequences one at a time, for a model that carries state across tokens.
+        """Yield the sequences one at a time, for a model that carries state across tokens.
 
         Raises:
-            ValueError: the batch shares prefixes.
+            ValueError: The batch shares prefixes.
         """
         if self.row_lengths is None:
             raise ValueError(
@@ -119,8 +126,8 @@ def pack(
     """Pack prompt-and-completion sequences into one batch, on the CPU.
 
     Args:
-        sequences: token ids, prompt and completion; they may belong to different groups.
-        completion_starts: index of each sequence's first completion token, from 1 to its length (no completion).
+        sequences: The token ids of prompts with completions, which may belong to different groups.
+        completion_starts: The index of each sequence's first completion token, from 1 to its length (no completion).
         rollouts: For each sequence the index of its rollout, ascending from 0: the turns of a conversation are several
             sequences of one rollout. By default every sequence is a rollout of its own.
         share_prefixes: Whether each distinct prefix is computed once. Without it the sequences lie end to end, for
@@ -128,12 +135,12 @@ def pack(
         keeps_keys: Whether a batch that is conditioned on this one will ask for its keys and values. They are kept
             without their gradient when the batch is run by the block kernel, until ``layout.forget()``.
         conditioned_on: A batch that keeps its keys and values. The prefixes that prompts have in common with its
-            sequences are not computed again (KV reuse): the same network, with the same weights and without dropout,
+            sequences are not computed again (KV reuse). The same network, with the same weights and without dropout,
             must have run that batch before it runs this one.
 
     Raises:
-        ValueError: A completion starts before the second token or after the sequence's end, or a batch that does not
-            share prefixes is to share them with another.
+        ValueError: A completion starts before the second token or after the sequence's end, or a batch without
+            shared prefixes is to keep its keys or is conditioned on another.
     """
     if not share_prefixes and (keeps_keys or conditioned_on is not None):
         raise ValueError(
@@ -177,26 +184,29 @@ def pack(
 
 
 def _padding(count: int) -> int:
-    """How many tokens make ``count`` the next multiple; none where they might add more than a sixteenth."""
+    """How many tokens fill ``count`` up to the next multiple; 0 where they might add more than a sixteenth."""
     return -count % PAD_TO_MULTIPLE_OF if count >= PAD_TO_MULTIPLE_OF**2 else 0
 
 
-def _sources(trie: Trie, predictors: list[np.ndarray], lender: PackedLayout) -> np.ndarray:
-    """[T] where each token of a trie stands in the lender's; -1 for nowhere, and where its own state is wanted."""
+def _sources(trie: Trie, predictors: list[np.ndarray], conditioned_on: PackedLayout) -> np.ndarray:
+    """Find each token's packed index in the other layout [T]; -1 for tokens that this pass must compute.
+
+    It must compute the tokens that the other layout lacks, and those whose hidden states are wanted.
+    """
     source = np.full(len(trie.tokens), -1, dtype=np.int64)
-    sequences = [lender.trie.tokens[path] for path in lender.trie.paths]
+    sequences = [conditioned_on.trie.tokens[path] for path in conditioned_on.trie.paths]
     for path, (other, length) in zip(
         trie.paths, common_prefixes([trie.tokens[path] for path in trie.paths], sequences), strict=True
     ):
-        source[path[:length]] = lender.trie.paths[other][:length] if length else -1
+        source[path[:length]] = conditioned_on.trie.paths[other][:length] if length else -1
     for predictor in predictors:
-        # What stands behind a token that is computed is computed too.
+        # A token that is computed has descendants that are computed, too.
         source[predictor[0] : trie.subtree_end[predictor[0]]] = -1
     return source
 
 
-def _known(source: np.ndarray, lender: PackedLayout) -> Known:
-    """The tokens that have a place among the lender's, and what stands between them."""
+def _known(source: np.ndarray, conditioned_on: PackedLayout) -> Known:
+    """Divide the tokens into runs that the other layout has and runs that this pass computes."""
     mask = source >= 0
     rows = np.where(mask, source, np.cumsum(~mask) - 1)
     breaks = np.flatnonzero((np.diff(mask.astype(np.int8)) != 0) | (np.diff(rows) != 1)) + 1
@@ -205,24 +215,24 @@ def _known(source: np.ndarray, lender: PackedLayout) -> Known:
         for start, stop in pairwise([0, *breaks.tolist(), len(rows)])
         if start < stop
     ]
-    return Known(lender, mask, runs)
+    return Known(conditioned_on, mask, runs)
 
 
 def hidden_states(backbone: nn.Module, batch: PackedBatch, layers: Sequence[int] = ()) -> Tensor:
-    """Last hidden states [T, H] of a backbone (a model without its head), in the batch's packed order.
+    """Compute the last hidden states [T, H] of a backbone (a model without its head), in the batch's packed order.
 
     A batch that shares prefixes needs :func:`enable_packed_attention`; one that does not is run row by row.
-    ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``; a trimmed last
-    layer (:mod:`vpd.policy.cpu.last_layer`) leaves those of other tokens without meaning.
+    ``hidden_states(backbone, batch)[batch.predictor]`` are the S states that predict ``batch.targets``. A trimmed last
+    layer (:mod:`vpd.policy.cpu.last_layer`) leaves the states of other tokens without meaning.
 
     Args:
-        backbone: the model without its head.
-        batch: what to run.
-        layers: whose outputs to put behind the last states, side by side: [T, H + len(layers) * H]. The first is 1,
-            and the last one's is normalised, as transformers gives it.
+        backbone: The model without its head.
+        batch: The batch to run.
+        layers: The layers, counted from 1, whose outputs follow the last states in the same row:
+            [T, H + len(layers) * H]. The last layer's output is normalised, as transformers gives it.
 
     Raises:
-        ValueError: the batch is empty, or there is no such layer.
+        ValueError: The batch is empty, or there is no such layer.
     """
     if batch.is_empty:
         raise ValueError("The packed batch is empty: there is nothing to compute. Check `batch.is_empty` first.")

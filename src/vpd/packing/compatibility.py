@@ -1,4 +1,4 @@
-"""Tells whether a model may be packed: by its own description, and by trying."""
+"""Tells whether a model may be packed, by its own description and by a trial."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STATEFUL_MODEL_TYPES = ("mamba", "rwkv", "jamba", "bamba", "zamba", "xlstm", "re
 
 
 def packable(model_or_config: Any) -> tuple[bool, str]:
-    """Whether packed attention gives what separate sequences give, as far as the model's description tells.
+    """Tell whether packed attention gives what separate sequences give, as far as the model's description says.
 
     Args:
         model_or_config: A transformers model (also wrapped by PEFT) or its configuration.
 
     Returns:
-        The answer, and for a no the reason as a sentence ("" for a yes).
+        The answer, and the reason as a sentence if it is no ("" if it is yes).
     """
     is_config = isinstance(model_or_config, PreTrainedConfig)
     config = (model_or_config if is_config else model_or_config.config).get_text_config()
@@ -68,8 +68,8 @@ def check_packed_equals_separate(
 ) -> PackingDifference:
     """Run a few sequences packed and one by one, and compare the hidden states that predict their completions.
 
-    Architectures hide state in places that no configuration names; a run therefore tries before it trusts. With
-    sequences longer than the model's sliding window the window is tried too.
+    Architectures hide state in places that no configuration names, so that a run tries before it trusts. Sequences
+    that are longer than the model's sliding window try the window, too.
 
     Args:
         backbone: The model without its head, with packed attention enabled, on any device and in any dtype. It is

@@ -39,6 +39,23 @@ class Known:
         return torch.cat([by_token[is_known][start:stop] for is_known, start, stop in self.runs]).transpose(0, 1)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Which tokens a batch has and which of them it computes: all that a kernel needs to prepare its work.
+
+    Attributes:
+        trie: The tokens, known ones included.
+        known: Which of them another pass has computed, [T] bool; None for none.
+    """
+
+    trie: Trie
+    known: np.ndarray | None
+
+    def effective(self, window: int | None) -> int | None:
+        """The sliding window, in positions; None for one that no sequence outgrows."""
+        return None if window is None or window > int(self.trie.depth.max(initial=-1)) else window
+
+
 class PackedLayout:
     """The segments of one packed batch, handed through the model to its attention layers as the keyword ``packed``.
 
@@ -57,7 +74,8 @@ class PackedLayout:
         self._known = known
         self._kept: dict[nn.Module, list[tuple[Tensor, Tensor]]] | None = {} if keeps else None
         self._taken: Counter[nn.Module] = Counter()
-        self._prepared: dict[Callable[[PackedLayout], Any], Any] = {}
+        self._segments = Segments(trie, None if known is None else known.mask)
+        self._prepared: dict[Callable[[Segments], Any], Any] = {}
 
     @property
     def token_count(self) -> int:
@@ -66,21 +84,18 @@ class PackedLayout:
 
     @property
     def known(self) -> np.ndarray | None:
-        """Which tokens of the trie another pass has computed, as bool; None for none."""
-        return None if self._known is None else self._known.mask
+        """Which tokens of the trie another pass has computed, [T] bool; None for none."""
+        return self._segments.known
 
-    def prepared(self, kernel: Callable[[PackedLayout], T]) -> T:
-        """What a kernel prepares for this batch: ``kernel(self)``, made at first use and kept.
+    def prepared(self, kernel: Callable[[Segments], T]) -> T:
+        """What a kernel prepares for this batch, made of its segments at first use and kept.
 
-        All layers, and the second pass of gradient checkpointing, share it.
+        All layers, and the second pass of gradient checkpointing, share it. It must not hold the layout: in a cycle the
+        workspaces of past batches would stay until Python looks for cycles.
         """
         if kernel not in self._prepared:
-            self._prepared[kernel] = kernel(self)
+            self._prepared[kernel] = kernel(self._segments)
         return cast(T, self._prepared[kernel])
-
-    def effective(self, window: int | None) -> int | None:
-        """The sliding window, in positions; None for one that no sequence outgrows."""
-        return None if window is None or window > int(self.trie.depth.max(initial=-1)) else window
 
     def with_known(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [key heads, T, D] of one layer, with those of the known tokens in their places.

@@ -16,25 +16,26 @@ def plan_micro_batches(
     share_prefixes: bool = True,
     conditioned: bool = False,
 ) -> list[list[int]]:
-    """Indices of rollouts for each micro-batch, in the given order.
+    """Return the indices of the rollouts of each micro-batch, in the given order.
 
-    A micro-batch holds, of each view, at most ``max_tokens`` packed tokens: the distinct prefix tokens of the view's
-    sequences without their last ones (as :func:`pack` computes them, but for those that fill a batch up). It is filled
-    until the next rollout no longer fits; with ``groups``, a group that fits in a micro-batch of its own is not
+    A micro-batch holds at most ``max_tokens`` packed tokens of each view: the distinct prefix tokens of the view's
+    sequences without their last ones (as :func:`pack` computes them, except for those that fill a batch up). It is
+    filled until the next rollout no longer fits. With ``groups``, a group that fits in a micro-batch of its own is not
     divided, so that its prefix is computed once. A group above the budget is divided, each part with its own prefix. A
     rollout that alone is above the budget gets a micro-batch of its own.
 
     Args:
         views: For each rollout its views, for example the student's and the teacher's, and for each view the sequences
-            of the rollout's turns; none where the rollout lacks the view.
-        max_tokens: the budget of one view, or of each.
-        groups: for each rollout the name of its group; rollouts of a group stand next to each other.
-        share_prefixes: whether the batches will share prefixes; False counts every token.
-        conditioned: Whether the passes of all views but the first take its keys and values, so that only tokens that
-            it lacks count for them. (Such a pass also computes what predicts a completion's first token anew.)
+            of the rollout's turns; an empty list where the rollout lacks the view.
+        max_tokens: The budget of every view, or one budget for each view.
+        groups: The name of each rollout's group; rollouts of a group stand next to each other.
+        share_prefixes: Whether the batches will share prefixes; False counts every token.
+        conditioned: Whether the passes of all views but the first are conditioned on its keys and values, so that only
+            tokens that it lacks count for them. (Such a pass also recomputes the token that predicts a completion's
+            first one, which is not counted.)
 
     Raises:
-        ValueError: a budget is not positive, there is not one for each view, or rollouts differ in their number of
+        ValueError: A budget is not positive, there is not one for each view, or rollouts differ in their number of
             views.
     """
     view_count = len(views[0]) if views else 0
@@ -57,7 +58,7 @@ def plan_micro_batches(
     current = start()
     for run in runs:
         whole = start()
-        # Only if the run overflows what is open and fits in an empty one does a boundary before it spare a prefix.
+        # A boundary before the run spares a prefix only if the run overflows what is open and fits in an empty one.
         if current.rollouts and not current.copy().extend(run, views) and whole.extend(run, views):
             plan.append(current.rollouts)
             current = whole
@@ -87,7 +88,7 @@ class _MicroBatch:
         return duplicate
 
     def add(self, index: int, rollout: Sequence[Sequence[Tokens]]) -> bool:
-        """Put a rollout in; whether all fit in the budget now."""
+        """Put a rollout in, and return whether the whole is still within the budgets."""
         self.rollouts.append(index)
         for number, (counter, sequences) in enumerate(zip(self._counters, rollout, strict=True)):
             first = rollout[0] if self._conditioned and number else []
@@ -99,5 +100,5 @@ class _MicroBatch:
         return all(count <= budget for count, budget in zip(counts, self._budgets, strict=True))
 
     def extend(self, indices: list[int], views: Sequence[Sequence[Sequence[Tokens]]]) -> bool:
-        """Put rollouts in up to the first that does not fit; whether all did."""
+        """Put rollouts in up to the first that does not fit, and return whether all did."""
         return all(self.add(i, views[i]) for i in indices)

@@ -1,4 +1,4 @@
-"""A compressed trie over token sequences: every distinct prefix once, in depth-first order.
+"""A compressed trie over token sequences holds every distinct prefix once, in depth-first order.
 
 Sequences that begin alike (rollouts of one prompt, or of many prompts under one system message) share the tokens of
 their common prefixes. A run of tokens without a branch is a segment; segments are laid out parent before children, so
@@ -23,13 +23,13 @@ class Trie:
     """The packed layout of a set of sequences with T distinct prefix tokens in n segments.
 
     Attributes:
-        tokens: [T] token ids, depth-first.
-        depth: [T] position of the token in every sequence that goes through it, from 0.
-        subtree_end: [T] one past the last packed index that descends from the token's segment; token j is an ancestor
+        tokens: The token ids [T], depth-first.
+        depth: The position of each token [T], from 0, in every sequence that goes through it.
+        subtree_end: One past the last packed index that descends from each token's segment [T]. Token j is an ancestor
             of token i, or i itself, exactly if ``j <= i < subtree_end[j]``.
-        segment_starts: [n + 1] first packed index of each segment, and T at the end.
-        segment_parents: [n] index of the parent segment, -1 for a root.
-        paths: for each sequence, the packed indices of its tokens, in order.
+        segment_starts: The first packed index of each segment, and T at the end [n + 1].
+        segment_parents: The index of each segment's parent [n]; -1 for a root.
+        paths: The packed indices of each sequence's tokens, in order.
     """
 
     tokens: np.ndarray
@@ -48,7 +48,7 @@ def build_trie(sequences: Sequence[Tokens], *, share_prefixes: bool = True) -> T
     """
     arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     # Each entry is a range [low, high) of the sorted sequences that share their first `depth` tokens and hang below
-    # `parent`. A stack instead of recursion: a chain of branches may be deeper than Python's call stack.
+    # `parent`. A stack replaces recursion, because a chain of branches may be deeper than Python's call stack.
     if share_prefixes:
         order, common_with_previous = _sorted_with_common_prefixes(arrays)
         stack = [(0, len(arrays), 0, -1)]
@@ -96,7 +96,7 @@ def build_trie(sequences: Sequence[Tokens], *, share_prefixes: bool = True) -> T
 
 
 def padded(trie: Trie, count: int) -> Trie:
-    """The trie with ``count`` tokens 0 behind all others, a segment of their own that belongs to no sequence."""
+    """Return the trie with ``count`` more tokens 0 at the end, a segment of their own that belongs to no sequence."""
     if not count:
         return trie
     end = len(trie.tokens) + count
@@ -123,14 +123,14 @@ class PrefixCounter:
         self._members: list[bytes] = []
 
     def copy(self) -> PrefixCounter:
-        """A counter of the same set that grows on its own."""
+        """Return a counter of the same set that grows on its own."""
         duplicate = PrefixCounter(share_prefixes=self._share_prefixes)
         duplicate.count = self.count
         duplicate._members = list(self._members)
         return duplicate
 
     def new_tokens(self, sequence: Tokens) -> int:
-        """How many tokens of the sequence the set does not hold yet."""
+        """Count the tokens of the sequence that the set does not hold yet."""
         if not self._share_prefixes:
             return len(sequence)
         key = _sort_key(sequence)
@@ -145,7 +145,7 @@ class PrefixCounter:
 
 
 def common_prefixes(sequences: Sequence[Tokens], others: Sequence[Tokens]) -> list[tuple[int, int]]:
-    """For each sequence one of ``others`` that begins most like it, and how many tokens they have in common.
+    """Find for each sequence the one of ``others`` with which it shares most tokens, and how many these are.
 
     Where there are no others the index is -1.
     """
@@ -164,19 +164,19 @@ _TOKEN_BYTES = 4
 
 
 def _sort_key(sequence: Tokens) -> bytes:
-    """Bytes whose order is the lexicographic order of the token ids: big-endian, unsigned."""
+    """Return bytes whose order is the lexicographic order of the token ids: big-endian, unsigned."""
     return np.asarray(sequence, dtype=np.int64).astype(">u4").tobytes()
 
 
 def _common_bytes(left: bytes, right: bytes) -> int:
-    """Length in bytes of the longest common prefix in whole tokens."""
+    """Measure the longest common prefix of whole tokens, in bytes."""
     tokens = min(len(left), len(right)) // _TOKEN_BYTES
     differs = np.frombuffer(left, np.uint32, tokens) != np.frombuffer(right, np.uint32, tokens)
     return _TOKEN_BYTES * (int(differs.argmax()) if differs.any() else tokens)
 
 
 def _sorted_with_common_prefixes(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The lexicographic order [N], and how many tokens each sorted sequence shares with the one before it [N]."""
+    """Return the lexicographic order [N], and how many tokens each sequence then shares with the one before it [N]."""
     keys = [_sort_key(array) for array in arrays]
     order = sorted(range(len(arrays)), key=keys.__getitem__)
     common = [_common_bytes(keys[left], keys[right]) // _TOKEN_BYTES for left, right in pairwise(order)]
@@ -184,7 +184,7 @@ def _sorted_with_common_prefixes(arrays: list[np.ndarray]) -> tuple[np.ndarray, 
 
 
 def _subtree_ends(segment_ends: np.ndarray, parents: list[int]) -> np.ndarray:
-    """One past the last packed index below each segment; children come after their parents, hence backwards."""
+    """Find one past the last packed index below each segment, backwards, since children come after their parents."""
     ends = segment_ends.copy()
     for segment in range(len(parents) - 1, -1, -1):
         if parents[segment] >= 0:

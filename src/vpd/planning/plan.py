@@ -170,7 +170,7 @@ def predict(
         e_step=passes.e_share * (passes.prior + (passes.e_epochs + passes.separate_shift) * passes.teacher),
     )
     unshared = rollouts * (lengths.prompt + lengths.completion)
-    feedback = lengths.feedback * settings.make_algorithm().has_teacher
+    feedback = lengths.feedback * settings.make_algorithm().reads_feedback
     unshared += (passes.teachers > 0) * rollouts * (lengths.prompt + feedback + lengths.completion)
     return Plan(
         tokens,

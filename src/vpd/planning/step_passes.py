@@ -76,7 +76,7 @@ def step_passes(settings: VPDConfig, lengths: Lengths, default_kernel: PackedKer
     # A sibling's solution is the same text for the whole group but its own author.
     own_texts = 2 if settings.feedback.sources[0] == "sibling" else group
     teacher = prompts * (lengths.prompt + own_texts * lengths.feedback + group * lengths.completion)
-    teacher *= algorithm.has_teacher
+    teacher *= algorithm.reads_feedback
     is_one_pass = passes.e_is_whole and teacher <= settings.optim.micro_batch_tokens
     has_dropout = settings.model.lora is not None and settings.model.lora.lora_dropout > 0
     chosen = settings.model.packed_attention

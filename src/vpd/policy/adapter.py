@@ -1,8 +1,8 @@
-"""A LoRA adapter of the teacher's own: the E-step trains it, the M-step reads it, and the student never sees it.
+"""The teacher's LoRA adapter: the E-step trains it, the M-step reads it, and the student never sees it.
 
-With shared weights an E-step moves the student too. Here the teacher is the network with the adapter, the student the
-same network without; what the E-step learns reaches the student through distillation alone. The paper (VPD, arXiv
-2605.15113) names this as future work.
+With shared weights an E-step moves the student too. Here the teacher is the network with the adapter, and the student
+is the same network without it. What the E-step learns reaches the student through distillation alone. The paper (VPD,
+arXiv 2605.15113) names this as future work.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 from vpd.config import ConfigError, LoraSettings
 
 TEACHER = "teacher"
-"""Name of the adapter."""
+"""The name of the adapter."""
 
 
 def add_teacher_adapter(network: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Wrap a network so that it has the adapter, off at first; what was trained before stays trained.
+    """Wrap a network so that it has the adapter, which is off at first. Parameters that were trained stay trained.
 
     Raises:
-        ConfigError: the network has adapters already, or none of its layers can have one.
+        ConfigError: The network has adapters already, or none of its layers can have one.
     """
     if isinstance(network, PeftModel):
         raise ConfigError(
@@ -45,13 +45,15 @@ def add_teacher_adapter(network: PreTrainedModel, settings: LoraSettings) -> Pef
 
 
 def has_teacher_adapter(network: nn.Module) -> bool:
+    """Whether the network has the teacher's adapter."""
     return TEACHER in getattr(network, "peft_config", {})
 
 
 def switch_teacher_adapter(network: nn.Module, on: bool) -> None:
-    """Whether the passes from now on are the teacher's; a checkpointed layer's second pass must find it as it was.
+    """Switch the adapter on for the teacher's passes, or off for the student's.
 
-    PEFT's own switch also changes which parameters are trained.
+    Where layers are checkpointed, their recomputation must find the adapter as the forward pass found it. PEFT's own
+    switch is not used, because it also changes which parameters are trained.
     """
     for module in network.modules():
         if isinstance(module, BaseTunerLayer):
@@ -60,7 +62,7 @@ def switch_teacher_adapter(network: nn.Module, on: bool) -> None:
 
 @contextmanager
 def training_the_teacher_only(network: nn.Module) -> Iterator[None]:
-    """Within it, no gradient goes to the weights that the student has too."""
+    """Keep gradients from the weights that the student shares, as long as the context is open."""
     shared = [p for name, p in network.named_parameters() if p.requires_grad and f".{TEACHER}." not in name]
     for parameter in shared:
         parameter.requires_grad_(False)
@@ -72,11 +74,11 @@ def training_the_teacher_only(network: nn.Module) -> Iterator[None]:
 
 
 def without_teacher_adapter(network: PeftModel) -> tuple[PreTrainedModel, dict[str, object]]:
-    """The student alone, for saving: its transformers model, and its weights by that model's own names."""
+    """Return the student alone, for saving: its transformers model, and its weights by that model's own names."""
     base = network.get_base_model()
     return base, {plain_name(name): value for name, value in base.state_dict().items() if f".{TEACHER}." not in name}  # pyright: ignore
 
 
 def plain_name(name: str) -> str:
-    """A weight's name in the transformers model, from its name inside the adapter's wrapping."""
+    """Turn a weight's name inside the adapter's wrapping into its name in the transformers model."""
     return name.replace(".base_layer.", ".")

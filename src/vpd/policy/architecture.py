@@ -1,8 +1,8 @@
 """The two parts of a causal language model that the losses need: its backbone and its output head.
 
-Architectures differ in what they do to the logits after the output layer, and a loss that leaves it out trains another
-distribution than the one that samples. What is known of it is read from the model's config; :func:`verify_head` tells
-whether that was all.
+Architectures differ in what they do to the logits after the output layer. A loss that leaves this out trains another
+distribution than the one that samples. :func:`head_of` reads what it knows of this from the model's config, and
+:func:`verify_head` tells whether that was all.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from transformers import PreTrainedModel
 from vpd.config import ConfigError
 from vpd.losses import Head
 
-# Config fields that multiply the logits: Cohere, and Falcon-H1.
+# These config fields multiply the logits, in Cohere and in Falcon-H1.
 _FACTORS = ("logit_scale", "lm_head_multiplier")
-# The field that divides them in Granite and MiniCPM3; HyperCLOVA X has the same name for a factor.
+# This field divides them in Granite and MiniCPM3, while HyperCLOVA X has the same name for a factor.
 _DIVISOR = "logits_scaling"
 _DIVISOR_IS_FACTOR = {"hyperclovax"}
-# Gemma and its relatives, and RecurrentGemma.
+# These fields cap the logits, in Gemma with its relatives and in RecurrentGemma.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 _CHECKED_TOKENS = 4
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, adapters in place; a model without one is given back."""
+    """Return the transformers model inside a PEFT wrapper, with its adapters. A model without a wrapper is returned."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model  # type: ignore[return-value]
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The part that maps token ids to ``last_hidden_state``, final norm included.
+    """Return the part that maps token ids to ``last_hidden_state``, the final norm included.
 
     Raises:
-        ConfigError: the model has no such part.
+        ConfigError: The model has no such part.
     """
     language_model = causal_lm_of(model)
     backbone = getattr(language_model, getattr(language_model, "base_model_prefix", "") or "model", None)
@@ -50,10 +50,10 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The output head, sharing the model's own parameters, so that gradients reach them.
+    """Return the output head. It shares the model's own parameters, so that gradients reach them.
 
     Raises:
-        ConfigError: the output layer is not a plain linear layer; adapters on it are not supported.
+        ConfigError: The output layer is not a plain linear layer. Adapters on it are not supported.
     """
     language_model = causal_lm_of(model)
     layer = language_model.get_output_embeddings()
@@ -74,7 +74,7 @@ def verify_head(model: nn.Module) -> float:
         The largest absolute difference.
 
     Raises:
-        ConfigError: they differ by more than rounding, so the architecture does something to its logits that is not
+        ConfigError: They differ by more than rounding, so the architecture does something to its logits that is not
             known here.
     """
     language_model = causal_lm_of(model)

@@ -1,4 +1,4 @@
-"""A second set of weights, for the options that need one: the initial model, or a running average."""
+"""Keeps second sets of weights for the options that need them, such as the initial model or a running average."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ was last extrapolated."""
 
 
 def make_copies(policy: PolicyModule, rates: Mapping[str, float]) -> dict[str, WeightCopy]:
-    """The copies of some names, each with the rate at which every rollout batch pulls it towards the policy."""
+    """Make a copy for each name, with the rate at which every rollout batch pulls it towards the policy."""
     return {name: WeightCopy(policy, rate) for name, rate in rates.items()}
 
 
 class WeightCopy:
     """A frozen copy of the policy.
 
-    Weights that are not trained are shared with the policy: with adapters only these are copied. Make it before the
-    policy is prepared for training, since accelerate's wrapping is bound to the one module.
+    It shares weights that are not trained with the policy, so that with adapters only these are copied. Make it before
+    the policy is prepared for training, since accelerate's wrapping is bound to the one module.
 
     Args:
-        policy: what to copy.
-        rate: how far each rollout batch pulls the copy towards the trained weights; 0 keeps it as it was assigned.
+        policy: The policy to copy.
+        rate: How far each rollout batch pulls the copy towards the trained weights; 0 keeps it as it was assigned.
     """
 
     def __init__(self, policy: PolicyModule, rate: float = 0.0) -> None:
@@ -53,12 +53,12 @@ class WeightCopy:
 
     @torch.no_grad()
     def follow(self, policy: nn.Module) -> None:
-        """After a rollout batch's updates: move by ``rate`` towards the policy's weights."""
+        """Move by ``rate`` towards the policy's weights, after a rollout batch's updates."""
         if self.rate:
             self._pull(policy, self.rate)
 
     def trained(self, policy: nn.Module) -> dict[str, nn.Parameter]:
-        """A policy's parameters that the copy has copies of, by name."""
+        """Return those of a policy's parameters that the copy does not share, by name."""
         parameters = dict(policy.named_parameters())
         return {name: parameters[name] for name in self._trained}
 
@@ -68,7 +68,7 @@ class WeightCopy:
             own.lerp_(theirs[name].to(own), rate)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The copied weights, for a checkpoint."""
+        """Return the copied weights, for a checkpoint."""
         return dict(self.trained(self.module))
 
     @torch.no_grad()

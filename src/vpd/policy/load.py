@@ -1,4 +1,4 @@
-"""From a name to a network with its tokenizer, and back to a folder that transformers and vLLM read."""
+"""Loads a network with its tokenizer by name, and saves them to a folder that transformers and vLLM read."""
 
 from __future__ import annotations
 
@@ -38,31 +38,37 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where transformers finds a model, and whether it may look on the hub for it."""
+    """The place where transformers finds a model.
+
+    Attributes:
+        location: The path or the hub id.
+        local: Whether the model must be found without the hub.
+    """
 
     location: str
     local: bool
 
 
-def load_policy(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_policy(name: str, *, dtype: torch.dtype = torch.float32, chats: bool = True) -> LoadedModel:
     """Load a chat model from a hub id, a folder, a GGUF file, or the short name ``smollm2-135m-instruct``.
 
     Local names never reach the network. A folder with a LoRA adapter loads its base model and merges the adapter into
-    it. The tokenizer has a chat template and a pad token (its end-of-sequence token where it had none) afterwards, and
-    ``model.name_or_path`` is ``name``.
+    it. Afterwards the tokenizer has a chat template and a pad token, which is its end-of-sequence token where it had
+    none, and ``model.name_or_path`` is ``name``.
 
     Args:
-        name: what to load.
-        dtype: of the weights in memory.
+        name: The model to load.
+        dtype: The dtype of the weights in memory.
+        chats: Whether the model must be able to write chats: its tokenizer then has a chat template and a pad token.
 
     Raises:
-        ConfigError: there is no such model, it cannot be reached, or it is of a kind that cannot be trained here:
+        ConfigError: There is no such model, it cannot be reached, or it is of a kind that cannot be trained here:
             vision-language, encoder-decoder, or without a chat template.
     """
     source = _find(name)
     adapter = Path(source.location) / "adapter_config.json"
     if source.local and adapter.is_file():
-        return _load_adapter(name, adapter, dtype)
+        return _load_adapter(name, adapter, dtype, chats)
     try:
         config = AutoConfig.from_pretrained(source.location, local_files_only=source.local)
         _check_kind(name, config)
@@ -75,17 +81,18 @@ def load_policy(name: str, *, dtype: torch.dtype = torch.float32) -> LoadedModel
     model.config._name_or_path = model.name_or_path = name
     tokenizer.name_or_path = name
     loaded = LoadedModel(model, tokenizer)
-    check_chat_template(loaded)
-    _fill_pad_token(tokenizer)
+    if chats:
+        check_chat_template(loaded)
+        _fill_pad_token(tokenizer)
     _check_vocabulary(loaded)
     return loaded
 
 
 def config_of(name: str) -> PretrainedConfig:
-    """The config of a model that :func:`load_policy` would load, without its weights; an adapter's is its base's.
+    """Return the config of a model that :func:`load_policy` would load; for an adapter, that of its base model.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be reached.
+        ConfigError: There is no such model, or it cannot be reached.
     """
     source = _find(name)
     adapter = Path(source.location) / "adapter_config.json"
@@ -98,7 +105,7 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 def check_chat_template(loaded: LoadedModel) -> None:
-    """Raise ConfigError unless the tokenizer can write chats, which every prompt is."""
+    """Raise ConfigError unless the tokenizer can write chats, since every prompt is a chat."""
     if not loaded.tokenizer.chat_template:
         raise ConfigError(
             f"{loaded.tokenizer.name_or_path or 'The tokenizer'} has no chat template, so it is probably of a base "
@@ -114,19 +121,19 @@ def save_policy(
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write model and tokenizer in Hugging Face layout; a PEFT model is written as its adapter.
+    """Write the model and its tokenizer in Hugging Face layout; a PEFT model is written as its adapter.
 
-    The folder appears whole or not at all; where it holds a model already, it is replaced. To be called on one process.
+    The folder appears whole or not at all. Where it holds a model already, it is replaced. Call this on one process.
 
     Args:
-        model: a transformers model or a PEFT model.
-        tokenizer: saved beside it, chat template included.
-        folder: where to.
-        state_dict: the weights, where the model itself holds only a shard of them.
+        model: A transformers model or a PEFT model.
+        tokenizer: The tokenizer that is saved beside it, with its chat template.
+        folder: The folder to write.
+        state_dict: The weights, where the model itself holds only a shard of them.
 
     Raises:
-        OSError: the folder cannot be written, and nothing half-written is left behind; or it holds other things than a
-            model, which would be lost.
+        OSError: The folder cannot be written, and nothing half-written is left; or it holds other things than a model,
+            which would be lost.
     """
     folder = Path(folder)
     if folder.exists() and not _is_model_folder(folder) and (folder.is_file() or any(folder.iterdir())):
@@ -135,7 +142,7 @@ def save_policy(
     if has_teacher_adapter(model):
         model, options["state_dict"] = without_teacher_adapter(model)  # pyright: ignore
     elif hasattr(model, "peft_config"):
-        # The vocabulary is never resized here; left to itself, PEFT asks the hub whether it was.
+        # The vocabulary is never resized here. Without this option PEFT asks the hub whether it was.
         options["save_embedding_layers"] = False
     try:
         with whole_folder(folder, replace=True) as fresh:
@@ -161,7 +168,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token ids that end a completion, sorted.
+    """Return the token ids that end a completion, sorted.
 
     Three places know of them and often disagree: the generation config, the tokenizer, and the chat template, which
     closes the assistant's turn with a token such as ``<|im_end|>``.
@@ -173,10 +180,10 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that closes an assistant's answer: the chat template's, else the tokenizer's end of sequence.
+    """Return the token that closes an answer: the chat template's, or else the tokenizer's end of sequence.
 
     Raises:
-        ConfigError: the tokenizer has neither.
+        ConfigError: The tokenizer has neither.
     """
     token: Any = _end_of_turn(tokenizer)
     token = tokenizer.eos_token_id if token is None else token
@@ -186,7 +193,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes right after an assistant's message, if it writes one."""
+    """Return the special token that the chat template writes right after an assistant's message, if it does."""
     if not tokenizer.chat_template:
         return None
     answer = "vpd"
@@ -217,7 +224,7 @@ def _is_model_folder(folder: Path) -> bool:
 
 
 def _model_folder(name: str, folder: Path) -> Path:
-    """The folder itself if it is in Hugging Face layout, or the conversion of the one GGUF file in it."""
+    """Return the folder itself if it is in Hugging Face layout, else the conversion of the one GGUF file in it."""
     if _is_model_folder(folder):
         return folder
     match sorted(folder.glob("*.gguf")):
@@ -237,8 +244,8 @@ def _base_of(adapter: Path) -> str:
     return name
 
 
-def _load_adapter(name: str, adapter: Path, dtype: torch.dtype) -> LoadedModel:
-    base = load_policy(_base_of(adapter), dtype=dtype)
+def _load_adapter(name: str, adapter: Path, dtype: torch.dtype, chats: bool) -> LoadedModel:
+    base = load_policy(_base_of(adapter), dtype=dtype, chats=chats)
     model = PeftModel.from_pretrained(base.model, str(adapter.parent)).merge_and_unload()
     return LoadedModel(model, base.tokenizer)
 
@@ -276,7 +283,7 @@ def _fill_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ConfigError(
             f"The tokenizer of {tokenizer.name_or_path} has neither a pad token nor an end-of-sequence token: set one."
         )
-    # A new token would need a resized embedding; a pad token is masked everywhere, so which one it is is the same.
+    # A new token would need a resized embedding. Any token can pad, since padding is masked everywhere.
     tokenizer.pad_token = tokenizer.eos_token
 
 

@@ -1,4 +1,4 @@
-"""Where converted and warm-started models are kept, and folders that appear whole or not at all."""
+"""Keeps converted and warm-started models in a cache, in folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# No save takes this long: what is older was left by a process that was killed.
+# No save takes this long, so that a process that was killed has left what is older.
 _ABANDONED_SECONDS = 24 * 3600
 
 
 def cache_dir() -> Path:
-    """The user's cache folder: ``VPD_CACHE``, else ``XDG_CACHE_HOME/vpd``, else ``~/.cache/vpd``. It may not exist."""
+    """Return the cache folder: ``VPD_CACHE``, else ``XDG_CACHE_HOME/vpd``, else ``~/.cache/vpd``. It may not exist."""
     if own := os.environ.get("VPD_CACHE"):
         return Path(own).expanduser()
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -27,16 +27,16 @@ def cache_dir() -> Path:
 def whole_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
     """Give a new folder to write into, which takes the destination's place only once the block ends without error.
 
-    The new folder stands beside the destination, so that it takes its name in one step of the file system; after an
-    error it is removed and the destination is as it was.
+    The new folder stands beside the destination, so that it takes its name in one step of the file system. After an
+    error it is removed, and the destination is as it was.
 
     Args:
-        destination: the folder that is to appear.
-        replace: whether an existing destination gives way. Where it does not, what was written is thrown away: the
-            same content has been put there by another process in the meantime.
+        destination: The folder that is to appear.
+        replace: Whether an existing destination gives way. Where it does not, the new folder is thrown away, since
+            another process has put the same content there in the meantime.
 
     Raises:
-        OSError: the folder cannot be made, filled or renamed.
+        OSError: The folder cannot be made, filled or renamed.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{destination.name}.partial-"

@@ -15,7 +15,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as one kernel for all weights, which is several times faster than a loop over them, also on a CPU."""
+    """Make AdamW as one kernel for all weights, which is several times faster than a loop over them, also on a CPU."""
     return torch.optim.AdamW(
         list(parameters),
         lr=settings.learning_rate,
@@ -27,13 +27,13 @@ def make_optimizer(settings: OptimSettings, parameters: Iterable[torch.nn.Parame
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's moments of weights on the CPU, which are zero, before its first step does; others stay.
+    """Make AdamW's moments, which are zero, before its first step, for weights on the CPU that have none yet.
 
-    They are kept for the whole run. Moments that are made during a step take the places that its activations leave, and
+    They are kept for the whole run. Moments that the first step makes take the places that its activations leave, and
     split the memory that later steps need in one piece, so that the heap grows around them.
 
     Args:
-        optimizer: Any optimizer, as it was made or prepared by accelerate; only torch's AdamW is given moments.
+        optimizer: Any optimizer, prepared by accelerate or not; only torch's AdamW is given moments.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if type(optimizer) is not torch.optim.AdamW:
@@ -48,10 +48,10 @@ def make_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def make_scheduler(settings: OptimSettings, optimizer: torch.optim.Optimizer, max_steps: int) -> Any:
-    """One of transformers' schedules; it advances once a rollout batch.
+    """Make one of transformers' schedules, which advances once a rollout batch.
 
     Raises:
-        ConfigError: transformers does not know the name, or there is no setting for something the schedule needs.
+        ConfigError: Transformers does not know the name, or there is no setting for something the schedule needs.
     """
     try:
         return get_scheduler(

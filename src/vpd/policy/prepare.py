@@ -1,4 +1,4 @@
-"""From settings to what trains: the policy with adapters, checkpointing and packing, and the accelerator."""
+"""Makes what trains from the settings: the policy with adapters, checkpointing and packing, and the accelerator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vpd.policy.module import PolicyModule
 logger = logging.getLogger(__name__)
 
 # Packed and separate runs may differ by rounding alone, relative to the largest hidden value. A token that sees what
-# it must not, or a position off by one, shows as 0.1 and more.
+# it must not, or a position that is off by one, makes a difference of 0.1 or more.
 _PACKING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -40,14 +40,14 @@ def prepare_policy(
     """Load what is not given, wrap it for training, and check it.
 
     Args:
-        model: a name, a loaded model, or None for ``settings.name``.
-        tokenizer: None for the model's own.
-        settings: of the model.
-        peft_config: a PEFT config; ``settings.lora`` by default.
-        teacher_lora: an adapter of the teacher's own.
+        model: A name, a loaded model, or None for ``settings.name``.
+        tokenizer: The tokenizer; None for the model's own.
+        settings: The settings of the model.
+        peft_config: A PEFT config; ``settings.lora`` by default.
+        teacher_lora: The settings of the teacher's adapter; None where it has none.
 
     Raises:
-        ConfigError: the model cannot be loaded or is of a kind that cannot be trained here.
+        ConfigError: The model cannot be loaded or is of a kind that cannot be trained here.
     """
     # A kernel that this machine does not have is refused before anything is loaded.
     packed_kernel(settings, training_device())
@@ -86,6 +86,9 @@ def make_module(network: torch.nn.Module, settings: ModelSettings) -> PolicyModu
     verify_head(network)
     optimise(network, settings)
     kernel = packed_kernel(settings, training_device())
+    if settings.packed_attention == "auto" and getattr(causal_lm_of(network).config, "attention_dropout", 0):
+        # The one kernel that can drop attention weights.
+        kernel = "blocks"
     return PolicyModule(
         network,
         share_prefixes=may_share_prefixes(network, kernel),
@@ -113,7 +116,7 @@ def may_share_prefixes(network: torch.nn.Module, kernel: PackedKernel = "blocks"
 
 
 def _small_group(causal_lm: PreTrainedModel) -> tuple[list[list[int]], list[int]]:
-    """Four sequences of one prompt, longer than a sliding window where that is short enough to try."""
+    """Make four sequences of one prompt, longer than a sliding window where that is short enough to try."""
     config = causal_lm.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
     length = 24 + (window if window <= 1024 else 0)
@@ -125,7 +128,7 @@ def _small_group(causal_lm: PreTrainedModel) -> tuple[list[list[int]], list[int]
 
 
 def check_layers(policy: PolicyModule, layers: Sequence[int]) -> None:
-    """Raise ConfigError where hidden states of layers are to be matched that the model does not have."""
+    """Raise ConfigError where the loss matches hidden states of layers that the model does not have."""
     count = causal_lm_of(policy.model).config.num_hidden_layers
     for layer in layers:
         if not 1 <= layer <= count:
@@ -135,14 +138,14 @@ def check_layers(policy: PolicyModule, layers: Sequence[int]) -> None:
 
 
 def make_accelerator(args: VPDConfig, has_teacher_adapter: bool = False) -> Accelerator:
-    """The accelerator with the settings' mixed precision and trackers.
+    """Make the accelerator with the settings' mixed precision and trackers.
 
     Args:
         args: The run's settings.
         has_teacher_adapter: Whether the two steps train different parameters.
 
     Raises:
-        ConfigError: A tracker is not installed; accelerate would leave it out without a word.
+        ConfigError: A tracker is not installed. (accelerate would leave it out without a word.)
     """
     installed = {str(name) for name in get_available_trackers()}
     for name in args.run.report_to:

@@ -27,7 +27,7 @@ class InferenceCopy:
     """A copy of a network that follows its weights, and whose own memory can be given back.
 
     Parameters that need no conversion are shared with the model. The others are bfloat16 copies, which :meth:`sync`
-    brings up to date and :meth:`release` gives up. On a processor linear layers hold them in oneDNN's own layout
+    brings up to date and :meth:`release` gives up. On a CPU linear layers hold them in oneDNN's own layout
     (:class:`vpd.rollout.rearranged_weights.RearrangedWeights`). The model's modes, settings and hooks are never
     touched.
 
@@ -79,7 +79,7 @@ class InferenceCopy:
         self.is_released = False
 
     def release(self) -> None:
-        """Give up all weights that are not shared with the model; :meth:`sync` makes them again."""
+        """Give up all weights that are not shared with the model; :meth:`sync` copies them anew."""
         if self.is_released:
             return
         sources = dict(self._source.named_parameters())

@@ -20,14 +20,14 @@ from vpd.rollout.stopping import StopCondition
 class LocalEngine:
     """The rollout engine (:class:`vpd.rollout.engine.RolloutEngine`) that samples in this process.
 
-    It samples from an :class:`InferenceCopy` of the model with a :class:`Decoder`. On a processor, where the model can
-    be packed, a beginning that prompts of a batch share, such as a system message, is computed once.
+    It samples from an :class:`InferenceCopy` of the model with a :class:`Decoder`. On a CPU, where the model can be
+    packed, a beginning that prompts of a batch share, such as a system message, is computed once.
 
     Args:
         model: A causal language model of transformers or PEFT, on its device, without wrappers such as DDP.
         tokenizer: Decodes completions in search of stop strings.
         dtype: ``bfloat16`` samples from a bfloat16 copy of wider weights, ``float32`` from the model's own, and
-            ``auto`` makes the copy where the processor computes bfloat16 natively.
+            ``auto`` makes the copy where the CPU computes bfloat16 natively.
         batch_size: How many sequences are decoded at the same time.
 
     Raises:

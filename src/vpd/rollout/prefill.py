@@ -1,7 +1,7 @@
 """Computes the prompts before decoding begins.
 
 Prompts are packed, so that a beginning that several of them share is computed once and nothing is padded. Networks that
-cannot be packed, and devices other than the processor, get them padded.
+cannot be packed, and devices other than the CPU, get them padded.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class RearrangedWeights:
     (:meth:`keep_rows`).
 
     Args:
-        network: The inference copy, whose linear layers are replaced where the processor gains from it.
+        network: The inference copy, whose linear layers are replaced where the CPU gains from it.
         source: The model that the copy was made of.
     """
 
@@ -59,6 +59,6 @@ class RearrangedWeights:
                 layer.rearrange(layer.weight)
 
     def free(self) -> None:
-        """Give up all rearranged weights; the layers compute nothing until they are made again."""
+        """Give up all rearranged weights; the layers compute nothing until the weights are rearranged anew."""
         for layer in self._layers.values():
             layer.release()

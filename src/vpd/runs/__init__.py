@@ -1,4 +1,4 @@
-"""A run's folder: metrics, samples, checkpoints, best weights."""
+"""Keeps the folder of a run: metrics, samples, checkpoints and best weights."""
 
 from vpd.runs.files import RunError, atomic_write_bytes, atomic_write_text
 from vpd.runs.folder import RunFolder, read_metrics

@@ -1,4 +1,4 @@
-"""Checkpoints and best weights of a run: written, kept, removed, and gone on from."""
+"""Writes, keeps, removes and loads the checkpoints and the best weights of a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vpd.config import RunSettings
 from vpd.policy.load import load_weights, save_policy
+from vpd.runs.files import RunError
 from vpd.runs.folder import TRAINER_STATE, RunFolder, read_json
 from vpd.runs.state import TrainingState
 
@@ -20,19 +21,19 @@ class Checkpoints:
 
     A checkpoint holds what the accelerator knows of: weights, optimizer, random numbers, and all objects that were
     registered with it. Best weights are a model folder ``best-{step}`` beside the checkpoints. They stay as long as
-    the run or one of its checkpoints names them, so that a run resumed from any checkpoint finds its own.
+    the run or one of its checkpoints names them, so that a run finds them from whichever checkpoint it resumes.
 
     All processes call each method together.
 
     Args:
-        settings: the run's folder, and how many checkpoints to keep.
-        accelerator: saves and loads what is registered with it.
-        state: tells the newest step and the best one; it is registered with the accelerator.
-        model: the network whose weights are kept.
-        tokenizer: saved beside best weights.
+        settings: The settings that name the folder and say how many checkpoints to keep.
+        accelerator: Saves and loads what is registered with it.
+        state: Tells the newest step and the best one; it is registered with the accelerator.
+        model: The network whose weights are kept.
+        tokenizer: The tokenizer that is saved beside best weights.
 
     Attributes:
-        folder: the run's, on the main process once :meth:`open` was called; None elsewhere.
+        folder: The folder of the run, on the main process after :meth:`open`; None elsewhere.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class Checkpoints:
 
         Args:
             resume: False or None for a new run, True for the newest checkpoint where there is one, or the path of a
-                checkpoint of this run. Later checkpoints are removed then.
+                checkpoint of this run, whose later checkpoints are then removed.
 
         Returns:
             The checkpoint that was loaded; None where the run begins.
 
         Raises:
-            ConfigError: the folder cannot be used, holds a run that is not to be resumed, or has no such checkpoint.
+            ConfigError: The folder cannot be used, holds a run that is not to be resumed, or has no such checkpoint.
         """
         chosen = None
         if self._accelerator.is_main_process:
@@ -70,10 +71,24 @@ class Checkpoints:
                 chosen = self.folder.latest_checkpoint() if resume is True else self.folder.checkpoint_at(resume)
         (chosen,) = broadcast_object_list([chosen])
         if chosen is not None:
-            self._accelerator.load_state(str(chosen))
+            self._load(chosen)
         if self.folder is not None:
             self.folder.rewind(None if chosen is None else self._state.step)
         return chosen
+
+    def _load(self, checkpoint: Path) -> None:
+        """Load a checkpoint.
+
+        Raises:
+            RunError: It holds other parts than this run has.
+        """
+        try:
+            self._accelerator.load_state(str(checkpoint))
+        except ValueError as error:
+            raise RunError(
+                f"{checkpoint} cannot be gone on from: {error} It was written by another version of vpd, or with "
+                "settings that need other parts: start a new run, or take that version."
+            ) from error
 
     def save(self) -> None:
         """Save what a resume needs. All processes write into one folder, which then takes its name at once."""
@@ -84,7 +99,7 @@ class Checkpoints:
         self._remove_stale_weights()
 
     def keep_best(self) -> Path:
-        """Save the weights as those of the best step so far; the folder that they are in."""
+        """Save the weights as those of the best step so far, and return their folder."""
         path = self._best()
         if self._accelerator.is_main_process:
             save_policy(self._model, self._tokenizer, path)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Writes that either happen in full or not at all, also when the process is killed or the disk is full."""
+"""Writes files in full or not at all, even when the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 class RunError(RuntimeError):
-    """The run's folder cannot be read or written, told in a sentence that says how to mend it."""
+    """The folder of the run cannot be read or written; the message is a sentence that says how to mend it."""
 
 
 TEMPORARY_PATTERN = ".*.tmp"
-"""Names of files and folders that are being written; one that is found on opening a run was interrupted."""
+"""The pattern of the names of files and folders that are being written. A run that finds one was interrupted there."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_BELOW_BYTES = 1 << 20
@@ -30,7 +30,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Replace the file by ``data`` so that a reader sees the old or the new content, never a part.
 
     Raises:
-        RunError: the disk is full; the old file is untouched.
+        RunError: The disk is full; the old file is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -66,7 +66,7 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def disk_full_as_run_error(path: Path) -> Iterator[None]:
-    """Turn what a full disk raises, from whichever library, into one :class:`RunError`."""
+    """Turn the error of a full disk, from whichever library it comes, into a :class:`RunError`."""
     try:
         yield
     except Exception as error:
@@ -81,7 +81,7 @@ def disk_full_as_run_error(path: Path) -> Iterator[None]:
 def _means_disk_full(error: BaseException, path: Path) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    # safetensors and torch.save raise errors of their own, with the system's message or without it.
+    # safetensors and torch.save raise other errors than OSError, with the system's message or without it.
     if "No space left" in str(error):
         return True
     return path.parent.is_dir() and shutil.disk_usage(path.parent).free < _FULL_BELOW_BYTES

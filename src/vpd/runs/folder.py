@@ -1,4 +1,4 @@
-"""The folder of a run: everything that is known about it, in files that other tools read.
+"""The folder of a run holds everything that is known about it, in files that other tools read.
 
     config.json                    the resolved settings
     metrics.jsonl                  one JSON object a line: {"step": 3, "event": "train", "reward": 0.4, ...}
@@ -42,18 +42,18 @@ _BEST = re.compile(r"best-(\d+)")
 _ROLLOUTS = re.compile(r"step-(\d+)\.parquet")
 
 TRAINER_STATE = "trainer_state.json"
-"""Name of the file in a checkpoint that holds transformers' ``TrainerState``."""
+"""The name of the file in a checkpoint that holds transformers' ``TrainerState``."""
 
 
 class RunFolder:
     """Opens the folder of a run, new or to be resumed, and writes its files.
 
     Args:
-        path: created where it is missing. Files that are no part of a run are left alone.
-        resume: go on with the run that the folder holds; a folder without one starts a new run.
+        path: The folder, which is created where it is missing. Files that are no part of a run are left alone.
+        resume: Whether to go on with the run that the folder holds. A folder without one starts a new run.
 
     Raises:
-        ConfigError: the folder holds a run and ``resume`` is off, or ``path`` is a file.
+        ConfigError: The folder holds a run and ``resume`` is off, or ``path`` is a file.
     """
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
@@ -93,10 +93,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, resume: bool) -> RunFolder:
-        """The folder of a run that is to begin, or to go on from a checkpoint.
+        """Open the folder of a run that is to begin, or to go on from a checkpoint.
 
         Raises:
-            ConfigError: the folder cannot be used, or holds a run without a checkpoint.
+            ConfigError: The folder cannot be used, or holds a run without a checkpoint.
         """
         try:
             folder = cls(path, resume=resume)
@@ -110,23 +110,24 @@ class RunFolder:
         return folder
 
     def write_config(self, config: BaseModel | Mapping[str, Any]) -> str:
-        """Write the resolved settings; return those that differ from the ones written before, as a sentence's part."""
+        """Write the resolved settings, and return in words those that differ from the ones that were written before."""
         values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
         before = self.read_config()
         atomic_write_text(self.config_path, _json(values, indent=2) + "\n")
         return changed_settings(before, values) if before else ""
 
     def read_config(self) -> dict[str, Any] | None:
-        """The settings that the folder's run began with; None where there are none yet."""
+        """Read the settings that the folder's run began with; None where there are none yet."""
         return read_json(self.config_path)
 
     def log(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """Append one line to ``metrics.jsonl``. Numbers that are not finite are written as null.
 
         Args:
-            step: rollout batch, from 1; 0 for what happens before the first.
-            event: ``train``, ``eval``, ``gap``, ``warning``, ``warm_start``, ``stage``, or ``log`` for a user's own.
-            values: a flat mapping; zero-dimensional arrays and tensors count as numbers.
+            step: The number of the rollout batch, from 1; 0 before the first.
+            event: The kind: ``train``, ``eval``, ``gap``, ``warning``, ``warm_start``, ``stage``, or ``log`` for what
+                a user logs.
+            values: The values as a flat mapping; zero-dimensional arrays and tensors count as numbers.
         """
         line = _json({"step": step, "event": event, **values}) + "\n"
         with disk_full_as_run_error(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
@@ -159,19 +160,19 @@ class RunFolder:
         self.result_path.unlink(missing_ok=True)
 
     def checkpoints(self) -> dict[int, Path]:
-        """The complete checkpoints by step, in ascending order."""
+        """Find the complete checkpoints by step, in ascending order."""
         return _numbered(self._checkpoints, _CHECKPOINT)
 
     def latest_checkpoint(self) -> Path | None:
-        """The complete checkpoint with the highest step; None where there is none."""
+        """Find the complete checkpoint with the highest step; None where there is none."""
         checkpoints = self.checkpoints()
         return checkpoints[max(checkpoints)] if checkpoints else None
 
     def checkpoint_at(self, path: str | Path) -> Path:
-        """The checkpoint of this run that ``path`` names.
+        """Find the checkpoint of this run that ``path`` names.
 
         Raises:
-            ConfigError: it is none of this run's.
+            ConfigError: This run has no such checkpoint.
         """
         for checkpoint in self.checkpoints().values():
             if checkpoint.resolve() == Path(path).expanduser().resolve():
@@ -188,12 +189,12 @@ class RunFolder:
         A checkpoint under its final name is complete, whenever the process was killed.
 
         Args:
-            step: the step that a resume from it goes on after.
-            write: is given an empty folder; what it raises is raised after the folder is removed.
-            keep: at least 1; the new checkpoint always stays.
+            step: The step after which a run resumed from it goes on.
+            write: Fills the empty folder that it is given. What it raises is raised after the folder is removed.
+            keep: How many checkpoints to keep, at least 1. The new one always stays.
 
         Raises:
-            RunError: the disk is full. Earlier checkpoints are untouched.
+            RunError: The disk is full. Earlier checkpoints are untouched.
         """
         final = self._checkpoints / f"checkpoint-{step}"
         new = self._checkpoints / f".new-{final.name}.tmp"
@@ -234,7 +235,7 @@ class RunFolder:
             self._remove_checkpoint(others[step])
 
     def _remove_checkpoint(self, checkpoint: Path) -> None:
-        # Renamed first, so that a folder whose removal is interrupted is not taken for a checkpoint.
+        # It is renamed first, so that a folder whose removal is interrupted is not taken for a checkpoint.
         _remove(checkpoint.rename(self._checkpoints / f".pruned-{checkpoint.name}.tmp"))
 
     def _mend_interrupted_writes(self) -> None:
@@ -251,11 +252,11 @@ class RunFolder:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The settings that differ between two configs, as a sentence's part; empty where none do.
+    """List in words the settings that differ between two configs; the text is empty where none do.
 
     A setting that did not exist yet when ``before`` was written counts as its default.
     """
-    # Where some setting of then is no longer known, what was written is compared.
+    # Where a setting of the old config is no longer known, its values are compared as they were written.
     with contextlib.suppress(ConfigError):
         before = VPDConfig.parse(dict(before)).model_dump(mode="json")
     old, new = _flat(_plain(before)), _flat(_plain(now))
@@ -264,7 +265,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Read the step from the name of a checkpoint's folder."""
     match = _CHECKPOINT.fullmatch(path.name)
     if match is None:
         raise RunError(f"{path} is not a checkpoint: its name should be checkpoint-<step>.")
@@ -272,10 +273,10 @@ def checkpoint_step(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file.
+    """Read the object in a JSON file; None where there is no file.
 
     Raises:
-        RunError: the file holds something else.
+        RunError: The file holds something else.
     """
     if not path.exists():
         return None
@@ -289,7 +290,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The entries of ``metrics.jsonl`` in their order; a line that was cut off by an interruption is skipped."""
+    """Read the entries of ``metrics.jsonl`` in their order, without a line that an interruption has cut off."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -305,7 +306,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def rollout_files(folder: str | Path) -> dict[int, Path]:
-    """The files of sampled rollouts by step, in the steps' order."""
+    """Find the files of sampled rollouts by step, in the steps' order."""
     return _numbered(Path(folder) / "rollouts", _ROLLOUTS)
 
 
@@ -324,7 +325,7 @@ def _remove(path: Path) -> None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Flatten nested settings to their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -337,7 +338,7 @@ def _json(values: Any, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as what JSON can hold: no NaN or infinity, which other tools' parsers refuse, and no array types."""
+    """Turn a value into one that JSON can hold: no array types, and no NaN or infinity, which other parsers refuse."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, str | bool | int | None):

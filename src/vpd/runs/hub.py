@@ -1,4 +1,4 @@
-"""Trained models on the Hugging Face hub."""
+"""Uploads trained models to the Hugging Face hub, and reads licences there."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from vpd.runs.model_card import BaseModel, license_fields
 
 
 def with_license(base: BaseModel, token: str | None) -> BaseModel:
-    """A model with the licence that its card on the hub tells, where it is not known yet.
+    """Return a model with the licence that its card on the hub states, where it is not known yet.
 
     Args:
-        base: the model.
-        token: of a user who may read it; None for the one that ``hf auth login`` has stored.
+        base: The model.
+        token: The token of a user who may read it; None for the one that ``hf auth login`` has stored.
     """
     if base.license or base.hub_id is None:
         return base
     try:
         card = HfApi(token=token).model_info(base.hub_id).card_data
-    except HfHubHTTPError:  # It may have gone, or be closed to this user.
+    except HfHubHTTPError:  # It may be gone, or closed to this user.
         return base
     return base if card is None else replace(base, license=license_fields(card))
 
@@ -40,16 +40,16 @@ def upload_model(
     """Upload a model folder into a repository, which is made where it is missing.
 
     Args:
-        folder: everything in it is uploaded.
-        repo_id: ``owner/name``, or the name alone for the token's owner.
-        private: whether a new repository is private; None for the owner's default.
-        token: of a user who may write there; None for the one that ``hf auth login`` has stored.
-        commit_message: of the one commit that is made.
-        revision: the branch, which is made where it is missing; None for the main one.
-        create_pr: open a pull request instead of committing.
+        folder: The folder, all of which is uploaded.
+        repo_id: The repository as ``owner/name``, or the name alone for the token's owner.
+        private: Whether a new repository is private; None for the owner's default.
+        token: The token of a user who may write there; None for the one that ``hf auth login`` has stored.
+        commit_message: The message of the one commit that is made.
+        revision: The branch, which is made where it is missing; None for the main one.
+        create_pr: Whether to open a pull request instead of committing.
 
     Raises:
-        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
+        huggingface_hub.errors.HfHubHTTPError: The hub refuses.
     """
     api = HfApi(token=token)
     # The answer has the owner's name where ``repo_id`` leaves it out.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: let the step under way end, so that a checkpoint can be saved before leaving."""
+"""On Ctrl-C and SIGTERM, lets the step under way end, so that a checkpoint can be saved before leaving."""
 
 from __future__ import annotations
 

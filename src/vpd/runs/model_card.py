@@ -1,4 +1,4 @@
-"""The README.md beside a trained model: what it was made from, by what, and how good it is."""
+"""Writes the README.md beside a trained model, which tells how the model was made and how good it is."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class BaseModel:
     """The model that training began with.
 
     Attributes:
-        name: as the run names it, a hub id or a path; None for a network that was made in Python.
-        hub_id: its name on the Hugging Face hub, or that of the hub's model that it was trained from; None where
-            neither is known.
-        license: the fields of a model card that tell its licence; empty where it is not known.
+        name: The name that the run gives it, a hub id or a path; None for a network that was made in Python.
+        hub_id: The name on the Hugging Face hub of the model, or of the hub's model that it was trained from; None
+            where neither is known.
+        license: The fields of a model card that state its licence; empty where it is not known.
     """
 
     name: str | None
@@ -43,7 +43,7 @@ _SHORT_NAMES = {
 
 
 def base_model_of(model: nn.Module) -> BaseModel:
-    """What is known here of the model that ``model`` was loaded from: by its name, its config, and its own card.
+    """Tell from which model ``model`` was loaded, as far as its name, its config and its card say.
 
     The hub is not asked: see :func:`vpd.runs.hub.with_license`.
     """
@@ -65,7 +65,7 @@ def base_model_of(model: nn.Module) -> BaseModel:
 
 
 def license_fields(card: Any) -> dict[str, str]:
-    """The fields that tell the licence, of a card's data; a link to a file beside the card is left out."""
+    """Select the fields of a card's data that state the licence, without a link to a file beside the card."""
     found = {name: card.get(name) for name in _LICENSE_FIELDS}
     return {
         name: value
@@ -80,11 +80,11 @@ def write_model_card(
     """Write the card of the model in ``folder``.
 
     Args:
-        folder: a model folder; an adapter's is told by its files.
-        args: the settings of the run.
-        base: the model that training began with.
-        rows: of the final table.
-        steps: how many rollout batches were done.
+        folder: The folder of a model, or of an adapter, which is recognised by its files.
+        args: The settings of the run.
+        base: The model that training began with.
+        rows: The rows of the final table.
+        steps: How many rollout batches were done.
     """
     is_adapter = (folder / "adapter_config.json").is_file()
     data = ModelCardData(
@@ -100,7 +100,7 @@ def write_model_card(
     origin = "a network that was made in Python" if base.name is None else name
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(base.name or 'A language model').name}, trained with {args.algorithm.type.upper()}",
+        f"# {Path(base.name or 'A language model').name}, trained with {args.algorithm.title}",
         f"This {'is an adapter of' if is_adapter else 'model began as'} {origin}. It was trained by vpd-rl "
         f"{version('vpd-rl')}, a trainer for [Variational Policy Distillation](https://arxiv.org/abs/2605.15113), with "
         f"the algorithm `{args.algorithm.type}` in a run of {steps} rollout batches.",
@@ -130,7 +130,7 @@ def _results(args: VPDConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _settings(args: VPDConfig) -> dict[str, Any]:
     values = args.model_dump(mode="json", exclude_defaults=True)
-    # The two that tell which settings a section has, defaults or not.
+    # These two say which settings a section has, so that they are written even where they are the defaults.
     values["algorithm"] = {"type": args.algorithm.type, **values.get("algorithm", {})}
     if args.data is not None:
         values["data"] = {"environment": args.data.environment, **values["data"]}

@@ -1,4 +1,4 @@
-"""What a run gives back when it ends."""
+"""Holds the result that a run returns when it ends."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 
 class TrainOutput(NamedTuple):
-    """What ``VPDTrainer.train`` returns, in the form of transformers' ``TrainOutput``.
+    """The result of ``VPDTrainer.train``, in the form of transformers' ``TrainOutput``.
 
     Attributes:
-        global_step: how many rollout batches the run has done, those before a resume included.
-        training_loss: the mean of ``m_loss``, the M-step's loss, over these batches; nan where there was none.
-        metrics: ``rows``, the final table, each row with ``name``, ``accuracy``, its 95% interval ``low`` and
-            ``high``, and ``n`` questions; ``stopped_by``, the name of what ended the run before its time, or None;
-            ``interrupted``, the number of the signal that did, or None; ``train_runtime``, the seconds of this call;
-            ``train_seconds``, those of the rollout batches alone; ``train_steps_per_second``; ``skipped_e_steps``;
-            and ``report``, the path of the page (None on other processes than the main one).
+        global_step: How many rollout batches the run has done, including those before a resume.
+        training_loss: The mean of ``m_loss``, the M-step's loss, over these batches; nan where there was none.
+        metrics: The other results: ``rows``, the final table, each row with ``name``, ``accuracy``, its 95% interval
+            ``low`` and ``high``, and ``n`` questions; ``stopped_by``, the name of what ended the run before its time,
+            or None; ``interrupted``, the number of the signal that did, or None; ``train_runtime``, the seconds of this
+            call; ``train_seconds``, those of the rollout batches alone; ``train_steps_per_second``;
+            ``skipped_e_steps``; and ``report``, the path of the page (None on other processes than the main one).
     """
 
     global_step: int
@@ -25,6 +25,6 @@ class TrainOutput(NamedTuple):
 
 
 def mean_loss(log_history: Sequence[Mapping[str, Any]]) -> float:
-    """The mean ``m_loss`` of what was logged; nan where nothing has one."""
+    """Average the ``m_loss`` of the logged entries; nan where none has one."""
     losses = [entry["m_loss"] for entry in log_history if entry.get("m_loss") is not None]
     return sum(losses) / len(losses) if losses else float("nan")

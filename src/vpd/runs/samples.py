@@ -1,4 +1,4 @@
-"""Sampled rollouts of a step as one parquet file, for people and for other tools."""
+"""Writes the sampled rollouts of a step as one parquet file, for people and for other tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vpd.runs.files import atomic_write_bytes
+from vpd.runs.files import RunError, atomic_write_bytes
 from vpd.types import Messages, Rollout, TeacherView
 
 _NUMBERS = pa.list_(pa.float32())
@@ -45,17 +45,17 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """One completion of a rollout, and what the teacher read and thought of it.
+    """One completion of a rollout, with the teacher's prompt and the M-step's numbers for it.
 
     Attributes:
         prompt_ids: The student's prompt as token ids.
         completion: The decoded completion.
-        completion_ids: Its T token ids.
-        log_probs: T log-probabilities from the rollout engine.
+        completion_ids: The completion's token ids [T].
+        log_probs: The tokens' log-probabilities from the rollout engine [T].
         truncated: Whether the length limit ended the completion.
         teacher_prompt: The teacher's prompt as text; None where the turn has no teacher.
-        student_log_probs, teacher_log_probs: T log-probabilities from the M-step, where it handed them out.
-        divergence: T divergences from the M-step.
+        student_log_probs, teacher_log_probs: The tokens' log-probabilities from the M-step [T]; None without one.
+        divergence: The tokens' divergences from the M-step [T]; None without one.
     """
 
     prompt_ids: Sequence[int]
@@ -71,16 +71,16 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRecord:
-    """One row: a rollout with its turns, and what the judge said of it.
+    """One row of the file: a rollout with its turns and its verdict.
 
     Attributes:
-        step: The rollout batch, counted from 1.
+        step: The number of the rollout batch, counted from 1.
         group: The index of the prompt within the batch.
         task_id: The task's id.
         prompt: The task's prompt as text.
-        turns: The completions.
-        reward: The outcome; None where the judge itself failed.
-        feedback: The environment's text.
+        turns: The completions with what belongs to them.
+        reward: The reward; None where the judge itself failed.
+        feedback: The environment's text on the completion; None where it gave none.
         source: The kind of feedback that the teacher read; None where the rollout was left out.
     """
 
@@ -104,12 +104,12 @@ class RolloutRecord:
         teacher_log_probs: Sequence[float] | None = None,
         divergence: Sequence[float] | None = None,
     ) -> RolloutRecord:
-        """The row of a rollout.
+        """Make the row of a rollout.
 
         Args:
-            step: The rollout batch, counted from 1.
+            step: The number of the rollout batch, counted from 1.
             rollout: The rollout.
-            view: What the teacher read; None where the rollout has no feedback.
+            view: The teacher's prompts; None where the rollout has no feedback.
             student_log_probs, teacher_log_probs, divergence: The M-step's numbers for the completion tokens of the
                 turns that it worked on, one turn after another.
         """
@@ -121,7 +121,7 @@ class RolloutRecord:
         }
         turns, start = [], 0
         for turn, prompt in zip(rollout.turns, prompts, strict=True):
-            # An algorithm whose teacher reads the task alone has numbers without a teacher's prompt.
+            # Without any view the teacher reads the task alone, and has numbers for every turn.
             has_numbers = prompt is not None or view is None
             stop = start + (len(turn.completion_ids) if has_numbers else 0)
             turns.append(
@@ -157,7 +157,7 @@ class RolloutRecord:
 
     @property
     def token_count(self) -> int:
-        """The completion tokens of all turns."""
+        """The number of completion tokens of all turns."""
         return sum(len(turn.completion_ids) for turn in self.turns)
 
     @property
@@ -175,8 +175,13 @@ def write_rollouts(path: Path, records: Sequence[RolloutRecord]) -> None:
 
 
 def read_rollouts(path: Path) -> list[RolloutRecord]:
-    """The rows of one file, in their order."""
-    rows = pq.ParquetFile(path).read().to_pylist()
+    """Read the rows of one file, in their order."""
+    table = pq.ParquetFile(path).read()
+    if missing := [name for name in SCHEMA.names if name not in table.column_names]:
+        raise RunError(
+            f"{path} has no column {missing[0]}, so another version of vpd wrote it: read it with that version."
+        )
+    rows = table.to_pylist()
     return [RolloutRecord(**{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]]}) for row in rows]
 
 
@@ -187,7 +192,7 @@ def _as_text(messages: Messages) -> str:
 
 
 def _storable(value: Any) -> Any:
-    """A value whose texts UTF-8 can hold: a judge may quote a program's undecodable output as lone surrogates."""
+    """Replace what UTF-8 cannot hold: a judge may quote a program's undecodable output as lone surrogates."""
     if isinstance(value, str):
         return value.encode("utf-8", errors="replace").decode("utf-8")
     if isinstance(value, dict):

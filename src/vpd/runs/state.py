@@ -1,4 +1,4 @@
-"""The numbers that a run goes on from, besides weights and optimizer."""
+"""Holds the numbers from which a run goes on, besides weights and optimizer."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 @dataclass
 class TrainingState:
-    """What a resumed run must know besides weights, optimizer, scheduler, curriculum and the callbacks' state.
+    """The numbers that a resumed run needs besides weights, optimizer, scheduler, curriculum and the callbacks' state.
 
     Attributes:
-        step: how many rollout batches are done.
-        train_seconds: how long they took, without evaluations.
-        skipped_e_steps: how many E-iterations had a batch of one class only.
-        history: what :func:`vpd.monitoring.drift.drift_warnings` keeps.
-        best_step: the step of the best evaluation on the selection split; -1 before there is one.
-        best_accuracy: the accuracy that it found; -1 before there is one.
-        stale_evaluations: how many evaluations on the selection split came after it.
-        stopped_by: the name of what ended the run before its time; None while nothing has.
-        rows: the final table so far.
+        step: How many rollout batches are done.
+        train_seconds: How many seconds they took, without evaluations.
+        skipped_e_steps: How many E-iterations had a batch of one class only.
+        history: The numbers that :func:`vpd.monitoring.drift.drift_warnings` keeps.
+        best_step: The step of the best evaluation on the selection split; -1 before there is one.
+        best_accuracy: The accuracy of that evaluation; -1 before there is one.
+        stale_evaluations: How many evaluations on the selection split came after it.
+        stopped_by: The name of what ended the run before its time; None while nothing has.
+        rows: The rows of the final table so far.
     """
 
     step: int = 0
@@ -33,15 +33,15 @@ class TrainingState:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def note_accuracy(self, accuracy: float) -> bool:
-        """Take in an evaluation on the selection split after the newest step; whether it is the best so far."""
-        if not accuracy > self.best_accuracy:  # nor nan, where nothing could be graded
+        """Count an evaluation on the selection split after the newest step, and tell whether it is the best so far."""
+        if not accuracy > self.best_accuracy:  # It is nan where nothing could be graded.
             self.stale_evaluations += 1
             return False
         self.best_accuracy, self.best_step, self.stale_evaluations = accuracy, self.step, 0
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """All fields, for a checkpoint."""
+        """Return all fields, for a checkpoint."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

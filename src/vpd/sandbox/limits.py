@@ -12,7 +12,7 @@ class Limits:
     A program may start no processes, but as many threads as have room for their stacks in its memory.
 
     Attributes:
-        seconds: How much wall-clock time, and how much processor time, a script may take, or each call of a function.
+        seconds: How much wall-clock time, and how much CPU time, a script may take, or each call of a function.
         memory_mb: How much address space it may have, in MB; the interpreter itself takes about 60 of them.
         disk_mb: How much all the files that it writes may hold together, in MB.
         output_kb: How much it may write to standard output, to standard error, and as returned values, each in kB.

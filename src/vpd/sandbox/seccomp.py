@@ -109,7 +109,7 @@ _SECCOMP_MODE_FILTER = 2
 
 
 def is_supported() -> bool:
-    """Tell whether there is a table for this processor."""
+    """Tell whether there is a table for this CPU."""
     return platform.machine() in _TABLES
 
 
@@ -120,7 +120,7 @@ def restrict_system_calls(own_pid: int) -> None:
         own_pid: The process's id as the process itself sees it; it may send signals to this process alone.
 
     Raises:
-        OSError: The kernel refuses, or there is no table for the processor.
+        OSError: The kernel refuses, or there is no table for the CPU.
     """
     if not is_supported():
         raise OSError(errno.ENOSYS, f"there is no table of system calls for {platform.machine()}")

@@ -43,14 +43,14 @@ def test_blocks_attend_to_exactly_the_right_pairs(sequences, window, share_prefi
 
 @few
 @given(sequence_lists, sequence_lists, windows, st.sampled_from([(0, 0), (0, 8), (96, 1024)]))
-def test_blocks_ask_for_the_tokens_alone_that_are_not_known(lent, sequences, window, costs):
-    lender = pack([[*tokens, 9] for tokens in lent], [len(tokens) + 1 for tokens in lent], keeps_keys=True)
+def test_blocks_ask_for_the_tokens_alone_that_are_not_known(known, sequences, window, costs):
+    first = pack([[*tokens, 9] for tokens in known], [len(tokens) + 1 for tokens in known], keeps_keys=True)
     sequences = [[*tokens, 9, 9] for tokens in sequences]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "KEY_COST", costs[0])
         patch.setattr(blocks, "CALL_COST", costs[1])
         patch.setattr(blocks, "CHAIN_ROWS", 4)
-        packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], conditioned_on=lender).layout
+        packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], conditioned_on=first).layout
         attended = attended_pairs(packed, window)
     expected = true_pairs(packed.trie, window)
     computed = attended.any(1)

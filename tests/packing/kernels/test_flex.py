@@ -1,5 +1,5 @@
-"""flex_attention with the trie's mask gives what the blocks give. On the CPU it has no backward pass to test, and what
-runs is its definition in plain operations, not the compiled kernel.
+"""flex_attention with the trie's mask gives what the blocks give. On the CPU it has no backward pass to test, and its
+definition in plain operations runs instead of the compiled kernel.
 """
 
 import random
@@ -17,7 +17,7 @@ from vpd.packing import IMPLEMENTATIONS, enable_packed_attention, hidden_states,
 from vpd.packing.kernels import flex
 from vpd.packing.trie import build_trie
 from vpd.policy.module import PolicyModule
-from vpd.policy.prepare import may_share_prefixes, prepare_policy
+from vpd.policy.prepare import make_module, may_share_prefixes, prepare_policy
 
 CONFIGS = attention_configs()
 CPU = torch.device("cpu")
@@ -153,3 +153,11 @@ def test_flex_is_refused_where_there_is_no_gpu_to_train_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="packed_attention"):
         prepare_policy(build(CONFIGS["llama"]), None, ModelSettings(packed_attention="flex"))
+
+
+def test_the_default_kernel_gives_way_where_attention_weights_are_dropped(monkeypatch):
+    monkeypatch.setattr("vpd.policy.prepare.training_device", lambda: torch.device("cuda"))
+    for dropout, kernel in ((0.0, "flex"), (0.1, "blocks")):
+        model = build(CONFIGS["llama"])
+        model.config.attention_dropout = dropout
+        assert make_module(model, ModelSettings()).kernel == kernel

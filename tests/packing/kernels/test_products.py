@@ -1,4 +1,4 @@
-"""Attention by products in bfloat16 against the formula in float64, and what takes it."""
+"""Attention by products in bfloat16 is near the formula in float64, and serves the right passes."""
 
 from __future__ import annotations
 
@@ -113,18 +113,18 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_under_autocast_is_near_itself_in_float32(name, calls):
-    """Behind another batch too; the same is asked of PyTorch's kernel, which is at most as near."""
+    """This also holds for a batch that is conditioned on another one. PyTorch's kernel is at most as near."""
     sequences, starts = grouped_sequences()
     model = build(CONFIGS[name])
     enable_packed_attention(model)
 
     def run(half):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            lender = pack(sequences, starts, keeps_keys=True)
-            states = hidden_states(model.model, lender)[lender.predictor].float()
-            behind = pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=lender)
+            first = pack(sequences, starts, keeps_keys=True)
+            states = hidden_states(model.model, first)[first.predictor].float()
+            conditioned = pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=first)
             with torch.no_grad():
-                others = hidden_states(model.model, behind)[behind.predictor].float()
+                others = hidden_states(model.model, conditioned)[conditioned.predictor].float()
         weights = [weight for weight in model.model.parameters() if weight.requires_grad]
         gradients = torch.autograd.grad(states.square().sum(), weights, allow_unused=True)
         return [states.detach(), others, torch.cat([g.flatten() for g in gradients if g is not None])]

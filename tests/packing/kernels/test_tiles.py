@@ -23,10 +23,10 @@ HEADS = 6
 
 @few
 @given(sequence_lists, sequence_lists, windows, st.sampled_from([(1, 1), (8, 512)]), st.integers(1, 2000))
-def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(lent, sequences, window, costs, cap):
-    lender = pack([[*tokens, 9] for tokens in lent], [len(tokens) + 1 for tokens in lent], keeps_keys=True)
+def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(known, sequences, window, costs, cap):
+    first = pack([[*tokens, 9] for tokens in known], [len(tokens) + 1 for tokens in known], keeps_keys=True)
     sequences = [[*tokens, 9, 9] for tokens in sequences]
-    packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], conditioned_on=lender).layout
+    packed = pack(sequences, [len(tokens) - 1 for tokens in sequences], conditioned_on=first).layout
     heads, key_heads = 4, 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "KEY_COST", costs[0])
@@ -69,7 +69,7 @@ def test_tiles_ask_for_exactly_the_right_pairs_of_the_tokens_that_are_not_known(
 @pytest.mark.parametrize("largest", [1, 300, 4000, 2**20])
 @pytest.mark.usefixtures("fine")
 def test_tiles_hold_every_query_once_and_their_batches_at_most_so_many_scores(window, largest, monkeypatch):
-    """One token's queries are not divided. No tile has keys behind its last query."""
+    """One token's queries are not divided. No tile has keys after its last query."""
     monkeypatch.setattr(tiles, "BATCH_SCORES", largest)
     monkeypatch.setattr(tiles, "TILE_SCORES", largest)
     trie = branching_trie()

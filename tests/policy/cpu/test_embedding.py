@@ -1,4 +1,4 @@
-"""Tied embeddings that add to the head's gradient: the gradients of autograd, without a second matrix."""
+"""Tied embeddings add to the head's gradient: the gradients are autograd's, without a second matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trimmed last layer: what is scored has the same states, keys and gradients, and the rest is left out."""
+"""A trimmed last layer gives scored tokens the same states, keys and gradients, and leaves the rest out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _states(model, batch):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scored_states_and_gradients_are_those_of_the_whole_layer(name, checkpointing):
-    """Behind another batch too, which takes its keys and values."""
+    """This also holds for a batch that is conditioned on another one, whose keys and values it reuses."""
     sequences, starts = grouped_sequences()
     plain = _packed(name)
     trimmed = copy.deepcopy(plain)
@@ -42,14 +42,14 @@ def test_scored_states_and_gradients_are_those_of_the_whole_layer(name, checkpoi
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
-        lender = pack(sequences, starts, keeps_keys=True)
-        states = _states(model, lender)
+        first = pack(sequences, starts, keeps_keys=True)
+        states = _states(model, first)
         with torch.no_grad():
-            behind = _states(model, pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=lender))
-        lender.layout.forget()
+            conditioned = _states(model, pack([[*x[:-1], 7, *x[-1:]] for x in sequences], starts, conditioned_on=first))
+        first.layout.forget()
         weights = [weight for weight in model.model.parameters() if weight.requires_grad]
         gradients = torch.autograd.grad(states.square().sum(), weights, allow_unused=True)
-        found.append([states.detach(), behind, *(g for g in gradients if g is not None)])
+        found.append([states.detach(), conditioned, *(g for g in gradients if g is not None)])
     assert len(found[0]) == len(found[1])
     for theirs, ours in zip(*found, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

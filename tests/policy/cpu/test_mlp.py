@@ -1,4 +1,4 @@
-"""Gated MLPs that keep less: what they compute, what they keep, and which modules they stand in for."""
+"""Gated MLPs that keep one tensor less compute the same, and replace the right modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused norms: transformers' numbers and gradients, its roundings under autocast, and where they are left out."""
+"""Fused norms give transformers' numbers, gradients and roundings under autocast, and replace the right modules."""
 
 from __future__ import annotations
 

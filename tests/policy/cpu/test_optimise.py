@@ -1,4 +1,4 @@
-"""The face of the CPU's layers: what it changes, when, and what may be left out."""
+"""``optimise`` changes the layers that it should, only where it should, and nothing that is left out."""
 
 from __future__ import annotations
 

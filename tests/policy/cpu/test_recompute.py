@@ -1,4 +1,4 @@
-"""Training passes that recompute what they need not keep: the same gradients, and what they no longer hold."""
+"""Training passes that recompute instead of keeping give the same gradients, and hold less."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused rotary positions: transformers' numbers and gradients, and where they are left out."""
+"""Fused rotary positions give transformers' numbers and gradients, and replace the right functions."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vpd.device import is_cuda
-from vpd.packing.layout import PackedLayout
+from vpd.packing.layout import Segments
 from vpd.packing.trie import Trie
 
 BLOCK_SIZE = 128
@@ -29,18 +29,18 @@ class Prepared:
     """The masks of one packed batch, made at first use: one for each window and device of the model's layers.
 
     Args:
-        layout: The layout of the batch.
+        segments: The segments of the batch.
     """
 
-    def __init__(self, layout: PackedLayout) -> None:
-        self._layout = layout
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
         self._masks: dict[tuple[int | None, torch.device], BlockMask] = {}
 
     def mask(self, window: int | None, device: torch.device) -> BlockMask:
         """The mask for layers that see ``window`` positions back; see :func:`make_block_mask`."""
-        key = (self._layout.effective(window), device)
+        key = (self._segments.effective(window), device)
         if key not in self._masks:
-            self._masks[key] = make_block_mask(self._layout.trie, *key)
+            self._masks[key] = make_block_mask(self._segments.trie, *key)
         return self._masks[key]
 
 

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from vpd.device import is_cpu, multiplies_bfloat16, rounding_factors
 from vpd.packing.kernels.tiles import KeySum, TileBatch, Tiling, make_tiling
-from vpd.packing.layout import PackedLayout
+from vpd.packing.layout import Segments
 
 
 class Workspace:
@@ -42,22 +42,22 @@ class Prepared:
     """The tilings of one packed batch, made at first use, and the memory in which they are computed.
 
     Args:
-        layout: The layout of the batch.
+        segments: The segments of the batch.
 
     Attributes:
         workspace: The memory that all layers and passes share.
     """
 
-    def __init__(self, layout: PackedLayout) -> None:
-        self._layout = layout
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
         self._tilings: dict[tuple[int | None, int, int], Tiling] = {}
         self.workspace = Workspace()
 
     def tiling(self, window: int | None, heads: int, key_heads: int) -> Tiling:
         """The tiles for layers that see ``window`` positions back and have so many heads."""
-        key = (self._layout.effective(window), heads, key_heads)
+        key = (self._segments.effective(window), heads, key_heads)
         if key not in self._tilings:
-            self._tilings[key] = make_tiling(self._layout.trie, *key, self._layout.known)
+            self._tilings[key] = make_tiling(self._segments.trie, *key, self._segments.known)
         return self._tilings[key]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vpd.packing.kernels.blocks import Block, allowed_pairs, partition
-from vpd.packing.layout import PackedLayout
+from vpd.packing.layout import PackedLayout, Segments
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Prepared:
     of the model's layers.
 
     Args:
-        layout: The layout of the batch.
+        segments: The segments of the batch.
     """
 
-    def __init__(self, layout: PackedLayout) -> None:
-        self._layout = layout
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
         self._plans: dict[int | None, BlockPlan] = {}
         self._masks: dict[tuple, list[Tensor | None]] = {}
 
     def plan(self, window: int | None) -> BlockPlan:
         """The blocks for layers that see ``window`` positions back (itself included), or everything for None."""
-        window = self._layout.effective(window)
+        window = self._segments.effective(window)
         if window not in self._plans:
-            trie = self._layout.trie
-            self._plans[window] = _plan(partition(trie, window, known=self._layout.known), len(trie.tokens))
+            trie = self._segments.trie
+            self._plans[window] = _plan(partition(trie, window, known=self._segments.known), len(trie.tokens))
         return self._plans[window]
 
     def masks(
@@ -79,7 +79,7 @@ class Prepared:
             else:
                 queries = np.arange(block.start, block.stop)
                 keys = np.concatenate([np.arange(start, stop) for start, stop in block.key_ranges])
-                allowed = allowed_pairs(self._layout.trie, queries, keys, window)
+                allowed = allowed_pairs(self._segments.trie, queries, keys, window)
                 masks.append(_additive(allowed, query_rows, dtype, device))
         self._masks[key] = masks
         return masks

@@ -144,7 +144,7 @@ class _Aligned:
         targets: [D].
         inverse: [S], each token's triple.
         old: [S], old log-probabilities, or None.
-        head_width: H, the width of the last hidden states, behind which those of layers stand.
+        head_width: H, the width of the last hidden states, which those of layers follow in the same row.
     """
 
     head: Head

@@ -40,13 +40,13 @@ class Refine(Objective):
     ``values`` hold ``rewards`` [B], the implicit rewards, ``prior`` [B], log pi_prior(y|x), and ``shift`` [], delta.
 
     Attributes:
-        prior_log_probs: [B], log pi_prior(y|x), without gradient. None takes it from the conditioned pass, which then
-            is the student's.
-        is_success: [B] bool.
-        shift: delta, a constant of the E-step. Its rule stands here where it is not known yet: then this pass must hold
-            the whole E-batch of each process.
+        prior_log_probs: The prior log pi_prior(y|x) of each rollout [B], without gradient. None takes it from the
+            conditioned pass, which then is the student's.
+        is_success: Whether each rollout counts as a success [B].
+        shift: The shift delta, a constant of the E-step, or the rule that computes it. With the rule, this pass must
+            hold the whole E-batch of each process.
         success_count, failure_count: The classes' sizes in the whole E-batch, over all processes.
-        betas: [B], the temperature of each rollout's implicit reward.
+        betas: The temperature of each rollout's implicit reward [B].
         temperature: The temperature of the distributions.
     """
 
