@@ -158,8 +158,8 @@ class VPDTrainer(BaseTrainer):
         throughput, timer = Throughput(self.learner), Timer()
         self.callbacks.step_begin()
 
-        rollouts = self.sample(step)
-        batch = self.with_feedback(rollouts)
+        sampled = self.sample(step)
+        batch = self.with_feedback(sampled)
         metrics, result = self.update(batch, step)
         metrics |= self._extrapolate(step, timer)
         self._sync(timer)
