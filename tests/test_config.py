@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpd.algorithms import SDPOSettings, VPDSettings
+from vpd.algorithms import SDPOSettings, VerifiedSettings, VPDSettings
 from vpd.config import ConfigError, VPDConfig
 from vpd.losses import DEFAULT_CHUNK_SIZE
 
@@ -48,8 +48,9 @@ def test_a_whole_section_can_be_replaced(tmp_path):
         VPDConfig.load(path, ["algorithm=sdpo"])
 
 
-def test_the_algorithm_is_vpd_unless_named():
-    assert isinstance(VPDConfig.parse({"algorithm": {"bco_beta": 0.2}}).algorithm, VPDSettings)
+def test_the_algorithm_is_verified_unless_named():
+    assert isinstance(VPDConfig.parse({"algorithm": {"attempts_per_group": 2}}).algorithm, VerifiedSettings)
+    assert isinstance(VPDConfig.parse({"algorithm": {"type": "vpd", "bco_beta": 0.2}}).algorithm, VPDSettings)
     assert isinstance(VPDConfig.parse({"algorithm": {"type": "sdpo"}}).algorithm, SDPOSettings)
 
 
@@ -59,7 +60,10 @@ def test_the_algorithm_is_vpd_unless_named():
         ({"optim": {"learningrate": 1}}, "Unknown setting optim.learningrate"),
         ({"algorithm": {"type": "sdpo", "e_step_every": 2}}, "Unknown setting algorithm.sdpo.e_step_every"),
         ({"feedback": {"sources": ["sibling"]}, "rollout": {"num_generations": 1}}, "num_generations to 2"),
-        ({"rollout": {"prompts_per_step": 2}, "algorithm": {"e_minibatch_prompts": 4}}, "e_minibatch_prompts = 4"),
+        (
+            {"rollout": {"prompts_per_step": 2}, "algorithm": {"type": "vpd", "e_minibatch_prompts": 4}},
+            "e_minibatch_prompts = 4",
+        ),
         ({"feedback": {"max_prompt_length": 100}}, "raise the former"),
         ({"feedback": {"templates": {"solution": "no slot"}}}, "must hold {text}"),
     ],

@@ -250,7 +250,7 @@ def reduced(settings: VPDConfig, folder: Path) -> VPDConfig:
             values["algorithm"][key] = min(values["algorithm"][key], 2)
     # The first batch of a warmup has the learning rate 0.
     values["optim"]["warmup_steps"] = 0
-    values["eval"] |= {"final_tasks": 0, "preflight_tasks": 0}
+    values["eval"] |= {"final_tasks": 0, "preflight_tasks": 0, "eval_steps": 0}
     values["run"] |= {"output_dir": str(folder), "max_steps": 1, "logged_samples": 0}
     return VPDConfig.parse(values)
 

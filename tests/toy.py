@@ -47,7 +47,7 @@ def toy_config(output_dir, **sections: dict[str, Any]) -> VPDConfig:
         "feedback": {"sources": ["environment"], "max_prompt_length": 1000},
         "algorithm": {"type": "vpd", "e_step_every": 2},
         "optim": {"learning_rate": 1e-3},
-        "eval": {"preflight_tasks": 2, "final_tasks": 4},
+        "eval": {"preflight_tasks": 2, "final_tasks": 4, "eval_steps": 0},
         "run": {"output_dir": str(output_dir), "max_steps": 2},
     }
     for name, settings in sections.items():

@@ -15,10 +15,11 @@ from accelerate.utils import set_seed
 from benchmarks.step import memory, models
 from benchmarks.step.specs import LEARNING_RATE, Side, SideInfo, StepRecord, Workload
 from benchmarks.step.tasks import ImposedVerdicts, needed_tokens
+from vpd.batch import Batch
 from vpd.config import VPDConfig
 from vpd.rollout import RolloutSampler, Sample
 from vpd.timing import Timer
-from vpd.trainer import Batch, VPDTrainer
+from vpd.trainer import VPDTrainer
 from vpd.types import Rollout, Task
 
 _ALGORITHM = {

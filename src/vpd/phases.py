@@ -8,6 +8,7 @@ from pathlib import Path
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
 from vpd.base_trainer import BaseTrainer
 from vpd.feedback import CritiqueSource
+from vpd.monitoring.warnings import fall_warning
 from vpd.policy.load import end_of_turn
 from vpd.report import write_report
 from vpd.runs.result import TrainOutput, mean_loss
@@ -40,11 +41,13 @@ def before_training(trainer: BaseTrainer) -> None:
         _warm_start(trainer)
         if args.eval.eval_on_start or not args.run.max_steps:
             trainer.measurements.row("after warm start")
+    if _selects(trainer) and args.run.max_steps:
+        _evaluate_selection(trainer)
     for weights in trainer.learner.copies.values():
         weights.assign(trainer.learner.module)
     for name, text in trainer.algorithm.warnings().items():
         trainer.journal.warn(name, text)
-    if args.eval.preflight_tasks and trainer.algorithm.reads_feedback:
+    if args.eval.preflight_tasks and trainer.algorithm.follows_teacher:
         trainer.measurements.preflight()
 
 
@@ -80,19 +83,28 @@ def after_step(trainer: BaseTrainer) -> None:
     control = trainer.callbacks.control
     # A callback may have asked on one process alone, but evaluating and saving need all of them.
     evaluates, saves = trainer.learner.total(control.should_evaluate, control.should_save)
-    if evaluates:
-        _note_accuracy(trainer, trainer.evaluate("selection")["eval_accuracy"])
+    if evaluates and trainer.environment.judges:
+        _evaluate_selection(trainer)
     if saves:
         save_checkpoint(trainer)
 
 
-def _note_accuracy(trainer: BaseTrainer, accuracy: float) -> None:
-    """Keep the best weights so far, and stop where nothing better has come for long enough."""
+def _selects(trainer: BaseTrainer) -> bool:
+    """Tell whether the weights are compared on the selection split, which needs a judge."""
+    return bool(trainer.args.eval.eval_steps) and trainer.environment.judges
+
+
+def _evaluate_selection(trainer: BaseTrainer) -> None:
+    """Measure the weights on the selection split, keep the best so far, and see whether the run must end."""
     settings, state, public = trainer.args.eval, trainer.run_state, trainer.state
+    measured = trainer.evaluate("selection")
+    accuracy = measured["eval_accuracy"]
     if state.note_accuracy(accuracy):
         public.best_metric, public.best_global_step = accuracy, state.step
         if settings.load_best_model_at_end:
             public.best_model_checkpoint = str(trainer.checkpoints.keep_best())
+    if warning := fall_warning(state.start_accuracy, accuracy, int(measured["eval_n"])):
+        trainer.monitor.warn("worse_than_start", warning)
     elif state.stale_evaluations >= (settings.early_stopping_patience or math.inf):
         trainer.monitor.stop("early_stopping")
 
@@ -106,17 +118,18 @@ def save_checkpoint(trainer: BaseTrainer) -> None:
 def after_training(trainer: BaseTrainer) -> None:
     """End a run that was not interrupted: load the best weights, make the final measurements, and save the model."""
     args, state = trainer.args, trainer.run_state
+    if _selects(trainer) and state.step != state.evaluated_step:
+        _evaluate_selection(trainer)
     if args.eval.load_best_model_at_end and state.best_step not in (-1, state.step):
         trainer.checkpoints.load_best()
         trainer.sampler.engine.sync()
         trainer.journal.say(
-            f"Back to the weights of step {state.best_step}, {state.best_accuracy:.1%} on the selection split."
+            f"Back to the weights of step {state.best_step}, {state.best_accuracy:.1%} on the selection split"
+            + (": nothing that training made was better." if state.best_step == 0 else ".")
         )
-    if not args.run.max_steps and args.eval.eval_steps:
-        trainer.evaluate("selection")
     if state.step or not state.rows:
         trainer.measurements.row(f"after {args.algorithm.title}", state.train_seconds)
-    if state.step and args.eval.preflight_tasks and trainer.algorithm.reads_feedback:
+    if state.step and args.eval.preflight_tasks and trainer.algorithm.follows_teacher:
         trainer.measurements.gap("After training")
     trainer.save_model()
     trainer.journal.end_tracking()

@@ -208,8 +208,6 @@ def _check_judge(args: VPDConfig, algorithm: Algorithm, environment: Environment
             f'algorithm.type = "{args.algorithm.type}" learns from verdicts, but these tasks have no judge: give '
             "reward_funcs (data.reward_funcs), or an environment."
         )
-    if args.eval.eval_steps is not None:
-        raise ConfigError("eval.eval_steps asks for evaluations, but these tasks have no judge: leave it out.")
     if args.optim.extrapolation:
         raise ConfigError("optim.extrapolation goes by a score, but these tasks have no judge: leave it out.")
 

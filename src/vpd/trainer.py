@@ -8,9 +8,8 @@ all iterations it distils the teacher's token distribution into the student. Bot
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vpd.algorithms.base import ExampleBatch, TokenNumbers, UpdateResult
 from vpd.algorithms.example import Example, make_examples, with_teacher
 from vpd.algorithms.extrapolation import extrapolate, is_due
 from vpd.base_trainer import BaseTrainer
+from vpd.batch import Batch
 from vpd.config import VPDConfig
 from vpd.environments import Environment, choose_environment
 from vpd.evaluation.statistics import batch_statistics
@@ -40,32 +40,13 @@ from vpd.rollout import Sampled
 from vpd.runs.files import RunError
 from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.result import TrainOutput
-from vpd.runs.samples import RolloutRecord
 from vpd.seeds import mix
 from vpd.setup import assemble, make_policy
 from vpd.timing import Timer
 from vpd.types import Rollout, TeacherView
 
-
-@dataclass
-class Batch:
-    """The rollouts of one iteration on this process, with what the teacher reads.
-
-    Attributes:
-        rollouts: The judged rollouts [B].
-        is_success: Whether each rollout has succeeded [B].
-        views: The teacher's prompts for each rollout [B]; None where it has no feedback.
-        counts: The numbers that the feedback sources have counted, by name.
-        token_count: How many tokens were sampled for the batch, critiques included.
-        seconds: The seconds of sampling, of judging and of critiques.
-    """
-
-    rollouts: list[Rollout]
-    is_success: list[bool]
-    views: list[TeacherView | None]
-    counts: Mapping[str, float]
-    token_count: int
-    seconds: dict[str, float]
+_OF_SECOND_ATTEMPTS = 2
+"""Tells the seed of the teacher's answers apart from that of the student's in the same step."""
 
 
 class VPDTrainer(BaseTrainer):
@@ -203,8 +184,8 @@ class VPDTrainer(BaseTrainer):
 
     def with_feedback(self, sampled: Sampled) -> Batch:
         """Decide which rollouts succeeded, and build the teacher's prompts for them all."""
-        rollouts, threshold = sampled.rollouts, self.args.algorithm.success_threshold
-        is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
+        rollouts = sampled.rollouts
+        is_success = self._successes(rollouts)
         permute = self.args.feedback.permute
         feedback = build_views(
             rollouts, is_success, self.prompts, seed=sampled.seed, sources=self.sources, permute=permute
@@ -221,16 +202,17 @@ class VPDTrainer(BaseTrainer):
         Returns:
             The batch's metrics, and the algorithm's result with the numbers of each completion token.
         """
-        examples = self._examples(batch)
+        examples = self._examples(batch.rollouts, batch.is_success, batch.views)
         total, largest = self.learner.total, self.learner.largest
         statistics = batch_statistics(batch.rollouts, batch.is_success, batch.views, total, largest)
-        self.sampler.engine.release()
         # A source of one's own may count under a name on one process alone.
         if names := self.learner.union(batch.counts):
             statistics |= dict(zip(names, total(*(batch.counts.get(name, 0.0) for name in names)), strict=True))
         given = ExampleBatch(examples, step, self.args.rollout.prompts_per_step)
+        given = replace(given, second_attempts=self._second_attempts(batch, examples, step))
         if self.args.eval.margin_tasks and self.algorithm.wants_fresh(self.learner, given):
             given = replace(given, fresh=self._fresh_examples(batch, step))
+        self.sampler.engine.release()
         result = self.algorithm.update(self.learner, given)
         for weights in self.learner.copies.values():
             weights.follow(self.learner.module)
@@ -242,15 +224,31 @@ class VPDTrainer(BaseTrainer):
         tasks = list(self.environment.tasks("selection"))[: self.args.eval.margin_tasks][process::processes]
         seed = mix(self.args.run.seed, -step, process)
         fresh = self.with_feedback(self.sampler.sample(tasks, self.args.rollout.num_generations, seed=seed))
-        batch.token_count += fresh.token_count
-        batch.seconds = dict(Counter(batch.seconds) + Counter(fresh.seconds))
-        self.sampler.engine.release()
-        return with_teacher(self._examples(fresh))
+        batch.add_cost(fresh.token_count, fresh.seconds)
+        return with_teacher(self._examples(fresh.rollouts, fresh.is_success, fresh.views))
 
-    def _examples(self, batch: Batch) -> list[Example]:
+    def _second_attempts(self, batch: Batch, examples: list[Example], step: int) -> list[Example]:
+        """Let the teacher answer once more where the algorithm asks for it, and have its answers judged."""
+        chosen = self.algorithm.second_attempts(self.learner, examples)
+        if not chosen:
+            return []
+        views = [view for index in chosen if (view := batch.views[index]) is not None]
+        seed = mix(self.args.run.seed, step, self.accelerator.process_index, _OF_SECOND_ATTEMPTS)
+        sampled = self.sampler.sample_again([batch.rollouts[index] for index in chosen], views, seed)
+        batch.add_cost(sampled.token_count, sampled.seconds)
+        batch.second_attempts = list(zip(sampled.rollouts, views, strict=True))
+        made = self._examples(sampled.rollouts, self._successes(sampled.rollouts), views)
+        return [replace(example, rollout=len(batch.rollouts) + example.rollout) for example in made]
+
+    def _successes(self, rollouts: Sequence[Rollout]) -> list[bool]:
+        threshold = self.args.algorithm.success_threshold
+        return [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
+
+    def _examples(
+        self, rollouts: Sequence[Rollout], is_success: Sequence[bool], views: Sequence[TeacherView | None]
+    ) -> list[Example]:
         masks = self.args.algorithm.truncated == "mask"
-        graded = self.algorithm.needs_verdicts
-        return make_examples(batch.rollouts, batch.is_success, batch.views, masks, graded)
+        return make_examples(rollouts, is_success, views, masks, self.algorithm.needs_verdicts)
 
     def _extrapolate(self, step: int, timer: Timer) -> dict[str, Any]:
         """Extrapolate along the weights' path, at the steps at which that is due."""
@@ -279,15 +277,7 @@ class VPDTrainer(BaseTrainer):
         self.callbacks.log(metrics)
         self.monitor.watch(metrics)
         if self.journal.folder is not None and self.args.run.logged_samples:
-            records = [
-                RolloutRecord.from_rollout(
-                    step,
-                    rollout,
-                    view if self.algorithm.reads_feedback else None,
-                    **(asdict(tokens[i]) if i in tokens else {}),
-                )
-                for i, (rollout, view) in enumerate(zip(batch.rollouts, batch.views, strict=True))
-            ]
+            records = batch.records(step, tokens, self.algorithm.reads_feedback)
             self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])
         if self.curriculum.advance(step, rate := metrics["success_rate"]):
             stage, stages = self.curriculum.stage, len(self.curriculum.stages)

@@ -154,7 +154,7 @@ def test_an_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch)
 
 
 def test_a_setting_that_came_with_an_upgrade_counts_as_its_default():
-    now = VPDConfig.parse({"optim": {"learning_rate": 2e-5}}).model_dump(mode="json")
+    now = VPDConfig.parse({"optim": {"learning_rate": 2e-5}, "algorithm": {"type": "vpd"}}).model_dump(mode="json")
     before = json.loads(json.dumps(now))
     del before["run"]["stop_on"], before["algorithm"]["e_epochs"]
     assert changed_settings(before, now) == ""

@@ -65,7 +65,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
     "sections",
     [
         {"algorithm": {"type": "sdpo"}, "data": {"environment": "prompts", "path": "p", "reward_funcs": ["m:f"]}},
-        {"algorithm": {"e_step_every": 10}, "run": {"output_dir": "runs/secret", "max_steps": 7}},
+        {"algorithm": {"type": "vpd", "e_step_every": 10}, "run": {"output_dir": "runs/secret", "max_steps": 7}},
         {"eval": {"k": 4, "temperature": 0.6}, "model": {"lora": {"r": 4}}},
     ],
 )

@@ -32,28 +32,28 @@ def is_same(state, other):
 def test_the_best_weights_are_kept_and_patience_ends_the_run(tmp_path, monkeypatch):
     settings = {"eval_steps": 1, "load_best_model_at_end": True, "early_stopping_patience": 2, "final_tasks": 2}
     trainer = toy_trainer(tmp_path, run={"max_steps": 9}, eval=settings)
-    weights = scripted(trainer, [0.2, 0.5, 0.4, 0.5], monkeypatch)
+    weights = scripted(trainer, [0.1, 0.2, 0.5, 0.4, 0.45], monkeypatch)
     result = trainer.train()
     assert (result.global_step, result.metrics["stopped_by"]) == (4, "early_stopping")
-    assert is_same(trainer.model.state_dict(), weights[1])
-    assert not is_same(weights[3], weights[1])
+    assert is_same(trainer.model.state_dict(), weights[2])
+    assert not is_same(weights[4], weights[2])
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-2"]
     from vpd.policy.load import load_policy
 
-    assert is_same(load_policy(str(tmp_path / "model")).model.state_dict(), weights[1])
+    assert is_same(load_policy(str(tmp_path / "model")).model.state_dict(), weights[2])
 
 
 def test_a_resumed_run_finds_the_best_weights_of_its_checkpoint(tmp_path, monkeypatch):
     settings = {"eval_steps": 1, "load_best_model_at_end": True}
     run = {"max_steps": 2, "save_steps": 1}
     first = toy_trainer(tmp_path, run=run, eval=settings)
-    weights = scripted(first, [0.6, 0.3], monkeypatch)
+    weights = scripted(first, [0.1, 0.6, 0.3], monkeypatch)
     first.train()
     second = toy_trainer(tmp_path, run=run | {"max_steps": 3}, eval=settings)
     scripted(second, [0.5], monkeypatch)
     result = second.train(resume_from_checkpoint=True)
     assert result.global_step == 3
-    assert is_same(second.model.state_dict(), weights[0])
+    assert is_same(second.model.state_dict(), weights[1])
 
 
 def test_a_warning_that_is_named_ends_the_run(tmp_path):
@@ -73,10 +73,27 @@ def test_the_preflight_compares_with_permuted_feedback_where_asked(tmp_path):
     assert events.count("gap_permuted") == 1
 
 
-@pytest.mark.parametrize("setting", [{"load_best_model_at_end": True}, {"early_stopping_patience": 3}])
-def test_what_goes_by_evaluations_needs_them(tmp_path, setting):
+def test_patience_goes_by_evaluations_and_needs_them(tmp_path):
     with pytest.raises(ConfigError, match=r"set eval\.eval_steps"):
-        toy_trainer(tmp_path, eval=setting)
+        toy_trainer(tmp_path, eval={"early_stopping_patience": 3})
+
+
+def test_a_run_that_only_gets_worse_ends_early_with_the_weights_it_began_with(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, run={"max_steps": 9}, eval={"eval_steps": 1})
+    weights = scripted(trainer, [1.0, 0.9, 0.2], monkeypatch)
+    result = trainer.train()
+    assert (result.global_step, result.metrics["stopped_by"]) == (2, "worse_than_start")
+    assert is_same(trainer.model.state_dict(), weights[0])
+    (warning,) = [line["text"] for line in read_metrics(tmp_path) if line.get("name") == "worse_than_start"]
+    assert "20.0% of the selection split, against 100.0% at the start" in warning
+
+
+def test_the_last_weights_take_part_in_the_choice_where_no_evaluation_was_due(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, run={"max_steps": 3}, eval={"eval_steps": 2})
+    weights = scripted(trainer, [0.2, 0.5, 0.5], monkeypatch)
+    trainer.train()
+    assert is_same(trainer.model.state_dict(), weights[2])
+    assert trainer.run_state.best_step == 3
 
 
 @pytest.mark.parametrize(
@@ -95,7 +112,7 @@ def test_what_nothing_would_find_out_is_refused(tmp_path, settings, message):
 def test_an_evaluation_without_a_grade_is_not_the_best(tmp_path, monkeypatch):
     settings = {"eval_steps": 1, "load_best_model_at_end": True}
     trainer = toy_trainer(tmp_path, run={"max_steps": 3}, eval=settings)
-    scripted(trainer, [0.2, float("nan"), 0.1], monkeypatch)
+    scripted(trainer, [0.1, 0.2, float("nan"), 0.1], monkeypatch)
     trainer.train()
     assert (trainer.run_state.best_step, trainer.run_state.best_accuracy) == (1, 0.2)
 

@@ -108,7 +108,7 @@ def test_the_folder_holds_everything(tmp_path):
         assert (tmp_path / "run" / name).exists(), name
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
     events = [(line["event"], line.get("split")) for line in read_metrics(tmp_path / "run")]
-    assert events.count(("eval", "selection")) == 2
+    assert events.count(("eval", "selection")) == 3
     assert ("gap", None) in events
 
 
@@ -247,7 +247,8 @@ def test_callbacks_are_called_at_their_places(tmp_path):
 
     toy_trainer(tmp_path / "run", [Record()], eval={"eval_steps": 2}, run={"save_steps": 2}).train()
     step = ["on_step_begin", "on_log", "on_step_end"]
-    assert calls == ["on_init_end", "on_train_begin", *step, *step, "on_log", "on_evaluate", "on_save", "on_train_end"]
+    evaluation = ["on_log", "on_evaluate"]
+    assert calls == ["on_init_end", *evaluation, "on_train_begin", *step, *step, *evaluation, "on_save", "on_train_end"]
 
 
 def test_a_callback_can_stop_the_run(tmp_path):

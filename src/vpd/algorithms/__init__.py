@@ -16,6 +16,7 @@ from vpd.algorithms.opsa import OPSA, OPSASettings
 from vpd.algorithms.reshape import Reshape, ReshapeSettings
 from vpd.algorithms.reweight import Reweight, ReweightSettings
 from vpd.algorithms.sdpo import SDPO, SDPOSettings
+from vpd.algorithms.verified import Verified, VerifiedSettings
 from vpd.algorithms.vpd import VPD, VPDSettings
 
 __all__ = [
@@ -43,6 +44,8 @@ __all__ = [
     "TokenNumbers",
     "UpdateResult",
     "VPDSettings",
+    "Verified",
+    "VerifiedSettings",
     "make_examples",
     "student_view",
     "teacher_view",

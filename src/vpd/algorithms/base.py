@@ -42,12 +42,15 @@ class ExampleBatch:
         step: The number of the rollout batch, counted from 1.
         prompts: How many prompts the batch has, over all processes.
         fresh: Held-out rollouts on which an E-step is measured; None leaves the measurement out.
+        second_attempts: The judged completions that the teacher wrote where :meth:`Algorithm.second_attempts` asked for
+            them. Each has the group and the student's prompt of the rollout whose feedback the teacher had read.
     """
 
     examples: Sequence[Example]
     step: int
     prompts: int
     fresh: Sequence[Example] | None = None
+    second_attempts: Sequence[Example] = ()
 
 
 @dataclass
@@ -118,8 +121,9 @@ class Algorithm(ABC, Generic[S]):
 
     Attributes:
         settings_class: The class of settings that ``algorithm.type`` chooses together with the algorithm.
-        reads_feedback: Whether a teacher is conditioned on the feedback: only then is the gap between it and the
-            student measured, and what it read is kept with the samples.
+        reads_feedback: Whether a teacher is conditioned on the feedback, so that what it read is kept with the samples.
+        follows_teacher: Whether the student follows the teacher without a judge in between. Then the gap between the
+            two is measured before training, since a teacher that is behind does harm.
         needs_feedback: Whether a batch without any feedback teaches nothing.
         needs_verdicts: Whether a rollout must have been judged to take part.
         memory: The numbers that outlast a batch; they are saved with the run.
@@ -127,6 +131,7 @@ class Algorithm(ABC, Generic[S]):
 
     settings_class: ClassVar[type[Any]]
     reads_feedback: bool = False
+    follows_teacher: bool = False
     needs_feedback: bool = False
     needs_verdicts: bool = True
 
@@ -146,6 +151,21 @@ class Algorithm(ABC, Generic[S]):
     def wants_fresh(self, learner: Learner, batch: ExampleBatch) -> bool:
         """Whether the update on this batch measures itself on held-out rollouts; the same on all processes."""
         return False
+
+    def second_attempts(self, learner: Learner, examples: Sequence[Example]) -> Sequence[int]:
+        """Choose rollouts of this process whose feedback the teacher reads to answer the task once more.
+
+        Each answer is judged as the student's are, and is among the batch's ``second_attempts``; by default none is
+        asked for.
+
+        Args:
+            learner: The policy.
+            examples: The rollouts of this process.
+
+        Returns:
+            The indices of the chosen rollouts, each of which has a teacher and one turn.
+        """
+        return ()
 
     @abstractmethod
     def update(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:

@@ -20,6 +20,7 @@ class DistillationAlgorithm(Algorithm[S]):
     """An algorithm that distils a teacher, and learns nothing where there is no feedback."""
 
     reads_feedback = True
+    follows_teacher = True
     needs_feedback = True
 
     def check(self, config: VPDConfig) -> None:

@@ -44,6 +44,7 @@ class Joint(PolicyGradientAlgorithm[JointSettings]):
 
     settings_class = JointSettings
     reads_feedback = True
+    follows_teacher = True
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         settings = self.settings

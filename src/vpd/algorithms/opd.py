@@ -92,7 +92,7 @@ class OPD(DistillationAlgorithm[OPDSettings]):
     def __init__(self, settings: OPDSettings) -> None:
         super().__init__(settings)
         reads_feedback = settings.teacher_model.prompt == "feedback"
-        self.reads_feedback = self.needs_feedback = self.needs_verdicts = reads_feedback
+        self.reads_feedback = self.follows_teacher = self.needs_feedback = self.needs_verdicts = reads_feedback
         self._teacher: ModelTeacher | None = None
         self._tokens = 0
 

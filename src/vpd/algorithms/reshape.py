@@ -31,6 +31,7 @@ class Reshape(PolicyGradientAlgorithm[ReshapeSettings]):
 
     settings_class = ReshapeSettings
     reads_feedback = True
+    follows_teacher = True
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         settings = self.settings

@@ -40,6 +40,7 @@ class Reweight(PolicyGradientAlgorithm[ReweightSettings]):
 
     settings_class = ReweightSettings
     reads_feedback = True
+    follows_teacher = True
 
     def step(self, learner: Learner, batch: ExampleBatch) -> UpdateResult:
         share, epsilon = mixing(self.settings, batch.step), self.settings.weight_epsilon

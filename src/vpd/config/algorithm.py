@@ -140,6 +140,7 @@ class PolicyGradientSettings(AlgorithmSettings):
 _ALGORITHMS: dict[str, str | type[Any]] = {
     name: f"vpd.algorithms.{name}:{class_name}"
     for name, class_name in {
+        "verified": "Verified",
         "vpd": "VPD",
         "sdpo": "SDPO",
         "grpo": "GRPO",

@@ -97,8 +97,9 @@ class OptimSettings(Section):
 class EvalSettings(Section):
     """What is measured before, during and after training."""
 
-    eval_steps: int | None = Field(default=None, ge=1)
-    """The number of steps between evaluations on the selection split; None skips them."""
+    eval_steps: int | None = Field(default=10, ge=0)
+    """The number of steps between evaluations on the selection split, which is also evaluated before the first step and
+    after the last; 0 skips them, and with them the choice of the best weights. Tasks without a judge are not evaluated."""
     k: int = Field(default=1, ge=1)
     """The number of completions per question; accuracy is their mean (avg@k)."""
     temperature: float = Field(default=0.0, ge=0)
@@ -114,8 +115,9 @@ class EvalSettings(Section):
     preflight_permuted: bool = False
     """Compare teacher and student once more with the feedback of other tasks. A teacher that is still better gains from
     the template alone."""
-    load_best_model_at_end: bool = False
-    """End with the weights that did best on the selection split, not with the last ones; this needs ``eval_steps``."""
+    load_best_model_at_end: bool = True
+    """End with the weights that did best on the selection split, not with the last ones. Those before the first step
+    take part, so that a run does not end with a model that is worse than it began. This needs ``eval_steps``."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations on the selection split without a better accuracy; this needs ``eval_steps``."""
     margin_tasks: int = Field(default=0, ge=0)
@@ -124,14 +126,15 @@ class EvalSettings(Section):
 
     @model_validator(mode="after")
     def _selection(self) -> EvalSettings:
-        for name in ("load_best_model_at_end", "early_stopping_patience"):
-            if getattr(self, name) and self.eval_steps is None:
-                raise ValueError(f"eval.{name} goes by the accuracy on the selection split: set eval.eval_steps")
+        if self.early_stopping_patience is not None and not self.eval_steps:
+            raise ValueError(
+                "eval.early_stopping_patience goes by the accuracy on the selection split: set eval.eval_steps"
+            )
         return self
 
 
 StoppingWarning: TypeAlias = Literal[
-    "no_gap", "template_only", "nothing_to_learn", "zero_gradient", "collapse", "plateau"
+    "no_gap", "template_only", "nothing_to_learn", "zero_gradient", "collapse", "worse_than_start", "plateau"
 ]
 
 
@@ -144,7 +147,7 @@ class RunSettings(Section):
     """The number of steps; each is one rollout batch."""
     max_seconds: float | None = Field(default=None, gt=0)
     """The time limit of training in seconds; the time of evaluations does not count."""
-    stop_on: list[StoppingWarning] = Field(default_factory=list)
+    stop_on: list[StoppingWarning] = Field(default=["collapse", "worse_than_start"])
     """The names of the warnings that end the run; the others are only shown."""
     seed: int = 0
     """The seed of everything random in training; the tasks and the warm start have seeds of their own."""
@@ -166,7 +169,7 @@ class VPDConfig(Section):
     """The environment's settings; None where Python code brings the environment or the dataset itself."""
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     feedback: FeedbackSettings = Field(default_factory=FeedbackSettings)
-    algorithm: SerializeAsAny[AlgorithmSettings] = Field(default={"type": "vpd"})  # pyright: ignore
+    algorithm: SerializeAsAny[AlgorithmSettings] = Field(default={"type": "verified"})  # pyright: ignore
     """The section of the algorithm that ``type`` names."""
     warm_start: WarmStartSettings = Field(default_factory=WarmStartSettings)
     optim: OptimSettings = Field(default_factory=OptimSettings)
@@ -178,7 +181,7 @@ class VPDConfig(Section):
     def _settings_of_the_algorithm(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        name = values.get("type", "vpd")
+        name = values.get("type", "verified")
         schema = algorithm_class(name).settings_class
         try:
             return schema.model_validate({**values, "type": name})
@@ -203,7 +206,7 @@ class VPDConfig(Section):
 
     @model_validator(mode="after")
     def _preflight(self) -> VPDConfig:
-        measures = self.eval.preflight_tasks > 0 and self.make_algorithm().reads_feedback
+        measures = self.eval.preflight_tasks > 0 and self.make_algorithm().follows_teacher
         wanted = {"no_gap": measures, "template_only": measures and self.eval.preflight_permuted}
         for name in self.run.stop_on:
             if not wanted.get(name, True):

@@ -14,6 +14,9 @@ _RATE = 0.3
 _PLATEAU_FROM = 10
 """The number of batches after which a teacher's margin is judged."""
 
+_LOSS = 0.2
+"""How far the share of successes falls before that alone is a collapse."""
+
 _DRIFTS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "truncated_share": (
         "{now:.0%} of the completions are cut off by the length limit, against {first:.0%} at the start",
@@ -46,9 +49,14 @@ def drift_warnings(history: dict[str, float], metrics: Mapping[str, float | None
         metrics: The batch's metrics.
     """
     causes = []
+    # A policy may well change while it succeeds more often: it learns to be brief, for example.
+    batches, first_rate, rate = _observe(history, "success_rate", metrics.get("success_rate"))
+    improves = rate > first_rate
+    if batches > _FIRST and rate < first_rate - _LOSS and _once(history, "success_rate"):
+        causes.append(f"{rate:.0%} of the rollouts succeed, against {first_rate:.0%} at the start")
     for name, (text, is_drift) in _DRIFTS.items():
         batches, first, now = _observe(history, name, metrics.get(name))
-        if batches > _FIRST and is_drift(first, now) and _once(history, name):
+        if batches > _FIRST and not improves and is_drift(first, now) and _once(history, name):
             causes.append(text.format(first=first, now=now))
     warnings = {}
     if causes:

@@ -53,7 +53,8 @@ class Measurements:
         outcomes = {"outcomes": evaluation.outcomes}
         self._journal.log(self._state.step, "eval", {"split": split, **evaluation.summary(), **outcomes})
         self._journal.say(
-            f"{split.capitalize()} split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}."
+            f"{split.capitalize()} split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}, "
+            f"{evaluation.seconds:.0f} s."
         )
         return evaluation
 

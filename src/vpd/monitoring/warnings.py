@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 
@@ -50,6 +51,28 @@ def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] |
             "optim.learning_rate alone. Lower it if the reward falls."
         )
     return warnings
+
+
+def fall_warning(start: float, accuracy: float, tasks: int) -> str | None:
+    """Return the warning that training has made the policy clearly worse than it was; None where it has not.
+
+    Clearly is by more than five points, and by more than twice the standard error of the difference.
+
+    Args:
+        start: The accuracy on the selection split before the first step; nan or negative where it is unknown.
+        accuracy: The accuracy on the same questions now.
+        tasks: How many questions there are.
+    """
+    if not start > 0 or not tasks:
+        return None
+    error = math.sqrt((start * (1 - start) + accuracy * (1 - accuracy)) / tasks)
+    if not start - accuracy > max(0.05, 2 * error):
+        return None
+    return (
+        f"The policy is worse than before training: {accuracy:.1%} of the selection split, against {start:.1%} at the "
+        "start. What it learns does not help on other questions of this task: lower optim.learning_rate, or take "
+        'algorithm.type = "verified" or "grpo", which learn from rewards.'
+    )
 
 
 def template_warning(low: float) -> str | None:

@@ -14,7 +14,7 @@ from vpd.environments.judging import judge_all
 from vpd.feedback import Answers, PromptBuilder
 from vpd.rollout.engine import RolloutEngine, Sample, SamplingParameters
 from vpd.timing import Timer
-from vpd.types import Messages, Rollout, Task, Turn, Verdict
+from vpd.types import Messages, Rollout, Task, TeacherView, Turn, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,27 @@ class RolloutSampler:
             seed: The seed of the draws.
         """
         return self._sample(prompts, tasks, range(len(tasks)), self._parameters(1), seed, as_teacher=True)
+
+    def sample_again(self, rollouts: Sequence[Rollout], views: Sequence[TeacherView], seed: int) -> Sampled:
+        """Let the teacher answer the task of each rollout once more, after it has read the feedback on it.
+
+        Args:
+            rollouts: The rollouts, of one turn each.
+            views: The teacher's prompt for each of them.
+            seed: The seed of the draws.
+
+        Returns:
+            One judged rollout for each. Each is of the first rollout's group and has the student's prompt, as if the
+            student had written it; its log-probabilities are the teacher's.
+        """
+        sampled = self.sample_teacher(
+            [view.first.prompt_ids for view in views], [rollout.task for rollout in rollouts], seed
+        )
+        answers = [
+            replace(answer, group=own.group, turns=[replace(answer.turns[0], prompt_ids=own.turns[0].prompt_ids)])
+            for own, answer in zip(rollouts, sampled.rollouts, strict=True)
+        ]
+        return replace(sampled, rollouts=answers)
 
     def answer(self, chats: Sequence[Messages], settings: CritiqueSettings, seed: int) -> Answers:
         """Let the network answer each chat once; a chat that is too long for the teacher's limit gets no answer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +39,7 @@ SCHEMA = pa.schema(
         pa.field("reward", pa.float64()),
         pa.field("feedback", pa.string()),
         pa.field("source", pa.string()),
+        pa.field("author", pa.string(), nullable=False),
     ]
 )
 
@@ -82,6 +83,8 @@ class RolloutRecord:
         reward: The reward; None where the judge itself failed.
         feedback: The environment's text on the completion; None where it gave none.
         source: The kind of feedback that the teacher read; None where the rollout was left out.
+        author: Who wrote the completion: ``student``, or ``teacher`` for a second attempt, after the teacher had read
+            the feedback on a rollout of the same group.
     """
 
     step: int
@@ -92,6 +95,7 @@ class RolloutRecord:
     reward: float | None
     feedback: str | None
     source: str | None
+    author: Literal["student", "teacher"] = "student"
 
     @classmethod
     def from_rollout(
@@ -100,6 +104,7 @@ class RolloutRecord:
         rollout: Rollout,
         view: TeacherView | None = None,
         *,
+        author: Literal["student", "teacher"] = "student",
         student_log_probs: Sequence[float] | None = None,
         teacher_log_probs: Sequence[float] | None = None,
         divergence: Sequence[float] | None = None,
@@ -110,6 +115,7 @@ class RolloutRecord:
             step: The number of the rollout batch, counted from 1.
             rollout: The rollout.
             view: The teacher's prompts; None where the rollout has no feedback.
+            author: Who wrote the completion.
             student_log_probs, teacher_log_probs, divergence: The M-step's numbers for the completion tokens of the
                 turns that it worked on, one turn after another.
         """
@@ -148,6 +154,7 @@ class RolloutRecord:
             reward=rollout.verdict.reward if rollout.verdict else None,
             feedback=rollout.verdict.feedback if rollout.verdict else None,
             source=view.source if view else None,
+            author=author,
         )
 
     @property

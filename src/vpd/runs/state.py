@@ -17,6 +17,8 @@ class TrainingState:
         history: The numbers that :func:`vpd.monitoring.drift.drift_warnings` keeps.
         best_step: The step of the best evaluation on the selection split; -1 before there is one.
         best_accuracy: The accuracy of that evaluation; -1 before there is one.
+        start_accuracy: The accuracy of the first evaluation on the selection split, before the first step.
+        evaluated_step: The step of the newest evaluation on the selection split; -1 before there is one.
         stale_evaluations: How many evaluations on the selection split came after it.
         stopped_by: The name of what ended the run before its time; None while nothing has.
         rows: The rows of the final table so far.
@@ -28,16 +30,24 @@ class TrainingState:
     history: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     best_accuracy: float = -1.0
+    start_accuracy: float = -1.0
+    evaluated_step: int = -1
     stale_evaluations: int = 0
     stopped_by: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def note_accuracy(self, accuracy: float) -> bool:
-        """Count an evaluation on the selection split after the newest step, and tell whether it is the best so far."""
-        if not accuracy > self.best_accuracy:  # It is nan where nothing could be graded.
-            self.stale_evaluations += 1
+        """Count an evaluation on the selection split after the newest step, and tell whether it is the best so far.
+
+        Of equal accuracies the latest is the best, since it has learned more; but it counts as stale.
+        """
+        self.evaluated_step = self.step
+        if self.step == 0:
+            self.start_accuracy = accuracy
+        self.stale_evaluations = 0 if accuracy > self.best_accuracy else self.stale_evaluations + 1
+        if not accuracy >= self.best_accuracy:  # It is nan where nothing could be graded.
             return False
-        self.best_accuracy, self.best_step, self.stale_evaluations = accuracy, self.step, 0
+        self.best_accuracy, self.best_step = accuracy, self.step
         return True
 
     def state_dict(self) -> dict[str, Any]:
