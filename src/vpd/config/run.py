@@ -99,7 +99,8 @@ class EvalSettings(Section):
 
     eval_steps: int | None = Field(default=10, ge=0)
     """The number of steps between evaluations on the selection split, which is also evaluated before the first step and
-    after the last; 0 skips them, and with them the choice of the best weights. Tasks without a judge are not evaluated."""
+    after the last; 0 skips them, and with them the choice of the best weights. Tasks without a judge are not
+    evaluated."""
     k: int = Field(default=1, ge=1)
     """The number of completions per question; accuracy is their mean (avg@k)."""
     temperature: float = Field(default=0.0, ge=0)
