@@ -80,7 +80,8 @@ class Turn:
         log_probs: The log-probability of each sampled token [T] at the sampling temperature, before top-p, top-k or
             min-p cut the distribution. They come from the rollout engine and are for logs, never for losses.
         truncated: Whether the length limit ended the completion, and no end-of-sequence token or stop string did.
-        text: The completion, decoded without special tokens.
+        text: The completion, decoded without the tokens that end a turn and without padding; other special tokens, such
+            as ``<think>`` or ``<tool_call>`` in many tokenizers, stay as text.
     """
 
     prompt_ids: list[int]
