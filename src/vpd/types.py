@@ -17,7 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Messages: TypeAlias = list[dict[str, Any]]
-"""A chat in the form that ``tokenizer.apply_chat_template`` reads: ``[{"role": "user", "content": "..."}]``."""
+"""A chat in the form that ``tokenizer.apply_chat_template`` reads: ``[{"role": "user", "content": "..."}]``. A content is a
+text, or a list of parts: ``[{"type": "text", "text": "..."}]``."""
+
+
+def content_text(content: Any) -> str:
+    """Return the content of a message as one text; parts stand one a line."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else str(content)
 
 
 @dataclass(frozen=True, slots=True)
