@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Messages: TypeAlias = list[dict[str, Any]]
-"""A chat in the form that ``tokenizer.apply_chat_template`` reads: ``[{"role": "user", "content": "..."}]``. A content is a
-text, or a list of parts: ``[{"type": "text", "text": "..."}]``."""
+"""A chat in the form that ``tokenizer.apply_chat_template`` reads: ``[{"role": "user", "content": "..."}]``.
+
+A content is a text, or a list of parts: ``[{"type": "text", "text": "..."}]``."""
 
 
 def content_text(content: Any) -> str:

@@ -15,7 +15,7 @@ def completion_text(
     All other special tokens stay as text: many tokenizers have ``<think>`` or ``<tool_call>`` among them, and a judge
     needs to see those.
     """
-    dropped = {*eos_token_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    dropped = [*eos_token_ids, tokenizer.eos_token_id, tokenizer.pad_token_id]
     kept = [token for token in token_ids if token not in dropped]
     text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
