@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Messages: TypeAlias = list[dict[str, Any]]
-"""A chat in the form that ``tokenizer.apply_chat_template`` reads: ``[{"role": "user", "content": "..."}]``."""
+"""A chat in the form that ``tokenizer.apply_chat_template`` reads: ``[{"role": "user", "content": "..."}]``.
+
+A content is a text, or a list of parts: ``[{"type": "text", "text": "..."}]``."""
+
+
+def content_text(content: Any) -> str:
+    """Return the content of a message as one text; parts stand one a line."""
+    return "\n".join(part["text"] for part in content) if isinstance(content, list) else str(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,8 @@ class Turn:
         log_probs: The log-probability of each sampled token [T] at the sampling temperature, before top-p, top-k or
             min-p cut the distribution. They come from the rollout engine and are for logs, never for losses.
         truncated: Whether the length limit ended the completion, and no end-of-sequence token or stop string did.
-        text: The completion, decoded without special tokens.
+        text: The completion, decoded without the tokens that end a turn and without padding; other special tokens, such
+            as ``<think>`` or ``<tool_call>`` in many tokenizers, stay as text.
     """
 
     prompt_ids: list[int]

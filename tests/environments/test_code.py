@@ -14,7 +14,8 @@ import pytest
 from vpd import ConfigError
 from vpd.config import CodeData
 from vpd.environments import Code, judge_all, make_environment
-from vpd.environments.code import read_code, shortened
+from vpd.environments.code import shortened
+from vpd.environments.code_answer import read_code
 from vpd.environments.code_tests import same_output
 from vpd.sandbox import SandboxError, choose_level
 from vpd.types import Verdict
@@ -199,7 +200,7 @@ def test_errors_of_form_have_texts_of_their_own(environment, completion, text):
 
 
 def test_the_last_block_counts():
-    assert read_code("```python\na\n```\nor rather\n```\nb\n```")[0] == "b\n"
+    assert read_code("```python\na\n```\nor rather\n```py\nb\n```")[0] == "b\n"
 
 
 def test_many_are_judged_at_once_and_in_their_order(environment):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from vpd import ConfigError
 from vpd.config import MathData
 from vpd.environments import Math, judge_all, make_environment
-from vpd.environments.math import NAMED, last_boxed
+from vpd.environments.math import NAMED
+from vpd.environments.math_answers import compare, last_boxed
 from vpd.environments.processes import JudgeOutOfTimeError, JudgeProcessError, JudgeProcesses
 from vpd.types import Verdict
 
@@ -137,10 +142,99 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path, row, messag
         ("\\boxed{1} and \\boxed{2", "1"),
         ("none", None),
         ("\\boxed{", None),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{a \\boxed{b} c}", "b"),
+        ("\\boxed {3}}", "3"),
+        ("\\\\boxed{3}", "3"),
     ],
 )
 def test_the_last_complete_box_counts(text, boxed):
     assert last_boxed(text) == boxed
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "outcome"),
+    [
+        ("5.", "5", "right"),
+        ("5.0.", "5", "right"),
+        ("\\frac{1}{2};", "0.5", "right"),
+        ("5\\,", "5", "right"),
+        ("$5.$", "5", "right"),
+        ("1.", "2", "wrong"),
+        ("0.3...", "0.3", "wrong"),
+        ("**5**", "5", "right"),
+        ("**5**", "6", "wrong"),
+        ("\\boldsymbol{\\frac12}", "0.5", "right"),
+        ("\\textbf{yes}", "\\text{Yes}", "right"),
+        ("\\mathbf{7}", "7", "right"),
+        ("1e5", "100000", "right"),
+        ("1.5e-3", "0.0015", "right"),
+        ("-1.5E+3", "-1500", "right"),
+        ("1e5", "1e4", "wrong"),
+        ("2e", "2e", "right"),
+        ("3e^2", "3e^{2}", "right"),
+        ("1011_2", "1011_{2}", "right"),
+        ("01011_{\\text{two}}", "1011_2", "right"),
+        ("1011_3", "1011_2", "wrong"),
+        ("1011", "1011_2", "right"),
+        ("1011_2", "1011", "right"),
+        ("1011_2", "11", "right"),
+        ("1011_2", "12", "wrong"),
+        ("11", "1011_2", "wrong"),
+        ("A3_{16}", "a3_{16}", "right"),
+        ("A4_{16}", "a3_{16}", "wrong"),
+        ("a_2", "a_2", "right"),
+        ("10000000!", "10000000!", "right"),
+        ("10000000!", "5", "too large"),
+        ("5", "10000000!", "too large"),
+        ("10!", "3628800", "right"),
+        ("+1" * 2000, "5", "too long"),
+        (".", "5", "unreadable"),
+    ],
+)
+def test_answers_that_math_verify_misreads_are_compared_rightly(answer, reference, outcome):
+    assert compare(answer, reference) == outcome
+
+
+def test_judges_processes_end_with_a_trainer_that_is_killed():
+    script = """
+import asyncio
+from vpd.environments.processes import JudgeProcesses
+processes = JudgeProcesses(seconds=600, workers=1)
+print(asyncio.run(processes.call("os:getpid")), flush=True)
+asyncio.run(processes.call("time:sleep", 600))
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    judge = Path("/proc") / trainer.stdout.readline().strip()
+    time.sleep(0.5)
+    assert judge.exists()
+    trainer.kill()
+    trainer.wait()
+    trainer.stdout.close()
+    deadline = time.monotonic() + 10
+    while _runs(judge) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(judge)
+
+
+def test_a_judges_process_outlives_the_thread_of_its_first_call():
+    processes = JudgeProcesses(seconds=5, workers=1)
+    numbers = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: numbers.append(asyncio.run(processes.call("os:getpid"))))
+        thread.start()
+        thread.join()
+        time.sleep(0.2)
+    assert numbers[0] == numbers[1]
+
+
+def _runs(process: Path) -> bool:
+    try:
+        # Behind the command's name in brackets comes the state; a zombie has ended and waits for whoever inherits it.
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def test_a_judges_process_that_dies_or_raises_is_told_and_the_next_call_works():

@@ -111,6 +111,13 @@ def test_only_the_right_letter_is_rewarded(environment, answer):
         ("Given:\nT: 300 K\nP: 1 bar\nA: x\nB: y\nC: z\nD: v\nE: w\nE: again", "ABCDE"),
         ("A. Statement one\nB. Statement two\nWhich?\n(A) both\n(B) none\n(C) one", "ABC"),
         ("No options here. A: x", ""),
+        ("Q?\na) x\nb) y\nc) z", "ABC"),
+        ("Q?\n1. x\n2. y\n3. z", "123"),
+        ("Q?\n- A. x\n- B. y", "AB"),
+        ("Q?\n* (a) x\n* (b) y", "AB"),
+        ("Q?\n**A.** x\n**B)** y", "AB"),
+        ("1. One\n2. Two\n3. Three\nWhich?\nA) 1 and 2\nB) 3", "AB"),
+        ("At 1:30\nor 2:30?", ""),
     ],
 )
 def test_options_are_the_last_run_of_letters(prompt, options):
@@ -189,3 +196,31 @@ def test_sciknoweval_by_name_takes_one_domain_and_level_from_the_hub(monkeypatch
     assert all("9" not in task.prompt[-1]["content"] for split in SPLITS for task in environment.tasks(split))
     with pytest.raises(ConfigError, match="no level-3 multiple-choice questions of the domain Material"):
         MultipleChoice("sciknoweval-material", selection_size=1, final_size=2)
+
+
+@pytest.mark.parametrize(
+    ("completion", "tags", "sdpo"),
+    [
+        ("<answer>B</answer>", 1.0, 1.0),
+        ("<answer>b</answer>", 1.0, 0.0),
+        ("B", 0.0, 1.0),
+        ("So it is <answer>\nB", 0.0, 1.0),
+        ("<answer>A</answer> no, <answer>B</answer>", 1.0, 1.0),
+        ("<ANSWER>B</ANSWER>", 1.0, 0.0),
+        ("The answer is B", 0.0, 0.0),
+        ("<answer>C</answer>", 0.0, 0.0),
+    ],
+)
+def test_sdpos_scorer_may_be_asked_for(environment, monkeypatch, completion, tags, sdpo):
+    assert judged(environment, completion).reward == tags
+    monkeypatch.setattr(environment, "scorer", "sdpo")
+    verdict = judged(environment, completion)
+    assert verdict.reward == sdpo
+    assert verdict.feedback
+
+
+def test_the_scorer_is_a_setting(write_jsonl):
+    path = write_jsonl("data.jsonl", map(question, range(4)))
+    made = make_environment(McqData(path=str(path), selection_size=1, final_size=1, scorer="sdpo"))
+    assert isinstance(made, MultipleChoice)
+    assert made.scorer == "sdpo"

@@ -249,3 +249,15 @@ def test_levels_of_the_package_curriculum_are_stages():
     with pytest.raises(ConfigError, match="levels of reasoning-gym's curriculum for chain_sum are 0 to 10, not 11"):
         ReasoningGym("chain_sum", curriculum=[11], **SIZES)
     assert ReasoningGym(datasets=PARTS, curriculum=[0, 1], **SIZES).stages()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dataset": "game_of_life_halting"},
+        {"datasets": [{"dataset": n} for n in ("chain_sum", "game_of_life_halting")]},
+    ],
+)
+def test_datasets_whose_scorer_accepts_anything_are_refused(options):
+    with pytest.raises(ConfigError, match="game_of_life_halting takes any answer for right"):
+        ReasoningGym(**options, **SIZES)

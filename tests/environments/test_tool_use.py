@@ -142,3 +142,22 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path, row, messag
     path.write_text(json.dumps(row))
     with pytest.raises(ConfigError, match=message):
         ToolUse(str(path), final_size=1)
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward", "text"),
+    [
+        (f"```text\nI look it up.\n```\n```json\n{json.dumps(BERN)}\n```\n```text\nDone.\n```", 1.0, "it is right."),
+        (f"~~~json\r\n{json.dumps(BERN)}\r\n~~~", 1.0, "it is right."),
+        (f"```\nsome prose\n```\n```\n{json.dumps(BERN)}\n```", 1.0, "it is right."),
+        ("[" * 50_000 + "]" * 50_000, 0.0, "nested too deeply"),
+        (tagged({"name": "weather", "arguments": "[" * 40_000}), 0.0, "nested too deeply"),
+        ("<tool_call>" * 9_000, 0.0, "is not closed"),
+        (tagged(BERN) * 1_500, 0.0, "There are 1479 more faults."),
+    ],
+)
+def test_odd_completions_fail_with_a_short_text(path, completion, reward, text):
+    verdict = judged(path, "one", completion)
+    assert verdict.reward == reward
+    assert text in (verdict.feedback or "")
+    assert len(verdict.feedback or "") < 3_000

@@ -9,6 +9,7 @@ from toy import ToyEnvironment, toy_trainer
 
 from vpd.config import CritiqueSettings, FeedbackSettings, RolloutSettings
 from vpd.feedback import PromptBuilder
+from vpd.feedback.texts import without_thinking
 from vpd.rollout import RolloutSampler, Sample
 from vpd.runs.folder import read_metrics
 
@@ -98,3 +99,20 @@ def test_a_step_counts_its_own_tokens_and_those_of_the_algorithms_fresh_rollouts
         assert second["tokens_rollout"] == 8 * second["length_mean"]
         assert all(line["seconds_rollout"] > 0 and line["seconds_judge"] > 0 for line in (first, second))
         assert "seconds_critique" not in first
+
+
+def test_the_judge_sees_special_tokens_but_those_that_end_a_turn_and_padding(sampler, monkeypatch):
+    marks = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    own = tokenizer(pad_token="<|pad|>")
+    own.add_tokens(marks, special_tokens=True)
+    text = "<think>hm</think><tool_call>{}</tool_call>"
+    sample = Sample([*own(text)["input_ids"], own.convert_tokens_to_ids("<|im_end|>"), own.pad_token_id], [])
+    assert len(set(sample.token_ids)) > len(marks)
+    sampler.tokenizer = own
+    sampler.eos_token_ids = (own.convert_tokens_to_ids("<|im_end|>"),)
+    monkeypatch.setattr(sampler.engine, "generate", lambda *args, **kwargs: [[sample]])
+    (rollout,) = sampler.sample(tasks(1), 1, seed=0).rollouts
+    assert rollout.text == text
+    chat = [{"role": "user", "content": "Hello."}]
+    assert sampler.answer([chat], CritiqueSettings(), seed=0).texts == [text]
+    assert without_thinking(rollout.text) == "<tool_call>{}</tool_call>"

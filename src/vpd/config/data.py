@@ -83,6 +83,9 @@ class McqData(Section):
     feedback: Literal["outcome", "reference"] = "outcome"
     """How much the text says: ``outcome`` tells right from wrong and names errors of form; ``reference`` also gives the
     right letter."""
+    scorer: Literal["tags", "sdpo"] = "tags"
+    """How the letter is read: ``tags`` takes it from the last pair of answer tags, whatever its case; ``sdpo`` is for
+    comparisons with SDPO and also takes a letter behind an unclosed ``<answer>`` or without tags, but no small one."""
     selection_size: int = Field(default=100, ge=1)
     """The number of training questions that become the selection split."""
     final_size: int | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import random
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,14 +15,13 @@ from typing import Literal
 
 from vpd.config import ConfigError
 from vpd.environments.base import Environment, Split
+from vpd.environments.code_answer import read_code
 from vpd.environments.code_rows import HUMAN_EVAL, Problem, load_problems
 from vpd.environments.code_tests import CallTest, CheckTest, Failure, OutputTest, Test, run_tests
 from vpd.environments.splits import check_split, cut_splits, question_key, shuffled
 from vpd.sandbox import Limits, Sandbox, SandboxError
 from vpd.types import Demonstration, Task, Verdict
 
-BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-OPEN_BLOCK = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n", re.IGNORECASE)
 LONGEST_VALUE = 300
 """How many characters of a value a text quotes; a longer value is shortened in the middle."""
 
@@ -188,18 +186,6 @@ class Code(Environment):
         if may_quote and failure.kind == "error":
             text += f"\n{_asked(test)}"
         return text
-
-
-def read_code(completion: str) -> tuple[str | None, str]:
-    """Return the last code block, or None and a sentence on what is wrong with the form."""
-    blocks = BLOCK.findall(completion)
-    if blocks and blocks[-1].strip():
-        return blocks[-1], ""
-    if blocks:
-        return None, "Your answer's code block is empty."
-    if OPEN_BLOCK.search(completion):
-        return None, "Your answer's code block is not closed: the program must stand between ```python and ```."
-    return None, "Your answer holds no code block: the program must stand between ```python and ```."
 
 
 def shortened(text: str, limit: int = LONGEST_VALUE) -> str:

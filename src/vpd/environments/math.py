@@ -11,6 +11,7 @@ from typing import Any, Literal
 from vpd.config import ConfigError
 from vpd.environments.answers import parse_integer, quoted
 from vpd.environments.base import Environment, Split
+from vpd.environments.math_answers import last_boxed
 from vpd.environments.processes import JudgeOutOfTimeError, JudgeProcesses
 from vpd.environments.rows import Row, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
@@ -18,7 +19,7 @@ from vpd.environments.worked import change_digit
 from vpd.types import Demonstration, Task, Verdict
 
 INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
-_COMPARE = "vpd.environments.math:compare"
+_COMPARE = "vpd.environments.math_answers:compare"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class Math(Environment):
             return self._verdict(task, 0.0, text, details)
         if outcome == "unreadable":
             text = f"Your answer, {quoted(boxed)}, could not be read as mathematics."
+        elif outcome.startswith("too"):
+            text = f"Your answer, {quoted(boxed)}, is {outcome} to be compared: write it more simply."
         else:
             text = f"Your answer, {quoted(boxed)}, was compared and is {outcome}."
         return self._verdict(task, float(outcome == "right"), text, details)
@@ -128,34 +131,6 @@ class Math(Environment):
         if self.feedback == "reference":
             text = f"{text} The right answer is {task.reference}."
         return Verdict(reward, text, details)
-
-
-def compare(answer: str, reference: str) -> str:
-    """Return ``right``, ``wrong`` or ``unreadable``.
-
-    A judge's process calls this function, and the pool ends that process at the time limit.
-    """
-    from math_verify import parse, verify
-
-    # None switches math-verify's alarm off, although its annotations do not allow None.
-    no_alarm: Any = None
-    gold, given = (parse(f"\\boxed{{{text}}}", parsing_timeout=no_alarm) for text in (reference, answer))
-    if not given:
-        return "unreadable"
-    return "right" if verify(gold, given, timeout_seconds=no_alarm) else "wrong"
-
-
-def last_boxed(text: str) -> str | None:
-    """Return the content of the last complete ``\\boxed{...}``, with balanced braces inside; None without one."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 0
-        for index in range(start + len("\\boxed"), len(text)):
-            depth += (text[index] == "{") - (text[index] == "}")
-            if depth == 0:
-                return text[start + len("\\boxed{") : index]
-        end = start
-    return None
 
 
 def _changed(answer: str, rng: random.Random) -> str:

@@ -16,8 +16,15 @@ from vpd.environments.rows import Row, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.types import Demonstration, Messages, Task, Verdict
 
-# An option is "(A) ...", "A: ...", "A) ..." or "A. ..." at the start of a line; "A.5" numbers a section.
-OPTION = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[:)]|([A-Z])\.(?=\s))", re.MULTILINE)
+
+def _options_pattern(label: str, ends: str) -> re.Pattern[str]:
+    # An option begins a line, perhaps behind a list mark or in bold; "A.5" numbers a section.
+    begin = r"^[ \t]*(?:[-*+\u2022][ \t]+)?(?:\*\*)?"
+    return re.compile(rf"{begin}(?:\(({label})\)|({label})[{ends}]|({label})\.(?=[\s*]))", re.MULTILINE)
+
+
+# In this order: numbered statements often stand before lettered options. A colon behind a digit is mostly a time.
+OPTIONS = tuple(_options_pattern(*parts) for parts in (("[A-Z]", ":)"), ("[a-z]", ":)"), (r"\d{1,2}", ")")))
 # No other opening tag may stand inside, so that a sentence about the tag does not become part of the answer.
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
 LETTERS = string.ascii_uppercase
@@ -53,6 +60,9 @@ class MultipleChoice(Environment):
             one split).
         feedback: How much the text says: ``outcome`` tells right from wrong and names errors of form; ``reference``
             also gives the right letter.
+        scorer: ``tags`` reads the letter between the last pair of answer tags, whatever its case. ``sdpo`` is for
+            comparisons with SDPO: it takes what follows the last ``<answer>`` up to ``</answer>``, or the whole
+            completion without these tags, and it must equal the right letter, case included.
         selection_size: How many training questions become the selection split.
         final_size: How many test questions the final split has at most (all by default); without a test file it takes
             this many training questions.
@@ -67,11 +77,13 @@ class MultipleChoice(Environment):
         path: str | Path,
         *,
         feedback: Literal["outcome", "reference"] = "outcome",
+        scorer: Literal["tags", "sdpo"] = "tags",
         selection_size: int = 100,
         final_size: int | None = None,
         seed: int = 0,
     ) -> None:
         self.feedback = feedback
+        self.scorer = scorer
         self.seed = seed
         rows = _load(str(path))
         self._tasks = cut_splits(
@@ -90,12 +102,14 @@ class MultipleChoice(Environment):
     def judge(self, task: Task, completion: str) -> Verdict:
         options: list[str] = task.data["options"]
         listed = ", ".join(options)
-        letter, error = _read_letter(completion, options)
+        read = _read_letter if self.scorer == "tags" else _read_as_sdpo
+        letter, error = read(completion, options)
         if error:
             text = f"Your answer could not be read: {error}"
         else:
             outcome = "the right one" if letter == task.reference else "a wrong one"
-            text = f"Your answer, {letter}, was read from the answer tags. Of the options {listed} it is {outcome}."
+            where = " from the answer tags" if self.scorer == "tags" else ""
+            text = f"Your answer, {letter}, was read{where}. Of the options {listed} it is {outcome}."
         if self.feedback == "reference":
             text = f"{text} The right option is {task.reference}."
         return Verdict(float(letter == task.reference), text, {"answer": letter})
@@ -170,15 +184,25 @@ def _text(row: Row, column: str) -> str:
 
 
 def read_options(prompt: str) -> list[str]:
-    """Return the letters of the last run A, B, C, ... at line starts; a line such as ``T: 300 K`` does not count."""
-    run: list[str] = []
-    for match in OPTION.finditer(prompt):
-        letter = next(group for group in match.groups() if group)
-        if letter == "A":
-            run = ["A"]
-        elif run and ord(letter) == ord(run[-1]) + 1:
-            run.append(letter)
-    return run
+    """Return the labels of the last run A, B, C, ... at line starts; a line such as ``T: 300 K`` does not count.
+
+    Where there are no two capital letters, small letters are taken (returned as capitals), and else numbers from 1 on.
+    """
+    for pattern in OPTIONS:
+        run: list[str] = []
+        for match in pattern.finditer(prompt):
+            label = next(group for group in match.groups() if group).upper()
+            if label in ("A", "1"):
+                run = [label]
+            elif run and label == _next(run[-1]):
+                run.append(label)
+        if len(run) > 1:
+            return run
+    return []
+
+
+def _next(label: str) -> str:
+    return str(int(label) + 1) if label.isdigit() else chr(ord(label) + 1)
 
 
 def _read_letter(completion: str, options: list[str]) -> tuple[str | None, str | None]:
@@ -202,6 +226,13 @@ def _read_letter(completion: str, options: list[str]) -> tuple[str | None, str |
         None,
         f"{quoted(answer)} stands between the answer tags; give nothing but the letter of an option ({listed}).",
     )
+
+
+def _read_as_sdpo(completion: str, options: list[str]) -> tuple[str | None, str | None]:
+    answer = completion.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    if answer in options:
+        return answer, None
+    return None, _read_letter(completion, options)[1] or f"{quoted(answer)} is not written as the options are."
 
 
 def _answer(task: Task, letter: str) -> str:

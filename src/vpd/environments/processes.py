@@ -20,10 +20,15 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from vpd.sandbox.namespaces import die_with_parent
+
 _START_SECONDS = 60.0
-_SERVE = "import sys; sys.path[:0] = {path!r}; from vpd.environments.processes import serve; serve({memory_mb})"
+_SERVE = (
+    "import sys; sys.path[:0] = {path!r}; from vpd.environments.processes import serve; serve({memory_mb}, {parent})"
+)
 
 
 class JudgeOutOfTimeError(Exception):
@@ -46,6 +51,8 @@ class JudgeProcesses:
     def __init__(self, seconds: float, memory_mb: int = 4096, workers: int | None = None) -> None:
         self._seconds = seconds
         self._memory_mb = memory_mb
+        # The kernel ends a process with the thread that started it, so that this thread must last as long as the pool.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="judge-processes")
         self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
         for _ in range(workers or os.cpu_count() or 1):
             self._idle.put(None)
@@ -63,7 +70,7 @@ class JudgeProcesses:
         process = self._idle.get()
         try:
             if process is None:
-                process = _Process(self._memory_mb)
+                process = self._starter.submit(_Process, self._memory_mb).result()
             answer = process.ask({"function": function, "arguments": arguments}, self._seconds)
         except BaseException:
             if process is not None:
@@ -80,7 +87,7 @@ class JudgeProcesses:
 class _Process:
     def __init__(self, memory_mb: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE.format(path=sys.path, memory_mb=memory_mb)],
+            [sys.executable, "-c", _SERVE.format(path=sys.path, memory_mb=memory_mb, parent=os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -130,8 +137,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
-def serve(memory_mb: int) -> None:
-    """Serve in the process: call the function that each line of JSON asks for, until standard input ends."""
+def serve(memory_mb: int, parent: int) -> None:
+    """Serve in the process: call the function that each line of JSON asks for, until standard input ends.
+
+    The process ends with its parent, also in the middle of a call and when the parent is killed.
+    """
+    if sys.platform == "linux":
+        die_with_parent()
+    if os.getppid() != parent:
+        return
     limit = memory_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     answers = os.fdopen(os.dup(1), "w")

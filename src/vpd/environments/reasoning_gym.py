@@ -20,6 +20,9 @@ PLAIN_INSTRUCTION = 'End with a line that says "Answer: " and then your final an
 NO_ANSWER = 'Your answer could not be read: it has no line that begins with "Answer:".'
 EMPTY_ANSWER = 'Your answer could not be read: nothing follows "Answer:".'
 
+ACCEPT_ANYTHING = ("game_of_life_halting",)
+"""The datasets whose scorer takes any answer for right."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -292,6 +295,11 @@ def _factory(dataset: str) -> Any:
         raise ConfigError(
             'The environment reasoning_gym needs the package reasoning-gym: pip install "vpd-rl[reasoning-gym]".'
         ) from None
+    if dataset in ACCEPT_ANYTHING:
+        raise ConfigError(
+            f"reasoning-gym's scorer of {dataset} takes any answer for right, so that nothing can be learned from it: "
+            "choose another dataset."
+        )
     if dataset not in factory.DATASETS:
         near = difflib.get_close_matches(dataset, factory.DATASETS, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f". Known: {', '.join(sorted(factory.DATASETS))}."

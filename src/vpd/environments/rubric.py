@@ -13,7 +13,7 @@ from vpd.endpoint import Endpoint
 from vpd.environments.base import Environment, Split
 from vpd.environments.rows import Row, chat_prompt, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
-from vpd.types import Messages, Task, Verdict
+from vpd.types import Messages, Task, Verdict, content_text
 
 _INSTRUCTION = """You grade an answer to a question by a rubric.
 
@@ -99,7 +99,8 @@ def read_reply(reply: str) -> Verdict:
         try:
             value, end = decoder.raw_decode(reply, start)
             found = value if isinstance(value, dict) and "score" in value else found
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
+            # It is no JSON, is nested too deeply, or holds a number with too many digits.
             pass
         start = reply.find("{", end)
     if found is None:
@@ -123,7 +124,7 @@ def _task(row: Row, rubric: str) -> Task:
 def _messages(task: Task, completion: str) -> Messages:
     # The mark is drawn after the answer was written, so that no answer can contain it and end its own section.
     mark = secrets.token_hex(4)
-    question = "\n\n".join(f"{message['role']}: {message['content']}" for message in task.prompt)
+    question = "\n\n".join(f"{message['role']}: {content_text(message['content'])}" for message in task.prompt)
     parts = {"Rubric": task.data["rubric"], "Question": question, "Right answer": task.reference, "Answer": completion}
     content = "\n\n".join(f"{name}:\n[{mark}]\n{text}\n[{mark}]" for name, text in parts.items() if text is not None)
     return [{"role": "system", "content": _INSTRUCTION.format(mark=mark)}, {"role": "user", "content": content}]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,13 +11,16 @@ from typing import Any, Literal
 from vpd.config import ConfigError
 from vpd.environments.answers import THINKING_END, parse_integer, quoted
 from vpd.environments.base import Environment, Split
+from vpd.environments.fences import read_blocks
 from vpd.environments.rows import Row, chat_prompt, load_rows
 from vpd.environments.splits import check_split, cut_splits, question_key
 from vpd.environments.worked import change_digit
 from vpd.types import Demonstration, Task, Verdict
 
-TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+MOST_SENTENCES = 20
+"""How many faults a text names at most: a completion may repeat a wrong call without end."""
+
 INSTRUCTION = """You may call these functions, one JSON schema a line:
 {tools}
 
@@ -99,7 +101,8 @@ class ToolUse(Environment):
         count = f"{len(calls)} function call{'' if len(calls) == 1 else 's'}"
         text = f"Your answer has {count} and was compared: it is {'wrong' if errors else 'right'}."
         if self.feedback != "outcome":
-            text = " ".join([text, *errors])
+            more = [f"There are {len(errors) - MOST_SENTENCES} more faults."] if len(errors) > MOST_SENTENCES else []
+            text = " ".join([text, *errors[:MOST_SENTENCES], *more])
         return self._verdict(task, float(not errors), text)
 
     def demonstrations(self, count: int) -> Sequence[Demonstration]:
@@ -126,21 +129,47 @@ def read_calls(completion: str) -> list[Call]:
         UnreadableError: A tag or a block holds something that is not a call.
     """
     answer = completion.rpartition(THINKING_END)[2]
-    texts = TAGGED.findall(answer)
+    texts = _tagged(answer)
     if not texts:
-        if "<tool_call>" in answer:
+        if CALL_BEGIN in answer:
             raise UnreadableError("the tag <tool_call> is not closed by </tool_call>")
-        texts = FENCED.findall(answer) or ([answer] if answer.lstrip().startswith(("{", "[")) else [])
+        texts = _fenced(answer) or ([answer] if answer.lstrip().startswith(("{", "[")) else [])
     calls = []
     for text in texts:
-        try:
-            value = json.loads(text)
-        except RecursionError:
-            raise UnreadableError("the JSON is nested too deeply") from None
-        except ValueError as error:
-            raise UnreadableError(f"{quoted(text.strip())} is not valid JSON ({error})") from None
+        value = _json(text, quoted(text))
         calls += [_call(item) for item in (value if isinstance(value, list) else [value])]
     return calls
+
+
+def _tagged(answer: str) -> list[str]:
+    texts, end = [], 0
+    while (start := answer.find(CALL_BEGIN, end)) >= 0:
+        start += len(CALL_BEGIN)
+        end = answer.find(CALL_END, start)
+        if end < 0:
+            break
+        texts.append(answer[start:end])
+    return texts
+
+
+def _fenced(answer: str) -> list[str]:
+    """Return the JSON blocks, or else the blocks without a language that begin as JSON does."""
+    blocks = [block for block in read_blocks(answer) if block.closed]
+    named = [block.text for block in blocks if block.language == "json"]
+    unnamed = [block.text for block in blocks if not block.language]
+    return named or [text for text in unnamed if text.lstrip().startswith(("{", "["))]
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        value = json.loads(text)
+        # Whatever is nested too deeply to be written again would end a later comparison too.
+        json.dumps(value)
+    except RecursionError:
+        raise UnreadableError("the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise UnreadableError(f"{name} is not valid JSON ({error})") from None
+    return value
 
 
 def _call(value: Any) -> Call:
@@ -149,10 +178,7 @@ def _call(value: Any) -> Call:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         # Some models write the arguments as OpenAI's interface gives them: JSON inside JSON.
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise UnreadableError(f"the arguments of {quoted(value['name'])} are not valid JSON") from None
+        arguments = _json(arguments, f"the text of the arguments of {quoted(value['name'])}")
     if not isinstance(arguments, dict):
         raise UnreadableError(f"the arguments of {quoted(value['name'])} are not an object")
     return Call(value["name"], arguments)

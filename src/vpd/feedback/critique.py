@@ -16,7 +16,7 @@ from vpd.config import CritiqueSettings
 from vpd.endpoint import Endpoint
 from vpd.feedback.texts import without_thinking
 from vpd.loop import run_all
-from vpd.types import Messages, Rollout
+from vpd.types import Messages, Rollout, content_text
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,9 @@ class EndpointCritic:
 
 def request(rollout: Rollout) -> Messages:
     """Write the chat that asks for a critique; it shows the attempt as a reader would see it, without its thinking."""
-    prompt = "\n\n".join(str(message["content"]) for message in rollout.task.prompt if message["role"] != "system")
+    prompt = "\n\n".join(
+        content_text(message["content"]) for message in rollout.task.prompt if message["role"] != "system"
+    )
     reference = rollout.task.reference
     content = _REQUEST.format(
         prompt=prompt,

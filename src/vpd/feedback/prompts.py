@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vpd.config import ConfigError, FeedbackSettings, Templates
+from vpd.feedback.rendering import ChatRenderer, surrounded
 from vpd.feedback.texts import FeedbackTexts
-from vpd.types import Messages, TeacherPrompt
+from vpd.types import Messages, TeacherPrompt, content_text
 
 _ELISION = "\n[...]\n"
 
@@ -41,7 +42,7 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.settings = settings
         self.max_prompt_length = max_prompt_length
-        self.chat_template_kwargs = chat_template_kwargs or {}
+        self._render = ChatRenderer(tokenizer, chat_template_kwargs or {})
         # The teacher's prompts of a group share the question and the templates' words.
         self._remembered: dict[str, list[int]] = {}
 
@@ -63,12 +64,15 @@ class PromptBuilder:
         """Turn a chat whose content is data into token ids; None for a chat longer than the teacher's limit.
 
         Special tokens inside the messages stay plain text.
+
+        Raises:
+            ConfigError: The chat template does not write a message's content as it stands.
         """
         marks = [_unused_mark(f"message-{index}", messages) for index in range(len(messages))]
         rendered = self._render([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)])
-        contents = {mark: str(message["content"]) for mark, message in zip(marks, messages, strict=True)}
+        contents = {mark: content_text(message["content"]) for mark, message in zip(marks, messages, strict=True)}
         ids: list[int] = []
-        for piece in re.split(f"({'|'.join(map(re.escape, marks))})", rendered):
+        for piece in _cut(rendered, marks):
             ids += self._encode(contents.get(piece, piece), as_data=piece in contents)
         return ids if len(ids) <= self.settings.max_prompt_length else None
 
@@ -79,8 +83,8 @@ class PromptBuilder:
         longer than ``settings.max_prompt_length``, only the texts are shortened, in their middle.
 
         Raises:
-            ConfigError: The chat without the texts is already longer than the limit, or its last message is not the
-                user's.
+            ConfigError: The chat without the texts is already longer than the limit, its last message is not the
+                user's, or the chat template does not write the texts as they stand.
         """
         pieces, slots = self._teacher_pieces(prompt, texts)
         encoded = [self._encode(piece, as_data=index in slots) for index, piece in enumerate(pieces)]
@@ -107,29 +111,24 @@ class PromptBuilder:
             raise ConfigError("A task's prompt must end with a user message, since feedback is appended to it.")
         marks = {"solution": _unused_mark("solution", prompt), "feedback": _unused_mark("feedback", prompt)}
         templates = self.settings.templates
-        content = _fill(
-            templates.prompt,
-            prompt=str(prompt[-1]["content"]),
-            solution=_section(templates.critique, texts.critique, marks["solution"])
+        solution = (
+            _section(templates.critique, texts.critique, marks["solution"])
             if texts.solution is None
-            else _section(templates.solution, texts.solution, marks["solution"]),
-            feedback=_section(_feedback_template(templates, texts), texts.feedback, marks["feedback"]),
+            else _section(templates.solution, texts.solution, marks["solution"])
         )
+        feedback = _section(_feedback_template(templates, texts), texts.feedback, marks["feedback"])
+        before, after = (
+            _fill(part, solution=solution, feedback=feedback) for part in templates.prompt.split("{prompt}")
+        )
+        content = surrounded(prompt[-1]["content"], before, after)
         rendered = self._render([*prompt[:-1], {**prompt[-1], "content": content}])
         values = {marks["solution"]: texts.solution or texts.critique, marks["feedback"]: texts.feedback}
         pieces, slots = [], []
-        for piece in re.split(f"({'|'.join(map(re.escape, marks.values()))})", rendered):
+        for piece in _cut(rendered, [mark for mark in marks.values() if mark in f"{solution}{feedback}"]):
             if piece in values:
                 slots.append(len(pieces))
             pieces.append(values.get(piece, piece) or "")
         return pieces, slots
-
-    def _render(self, messages: Messages) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
-        )
 
     def _encode(self, text: str, *, as_data: bool = False) -> list[int]:
         if as_data:
@@ -174,8 +173,20 @@ def _section(template: str, text: str | None, mark: str) -> str:
 
 
 def _fill(template: str, **values: str) -> str:
-    # A single pass leaves braces inside the question alone.
-    return re.sub(r"\{(prompt|solution|feedback)\}", lambda match: values[match[1]], template)
+    # A single pass leaves braces inside a section's template alone.
+    return re.sub(r"\{(solution|feedback)\}", lambda match: values[match[1]], template)
+
+
+def _cut(rendered: str, marks: list[str]) -> list[str]:
+    """Cut a rendered chat at the marks, which become pieces of their own; each must stand in it."""
+    missing = [mark for mark in marks if mark not in rendered]
+    if missing:
+        raise ConfigError(
+            f"The chat template does not write a message's content as it stands: it alters or drops {missing[0]!r}, "
+            "behind which a text for the teacher or the critic would be lost. Use a chat template that leaves contents "
+            "alone (no upper, truncate, urlencode or the like)."
+        )
+    return re.split(f"({'|'.join(map(re.escape, marks))})", rendered) if marks else [rendered]
 
 
 def _unused_mark(name: str, prompt: Messages) -> str:

@@ -13,6 +13,7 @@ from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
 from vpd.feedback import Answers, PromptBuilder
 from vpd.rollout.engine import RolloutEngine, Sample, SamplingParameters
+from vpd.rollout.text import completion_text
 from vpd.timing import Timer
 from vpd.types import Messages, Rollout, Task, TeacherView, Turn, Verdict
 
@@ -136,7 +137,7 @@ class RolloutSampler:
             samples = self.engine.generate(list(fitting.values()), parameters, seed=seed)
         texts: list[str | None] = [None] * len(chats)
         for index, (sample,) in zip(fitting, samples, strict=True):
-            texts[index] = str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True))
+            texts[index] = completion_text(self.tokenizer, sample.token_ids, self.eos_token_ids)
         return Answers(texts, token_count=_token_count(samples), seconds=timer.seconds["critique"])
 
     def _parameters(
@@ -185,7 +186,7 @@ class RolloutSampler:
                     completion_ids=sample.token_ids,
                     log_probs=sample.log_probs,
                     truncated=sample.truncated,
-                    text=str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True)),
+                    text=completion_text(self.tokenizer, sample.token_ids, self.eos_token_ids),
                 )
             ],
         )
