@@ -33,7 +33,7 @@ from vpd.phases import (
     before_training,
     finish,
     open_run,
-    save_checkpoint,
+    save_last,
     show_progress,
 )
 from vpd.rollout import Sampled
@@ -133,23 +133,26 @@ class VPDTrainer(BaseTrainer):
 
         Raises:
             ConfigError: ``run.output_dir`` cannot be used, or the path is no checkpoint of this run.
+            RunError: No checkpoint is sound, or the folder cannot be written.
         """
         start = time.perf_counter()
-        if not open_run(self, resume_from_checkpoint):
-            before_training(self)
-        self.callbacks.train_begin()
-        with self.journal.progress, InterruptGuard() as guard:
-            show_progress(self)
-            while not self._is_finished(guard):
-                self._iterate()
-            # The signal may have reached one process alone; all must save together.
-            interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
-            if interrupted is not None:
-                save_checkpoint(self)
-        self.callbacks.train_end()
-        if interrupted is None:
-            after_training(self)
-        return finish(self, time.perf_counter() - start, interrupted)
+        with open_run(self, resume_from_checkpoint) as run:
+            if run.finished is not None:
+                return run.finished
+            if not run.goes_on:
+                before_training(self)
+            self.callbacks.train_begin()
+            with self.journal.progress, InterruptGuard() as guard:
+                show_progress(self)
+                while not self._is_finished(guard):
+                    self._iterate()
+                save_last(self)
+                # The signal may have reached one process alone.
+                interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
+            self.callbacks.train_end()
+            if interrupted is None:
+                after_training(self)
+            return finish(self, time.perf_counter() - start, interrupted)
 
     def _iterate(self) -> None:
         """Run one rollout batch (Algorithm 1, lines 3 to 17), and what is due after it."""

@@ -149,7 +149,11 @@ class RunSettings(Section):
     seed: int = 0
     """The seed of everything random in training; the tasks and the warm start have seeds of their own."""
     save_steps: int | None = Field(default=None, ge=1)
-    """The number of steps between checkpoints; one is also saved whenever training is interrupted."""
+    """The number of steps between checkpoints; None goes by ``save_minutes``. One is also saved when training ends or
+    is interrupted."""
+    save_minutes: float = Field(default=10.0, ge=0)
+    """The minutes between checkpoints where ``save_steps`` is not set; 0 saves only when training ends or is
+    interrupted."""
     save_total_limit: int = Field(default=2, ge=1)
     """The number of checkpoints that are kept; older ones are removed."""
     logged_samples: int = Field(default=64, ge=0)
