@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from vpd.algorithms.base import TokenNumbers
 from vpd.algorithms.warm_start import demonstration_sequences, warm_start
 from vpd.base_trainer import BaseTrainer
 from vpd.feedback import CritiqueSource
 from vpd.policy.load import end_of_turn, load_weights
 from vpd.report import write_report
+from vpd.runs.files import RunError
 from vpd.runs.result import TrainOutput, finished_result, mean_loss
+from vpd.runs.samples import RolloutRecord
+from vpd.types import Rollout, TeacherView
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,11 @@ class OpenRun:
 
 @contextmanager
 def open_run(trainer: BaseTrainer, resume: bool | str | Path | None) -> Iterator[OpenRun]:
-    """Hold the run's folder open, with the checkpoint loaded that was asked for, until the block ends."""
+    """Hold the run's folder open, with the checkpoint loaded that was asked for, until the block ends.
+
+    Raises:
+        RunError: In the block, logits were not finite.
+    """
     args, journal = trainer.args, trainer.journal
     try:
         opened = trainer.checkpoints.open(resume)
@@ -55,6 +63,10 @@ def open_run(trainer: BaseTrainer, resume: bool | str | Path | None) -> Iterator
         # The settings as they are now decide anew whether the run ends.
         trainer.run_state.stopped_by = None
         yield OpenRun(opened.checkpoint is not None)
+    except FloatingPointError as error:
+        raise RunError(
+            f"{error} Go on from the newest checkpoint by --resume, with a lower optim.learning_rate."
+        ) from error
     finally:
         trainer.checkpoints.close()
 
@@ -136,6 +148,45 @@ def show_progress(trainer: BaseTrainer) -> None:
     if trainer.accelerator.is_main_process:
         seconds_left = (trainer.args.run.max_seconds or math.inf) - trainer.run_state.train_seconds
         trainer.journal.progress.start(trainer.args.run.max_steps, trainer.run_state.step, seconds_left)
+
+
+def write_samples(
+    trainer: BaseTrainer,
+    rollouts: Sequence[Rollout],
+    views: Sequence[TeacherView | None],
+    tokens: Mapping[int, TokenNumbers],
+) -> None:
+    """Keep rollouts of the newest step for people, and all of them where one of its updates was skipped."""
+    folder, step, limit = trainer.journal.folder, trainer.run_state.step, trainer.args.run.logged_samples
+    suspicious = trainer.learner.skipped.in_batch > 0
+    if folder is None or not (limit or suspicious):
+        return
+    reads = trainer.algorithm.reads_feedback
+    records = [
+        RolloutRecord.from_rollout(step, rollout, view if reads else None, **(asdict(tokens[i]) if i in tokens else {}))
+        for i, (rollout, view) in enumerate(zip(rollouts, views, strict=True))
+    ]
+    if limit:
+        folder.write_rollouts(step, records[:limit])
+    if suspicious:
+        folder.write_skipped(step, records)
+
+
+def tell_of_skipped(trainer: BaseTrainer) -> None:
+    """Warn of updates of the newest step that were skipped, and end the run where too many were."""
+    skipped, limit = trainer.learner.skipped, trainer.args.optim.max_skipped_updates
+    count = skipped.next_batch()
+    if not count:
+        return
+    step = trainer.run_state.step
+    trainer.journal.warn(
+        "nonfinite",
+        f"Loss or gradient of {count} update{'s' * (count > 1)} of step {step} was not finite, and skipped. The rollouts "
+        f"are in skipped/step-{step:06d}.parquet. Lower optim.learning_rate if it goes on.",
+        step,
+    )
+    if skipped.in_a_row >= limit:
+        trainer.monitor.stop("nonfinite")
 
 
 def after_step(trainer: BaseTrainer) -> None:

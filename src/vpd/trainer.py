@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,13 @@ from vpd.phases import (
     open_run,
     save_last,
     show_progress,
+    tell_of_skipped,
+    write_samples,
 )
 from vpd.rollout import Sampled
 from vpd.runs.files import RunError
 from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.result import TrainOutput
-from vpd.runs.samples import RolloutRecord
 from vpd.seeds import mix
 from vpd.setup import assemble, make_policy
 from vpd.timing import Timer
@@ -237,7 +238,8 @@ class VPDTrainer(BaseTrainer):
         result = self.algorithm.update(self.learner, given)
         for weights in self.learner.copies.values():
             weights.follow(self.learner.module)
-        return statistics | result.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}, result
+        statistics |= result.metrics | self.learner.skipped.metrics()
+        return statistics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}, result
 
     def _fresh_examples(self, batch: Batch, step: int) -> list[Example]:
         """Sample held-out rollouts, on which an E-step's effect is measured; their cost counts as the batch's."""
@@ -281,17 +283,8 @@ class VPDTrainer(BaseTrainer):
         self.journal.log_step(step, metrics)
         self.callbacks.log(metrics)
         self.monitor.watch(metrics)
-        if self.journal.folder is not None and self.args.run.logged_samples:
-            records = [
-                RolloutRecord.from_rollout(
-                    step,
-                    rollout,
-                    view if self.algorithm.reads_feedback else None,
-                    **(asdict(tokens[i]) if i in tokens else {}),
-                )
-                for i, (rollout, view) in enumerate(zip(batch.rollouts, batch.views, strict=True))
-            ]
-            self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])
+        write_samples(self, batch.rollouts, batch.views, tokens)
+        tell_of_skipped(self)
         if self.curriculum.advance(step, rate := metrics["success_rate"]):
             stage, stages = self.curriculum.stage, len(self.curriculum.stages)
             self.journal.log(step, "stage", {"stage": stage, "success_rate": rate})

@@ -81,6 +81,9 @@ class OptimSettings(Section):
     """The number that AdamW adds to the denominator for numerical stability."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient's norm above which it is clipped."""
+    max_skipped_updates: int = Field(default=3, ge=1)
+    """The number of optimizer steps in a row with a loss or a gradient that is not finite, after which the run ends as
+    ``nonfinite``. Each of them is skipped, and the rollouts of its batch are kept in the run's folder."""
     lr_scheduler_type: str = "constant_with_warmup"
     """The schedule's name for ``transformers.get_scheduler``; the schedule advances once per rollout batch."""
     warmup_steps: int = Field(default=0, ge=0)

@@ -7,6 +7,7 @@ many give the same update on the same rollouts.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -24,6 +25,7 @@ from vpd.policy.copies import WeightCopy
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 from vpd.policy.optimizer import make_moments
+from vpd.policy.skipped import SkippedUpdates
 
 T = TypeVar("T")
 
@@ -92,7 +94,8 @@ class OptimizerStep:
 
     Attributes:
         loss: The loss, summed over micro-batches and processes.
-        grad_norm: The gradient's norm before it was clipped.
+        grad_norm: The gradient's norm before it was clipped. Where it or the loss is not finite, the weights are as
+            they were.
         clipped: Whether it was clipped.
         values: For each part of this process the objective's numbers; none for an empty part.
     """
@@ -114,6 +117,7 @@ class Learner:
         settings: The optimizer's settings.
         temperature: The temperature of student and teacher in every loss.
         counts: The tokens of all passes so far.
+        skipped: Counts the optimizer steps that were skipped.
         copies: Other sets of weights that an algorithm asks for: :func:`vpd.policy.copies.make_copies`.
     """
 
@@ -124,6 +128,7 @@ class Learner:
     temperature: float
     counts: TokenCounts = field(default_factory=TokenCounts)
     copies: dict[str, WeightCopy] = field(default_factory=dict)
+    skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
 
     @property
     def module(self) -> PolicyModule:
@@ -254,7 +259,7 @@ class Learner:
         make_pass: Callable[[list[T]], TrainingPass],
         factor: float = 1.0,
     ) -> OptimizerStep:
-        """Make one optimizer step from the gradients of all parts.
+        """Make one optimizer step from the gradients of all parts, or none where loss or gradient is not finite.
 
         Args:
             parts: From :meth:`micro_batches`.
@@ -280,6 +285,12 @@ class Learner:
             found.append({name: value.detach() for name, value in outputs.values.items()})
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         norm = float("nan") if grad_norm is None else float(grad_norm)
+        # Both numbers are those of all processes, which decide alike.
+        total_loss = self.total(loss)[0]
+        self.skipped.note(not (math.isfinite(total_loss) and math.isfinite(norm)))
+        if self.skipped.in_a_row:
+            self.optimizer.zero_grad()
+            return OptimizerStep(total_loss, norm, False, found)
         if factor != 1.0:
             for parameter in self.policy.parameters():
                 if parameter.grad is not None:
@@ -287,7 +298,7 @@ class Learner:
         with self._scaled_learning_rate(factor):
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm, found)
+        return OptimizerStep(total_loss, norm, norm > self.settings.max_grad_norm, found)
 
     @contextlib.contextmanager
     def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
