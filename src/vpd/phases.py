@@ -181,8 +181,8 @@ def tell_of_skipped(trainer: BaseTrainer) -> None:
     step = trainer.run_state.step
     trainer.journal.warn(
         "nonfinite",
-        f"Loss or gradient of {count} update{'s' * (count > 1)} of step {step} was not finite, and skipped. The rollouts "
-        f"are in skipped/step-{step:06d}.parquet. Lower optim.learning_rate if it goes on.",
+        f"Loss or gradient of {count} update{'s' * (count > 1)} of step {step} was not finite, and skipped. "
+        f"The rollouts are in skipped/step-{step:06d}.parquet. Lower optim.learning_rate if it goes on.",
         step,
     )
     if skipped.in_a_row >= limit:

@@ -13,8 +13,9 @@ class RunError(RuntimeError):
     """The folder of the run cannot be read or written; the message is a sentence that says how to mend it."""
 
 
-TEMPORARY_PATTERN = ".*.tmp"
-"""The pattern of the names of files and folders that are being written. A run that finds one was interrupted there."""
+TEMPORARY_PATTERNS = (".*.tmp", ".*.partial-*")
+"""The patterns of the names of files and folders that are being written, the latter by :mod:`vpd.policy.model_cache`. A
+run that finds one was interrupted there."""
 
 _FULL_BELOW_BYTES = 1 << 20
 

@@ -30,7 +30,7 @@ from pydantic import BaseModel
 
 from vpd.config import ConfigError, VPDConfig
 from vpd.runs.files import (
-    TEMPORARY_PATTERN,
+    TEMPORARY_PATTERNS,
     RunError,
     atomic_write_bytes,
     atomic_write_text,
@@ -304,7 +304,7 @@ class RunFolder:
             if not final.exists():
                 old.rename(final)
         for folder in (self.path, self._rollouts, self._skipped, self._checkpoints):
-            for leftover in folder.glob(TEMPORARY_PATTERN):
+            for leftover in (path for pattern in TEMPORARY_PATTERNS for path in folder.glob(pattern)):
                 _remove(leftover)
 
     def _old(self, checkpoint: Path) -> Path:
