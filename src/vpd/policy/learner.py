@@ -7,6 +7,7 @@ many give the same update on the same rollouts.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,16 +19,24 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vpd.config import OptimSettings
+from vpd.config import ConfigError, OptimSettings
 from vpd.packing import PackedBatch, pack, plan_micro_batches
 from vpd.policy.architecture import causal_lm_of
 from vpd.policy.copies import WeightCopy
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 from vpd.policy.optimizer import make_moments
+from vpd.policy.out_of_memory import halved, is_out_of_memory, joined
 from vpd.policy.skipped import SkippedUpdates
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_NO_MEMORY = (
+    "Memory is missing for a micro-batch: lower optim.micro_batch_tokens, rollout.max_completion_length or "
+    "model.logits_chunk_tokens, or set model.gradient_checkpointing = true. Then go on with --resume."
+)
 
 SCORED_BUDGETS = 4
 """How many budgets of tokens a pass without gradient may have. A pass with a gradient keeps all activations, and one
@@ -118,6 +127,7 @@ class Learner:
         temperature: The temperature of student and teacher in every loss.
         counts: The tokens of all passes so far.
         skipped: Counts the optimizer steps that were skipped.
+        budget_divisor: By what ``optim.micro_batch_tokens`` is divided, since memory was missing.
         copies: Other sets of weights that an algorithm asks for: :func:`vpd.policy.copies.make_copies`.
     """
 
@@ -129,6 +139,7 @@ class Learner:
     counts: TokenCounts = field(default_factory=TokenCounts)
     copies: dict[str, WeightCopy] = field(default_factory=dict)
     skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
+    budget_divisor: int = 1
 
     @property
     def module(self) -> PolicyModule:
@@ -163,6 +174,11 @@ class Learner:
         """Whether a second pass may be conditioned on the keys and values of a training pass."""
         return self.module.can_reuse_keys
 
+    @property
+    def token_budget(self) -> int:
+        """The number of computed tokens in one pass with a gradient, as far as memory allows."""
+        return max(1, self.settings.micro_batch_tokens // self.budget_divisor)
+
     def micro_batches(
         self,
         items: Sequence[T],
@@ -184,7 +200,7 @@ class Learner:
             conditioned: Whether the scored view is conditioned on the trained one's keys and values.
             wants_layers: Whether scoring keeps the states of layers before the last, and so has one budget.
         """
-        budget = self.settings.micro_batch_tokens
+        budget = self.token_budget
         keeps_little = getattr(causal_lm_of(self.module.model), "is_activation_checkpointing", False)
         budgets = 1 if wants_layers or keeps_little else SCORED_BUDGETS
         views = [(trained, budget), (scored, budgets * budget)]
@@ -258,6 +274,7 @@ class Learner:
         parts: Sequence[list[T]],
         make_pass: Callable[[list[T]], TrainingPass],
         factor: float = 1.0,
+        divisible: bool = True,
     ) -> OptimizerStep:
         """Make one optimizer step from the gradients of all parts, or none where loss or gradient is not finite.
 
@@ -266,23 +283,14 @@ class Learner:
             make_pass: Is called with each part, an empty one too, right before its pass.
             factor: Multiplies the learning rate in this step. The clipped gradient is scaled, too: what the optimizer's
                 momentum keeps of it moves the weights in the steps to come, at their full rate, and by far the most.
+            divisible: Whether the loss of a part is the sum of those of its halves. Then parts for which memory is
+                missing are halved once, and so are the budgets of all later ones.
+
+        Raises:
+            ConfigError: Memory is missing, and halving does not help.
         """
         make_moments(self.optimizer)
-        loss = 0.0
-        found: list[dict[str, Tensor]] = []
-        for index, part in enumerate(parts):
-            taken = make_pass(part)
-            for batch in (taken.batch, taken.conditioned):
-                if batch is not None:
-                    self.counts += batch
-            self.policy.train()
-            with self._synchronised(last=index == len(parts) - 1):
-                outputs = self.policy(taken.batch, taken.objective, taken.conditioned)
-                assert outputs.loss is not None
-                # DDP averages gradients over processes, while the losses are already divided by global counts.
-                self.accelerator.backward(outputs.loss * self.accelerator.num_processes)
-            loss += float(outputs.loss.detach())
-            found.append({name: value.detach() for name, value in outputs.values.items()})
+        loss, found = self._accumulate_in_memory(parts, make_pass, divisible)
         grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
         norm = float("nan") if grad_norm is None else float(grad_norm)
         # Both numbers are those of all processes, which decide alike.
@@ -299,6 +307,56 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return OptimizerStep(total_loss, norm, norm > self.settings.max_grad_norm, found)
+
+    def _accumulate_in_memory(
+        self, parts: Sequence[list[T]], make_pass: Callable[[list[T]], TrainingPass], divisible: bool
+    ) -> tuple[float, list[dict[str, Tensor]]]:
+        """Accumulate the gradient, with halved parts where memory is missing."""
+        counts = self.counts
+        try:
+            return self._accumulate(parts, make_pass)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Other processes are in the middle of passes that they make together with this one.
+            if not divisible or self.accelerator.num_processes > 1 or not any(len(part) > 1 for part in parts):
+                raise ConfigError(_NO_MEMORY) from error
+        # Only here is the failed pass let go of, with all that it held.
+        self.optimizer.zero_grad()
+        self.counts, self.budget_divisor = counts, 2 * self.budget_divisor
+        torch.cuda.empty_cache()
+        logger.warning(
+            "Memory is missing for a micro-batch: it is halved, and optim.micro_batch_tokens counts as %d from now on.",
+            self.token_budget,
+        )
+        try:
+            loss, found = self._accumulate(halved(parts), make_pass)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(_NO_MEMORY) from error
+        return loss, joined(found)
+
+    def _accumulate(
+        self, parts: Sequence[list[T]], make_pass: Callable[[list[T]], TrainingPass]
+    ) -> tuple[float, list[dict[str, Tensor]]]:
+        """Add the gradients of all parts up, and return this process's loss and the objective's numbers of each."""
+        loss = 0.0
+        found: list[dict[str, Tensor]] = []
+        for index, part in enumerate(parts):
+            taken = make_pass(part)
+            for batch in (taken.batch, taken.conditioned):
+                if batch is not None:
+                    self.counts += batch
+            self.policy.train()
+            with self._synchronised(last=index == len(parts) - 1):
+                outputs = self.policy(taken.batch, taken.objective, taken.conditioned)
+                assert outputs.loss is not None
+                # DDP averages gradients over processes, while the losses are already divided by global counts.
+                self.accelerator.backward(outputs.loss * self.accelerator.num_processes)
+            loss += float(outputs.loss.detach())
+            found.append({name: value.detach() for name, value in outputs.values.items()})
+        return loss, found
 
     @contextlib.contextmanager
     def _scaled_learning_rate(self, factor: float) -> Iterator[None]:
