@@ -248,22 +248,24 @@ class RunFolder:
         """
         final = self._checkpoints / f"checkpoint-{step}"
         new = self._checkpoints / f".new-{final.name}.tmp"
-        _remove(new)
-        try:
-            with write_errors_as_run_errors(final):
+        with write_errors_as_run_errors(final):
+            _remove(new)
+            try:
                 new.mkdir()
                 write(new)
                 write_manifest(new, {"step": step, "metrics": self._mark_metrics()})
                 sync_tree(new)
-        except BaseException:
-            _remove(new)
-            raise
-        if final.exists():
-            final.rename(self._old(final))
-        new.rename(final)
-        sync_folder(self._checkpoints)
-        _remove(self._old(final))
-        self._prune(final, keep)
+            except BaseException:
+                # Where nothing can be written, nothing can be removed either.
+                with contextlib.suppress(OSError):
+                    _remove(new)
+                raise
+            if final.exists():
+                final.rename(self._old(final))
+            new.rename(final)
+            sync_folder(self._checkpoints)
+            _remove(self._old(final))
+            self._prune(final, keep)
         return final
 
     def remove_weights(self) -> None:
