@@ -6,7 +6,10 @@ STAMP := $(VENV)/.installed
 # Test processes; each computes on one thread, since two that take all cores wait for each other.
 JOBS ?= 2
 
-.PHONY: setup quickstart test lint clean
+# Kills of `make test-faults` on one process; half as many on two.
+KILLS ?= 100
+
+.PHONY: setup quickstart test test-faults lint clean
 
 setup: $(STAMP)
 
@@ -27,6 +30,11 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+
+# Kills real runs at seeded random moments and compares them with uninterrupted ones.
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/driver.py --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/driver.py --kills $$(( $(KILLS) / 2 )) --ranks 2
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check

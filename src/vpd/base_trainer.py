@@ -13,6 +13,7 @@ from vpd.config import ConfigError, VPDConfig
 from vpd.environments import SPLITS, Environment, Split
 from vpd.policy.load import save_policy
 from vpd.runs.files import RunError
+from vpd.runs.finite import require_finite
 from vpd.runs.hub import upload_model, with_license
 from vpd.runs.model_card import BaseModel, base_model_of, write_model_card
 from vpd.setup import Parts
@@ -121,7 +122,7 @@ class BaseTrainer:
                 ``run.output_dir``. An adapter is saved without its base model.
 
         Raises:
-            RunError: The folder cannot be written, or holds other things than a model.
+            RunError: Weights are not finite, or the folder cannot be written, or it holds other things than a model.
         """
         if self.accelerator.is_main_process:
             self._write_model(Path(output_dir or self._model_folder), base_model_of(self.model))
@@ -176,6 +177,7 @@ class BaseTrainer:
         return Path(self.args.run.output_dir) / "model"
 
     def _write_model(self, folder: Path, base: BaseModel) -> None:
+        require_finite(self.model, f"The model in {folder}")
         try:
             save_policy(self.model, self.processing_class, folder)  # pyright: ignore[reportArgumentType]
             write_model_card(folder, self.args, base, self.run_state.rows, self.run_state.step)

@@ -148,7 +148,10 @@ def assemble(
     run_state = TrainingState()
     needed = [source.name for source in sources] if algorithm.needs_feedback else None
     monitor = Monitor(journal, run_state, needed, args.run.stop_on)
-    accelerator.register_for_checkpointing(run_state, curriculum, lr_scheduler, algorithm, *learner.copies.values())
+    public = Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator)
+    saved = {"scheduler": lr_scheduler, "run": run_state, "curriculum": curriculum, "algorithm": algorithm}
+    saved |= {"model": learner.module, "optimizer": learner.optimizer}
+    saved |= {f"weights_{name}": weights for name, weights in learner.copies.items()}
     return Parts(
         algorithm=algorithm,
         accelerator=accelerator,
@@ -163,8 +166,8 @@ def assemble(
         journal=journal,
         monitor=monitor,
         measurements=Measurements(evaluator, journal, run_state, monitor, args.eval),
-        checkpoints=Checkpoints(args.run, accelerator, run_state, model, tokenizer),
-        callbacks=Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator),
+        checkpoints=Checkpoints(args.run, accelerator, run_state, saved, public, model, tokenizer),
+        callbacks=public,
     )
 
 

@@ -31,10 +31,13 @@ from vpd.phases import (
     after_step,
     after_training,
     before_training,
+    evaluate_last,
     finish,
     open_run,
-    save_checkpoint,
+    save_last,
     show_progress,
+    tell_of_skipped,
+    write_samples,
 )
 from vpd.rollout import Sampled
 from vpd.runs.files import RunError
@@ -114,23 +117,28 @@ class VPDTrainer(BaseTrainer):
 
         Raises:
             ConfigError: ``run.output_dir`` cannot be used, or the path is no checkpoint of this run.
+            RunError: No checkpoint is sound, or the folder cannot be written.
         """
         start = time.perf_counter()
-        if not open_run(self, resume_from_checkpoint):
-            before_training(self)
-        self.callbacks.train_begin()
-        with self.journal.progress, InterruptGuard() as guard:
-            show_progress(self)
-            while not self._is_finished(guard):
-                self._iterate()
-            # The signal may have reached one process alone; all must save together.
-            interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
-            if interrupted is not None:
-                save_checkpoint(self)
-        self.callbacks.train_end()
-        if interrupted is None:
-            after_training(self)
-        return finish(self, time.perf_counter() - start, interrupted)
+        with open_run(self, resume_from_checkpoint) as run:
+            if run.finished is not None:
+                return run.finished
+            if not run.goes_on:
+                before_training(self)
+            self.callbacks.train_begin()
+            with self.journal.progress, InterruptGuard() as guard:
+                show_progress(self)
+                while not self._is_finished(guard):
+                    self._iterate()
+                if not self.learner.largest(guard.signal_number or 0):
+                    evaluate_last(self)
+                save_last(self)
+                # The signal may have reached one process alone.
+                interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
+            self.callbacks.train_end()
+            if interrupted is None:
+                after_training(self)
+            return finish(self, time.perf_counter() - start, interrupted)
 
     def _iterate(self) -> None:
         """Run one rollout batch (Algorithm 1, lines 3 to 17), and what is due after it."""
@@ -216,7 +224,8 @@ class VPDTrainer(BaseTrainer):
         result = self.algorithm.update(self.learner, given)
         for weights in self.learner.copies.values():
             weights.follow(self.learner.module)
-        return statistics | result.metrics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}, result
+        statistics |= result.metrics | self.learner.skipped.metrics()
+        return statistics | {"learning_rate": self.optimizer.param_groups[0]["lr"]}, result
 
     def _fresh_examples(self, batch: Batch, step: int) -> list[Example]:
         """Sample held-out rollouts, on which an E-step's effect is measured; their cost counts as the batch's."""
@@ -276,9 +285,8 @@ class VPDTrainer(BaseTrainer):
         self.journal.log_step(step, metrics)
         self.callbacks.log(metrics)
         self.monitor.watch(metrics)
-        if self.journal.folder is not None and self.args.run.logged_samples:
-            records = batch.records(step, tokens, self.algorithm.reads_feedback)
-            self.journal.folder.write_rollouts(step, records[: self.args.run.logged_samples])
+        write_samples(self, batch, tokens)
+        tell_of_skipped(self)
         if self.curriculum.advance(step, rate := metrics["success_rate"]):
             stage, stages = self.curriculum.stage, len(self.curriculum.stages)
             self.journal.log(step, "stage", {"stage": stage, "success_rate": rate})

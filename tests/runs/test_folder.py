@@ -131,10 +131,11 @@ def test_leftovers_of_a_killed_process_are_mended_on_opening(tmp_path):
     (inside / ".new-checkpoint-4.tmp").mkdir()
     (inside / ".new-checkpoint-4.tmp/weights").write_text("half")
     (tmp_path / ".config.json.77.tmp").write_text("half")
+    (tmp_path / ".model.partial-x7/new").mkdir(parents=True)
     (tmp_path / "rollouts/.step-000004.parquet.77.tmp").write_text("half")
     # Killed between the two renames that replace a checkpoint: the old one is still whole.
     (inside / "checkpoint-3").rename(inside / ".old-checkpoint-3.tmp")
-    RunFolder(tmp_path, resume=True)
+    RunFolder.open(tmp_path, resume=True).close()
     assert checkpoints(folder) == ["checkpoint-3"]
     assert list(tmp_path.rglob(".*")) == []
 

@@ -210,6 +210,8 @@ def test_a_named_checkpoint_is_gone_on_from_and_later_ones_are_forgotten(tmp_pat
     rows = without_timings(whole.run_state.rows)
     again = toy_trainer(tmp_path, **settings)
     again.checkpoints.open(checkpoint(tmp_path, 2))
+    again.checkpoints.rewind()
+    again.checkpoints.close()
     assert (again.run_state.step, again.state.global_step) == (2, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
     resumed = toy_trainer(tmp_path, **settings)
@@ -253,6 +255,7 @@ def test_the_best_weights_of_every_kept_checkpoint_are_kept(tmp_path):
     assert best_folders(1, 0.1) == ["best-1"]
     assert best_folders(2, 0.5) == ["best-1", "best-2"]
     assert best_folders(3, 0.4) == ["best-2"]
+    trainer.checkpoints.close()
 
 
 def test_a_saved_model_loads_with_transformers(tmp_path):

@@ -208,7 +208,9 @@ class _Refining:
         def make_pass(part: list[Example]) -> TrainingPass:
             return self._pass(part, prior, shift)
 
-        return self._learner.optimise(parts, make_pass, factor=self._settings.e_learning_rate_factor)
+        # A rule takes the rollouts of its pass together, which halves would not have.
+        divisible = not isinstance(shift, ShiftRule)
+        return self._learner.optimise(parts, make_pass, self._settings.e_learning_rate_factor, divisible)
 
     def _pass(self, part: list[Example], prior: Tensor | None, shift: float | ShiftRule) -> TrainingPass:
         learner = self._learner

@@ -81,6 +81,9 @@ class OptimSettings(Section):
     """The number that AdamW adds to the denominator for numerical stability."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient's norm above which it is clipped."""
+    max_skipped_updates: int = Field(default=3, ge=1)
+    """The number of optimizer steps in a row with a loss or a gradient that is not finite, after which the run ends as
+    ``nonfinite``. Each of them is skipped, and the rollouts of its batch are kept in the run's folder."""
     lr_scheduler_type: str = "constant_with_warmup"
     """The schedule's name for ``transformers.get_scheduler``; the schedule advances once per rollout batch."""
     warmup_steps: int = Field(default=0, ge=0)
@@ -153,7 +156,11 @@ class RunSettings(Section):
     seed: int = 0
     """The seed of everything random in training; the tasks and the warm start have seeds of their own."""
     save_steps: int | None = Field(default=None, ge=1)
-    """The number of steps between checkpoints; one is also saved whenever training is interrupted."""
+    """The number of steps between checkpoints; None goes by ``save_minutes``. One is also saved when training ends or
+    is interrupted."""
+    save_minutes: float = Field(default=10.0, ge=0)
+    """The minutes between checkpoints where ``save_steps`` is not set; 0 saves only when training ends or is
+    interrupted."""
     save_total_limit: int = Field(default=2, ge=1)
     """The number of checkpoints that are kept; older ones are removed."""
     logged_samples: int = Field(default=64, ge=0)

@@ -26,7 +26,7 @@ class Callbacks:
     """Holds the callbacks with their ``TrainerState`` and ``TrainerControl``.
 
     The run does what they ask for through the control: ``should_evaluate``, ``should_save``, ``should_training_stop``.
-    A step is a rollout batch. The state is part of the accelerator's checkpoints, as ``trainer_state.json``.
+    A step is a rollout batch. The state is part of checkpoints, as ``trainer_state.json``.
 
     Attributes:
         handler: The handler of transformers, to which callbacks are added and from which they are removed.
@@ -55,8 +55,6 @@ class Callbacks:
             eval_steps=int(args.eval_steps or 0),
             save_steps=int(args.save_steps),
         )
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self._save_state(Path(folder)))
-        accelerator.register_load_state_pre_hook(lambda models, folder: self._load_state(Path(folder)))
         self._call("on_init_end")
 
     def train_begin(self) -> None:
@@ -93,14 +91,14 @@ class Callbacks:
         """Training ends."""
         self._call("on_train_end")
 
-    def _save_state(self, folder: Path) -> None:
-        if not self.state.is_world_process_zero:
-            return
+    def save_state(self, folder: Path) -> None:
+        """Write the state into a checkpoint, as transformers does."""
         exportable = [callback for callback in self.handler.callbacks if isinstance(callback, ExportableState)]
         self.state.stateful_callbacks = TrainerState(stateful_callbacks=exportable).stateful_callbacks  # pyright: ignore
         self.state.save_to_json(str(folder / TRAINER_STATE))
 
-    def _load_state(self, folder: Path) -> None:
+    def load_state(self, folder: Path) -> None:
+        """Take over the state of a checkpoint."""
         loaded = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         for name in ("global_step", "log_history", "best_metric", "best_global_step", "best_model_checkpoint"):
             setattr(self.state, name, getattr(loaded, name))

@@ -7,6 +7,8 @@ many give the same update on the same rollouts.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
@@ -17,15 +19,24 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vpd.config import OptimSettings
+from vpd.config import ConfigError, OptimSettings
 from vpd.packing import PackedBatch, pack, plan_micro_batches
 from vpd.policy.architecture import causal_lm_of
 from vpd.policy.copies import WeightCopy
 from vpd.policy.module import PolicyModule
 from vpd.policy.objectives import Objective, Outputs, TokenLogProbs
 from vpd.policy.optimizer import make_moments
+from vpd.policy.out_of_memory import halved, is_out_of_memory, joined
+from vpd.policy.skipped import SkippedUpdates
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_NO_MEMORY = (
+    "Memory is missing for a micro-batch: lower optim.micro_batch_tokens, rollout.max_completion_length or "
+    "model.logits_chunk_tokens, or set model.gradient_checkpointing = true. Then go on with --resume."
+)
 
 SCORED_BUDGETS = 4
 """How many budgets of tokens a pass without gradient may have. A pass with a gradient keeps all activations, and one
@@ -92,7 +103,8 @@ class OptimizerStep:
 
     Attributes:
         loss: The loss, summed over micro-batches and processes.
-        grad_norm: The gradient's norm before it was clipped.
+        grad_norm: The gradient's norm before it was clipped. Where it or the loss is not finite, the weights are as
+            they were.
         clipped: Whether it was clipped.
         values: For each part of this process the objective's numbers; none for an empty part.
     """
@@ -114,6 +126,8 @@ class Learner:
         settings: The optimizer's settings.
         temperature: The temperature of student and teacher in every loss.
         counts: The tokens of all passes so far.
+        skipped: Counts the optimizer steps that were skipped.
+        budget_divisor: By what ``optim.micro_batch_tokens`` is divided, since memory was missing.
         copies: Other sets of weights that an algorithm asks for: :func:`vpd.policy.copies.make_copies`.
     """
 
@@ -124,6 +138,8 @@ class Learner:
     temperature: float
     counts: TokenCounts = field(default_factory=TokenCounts)
     copies: dict[str, WeightCopy] = field(default_factory=dict)
+    skipped: SkippedUpdates = field(default_factory=SkippedUpdates)
+    budget_divisor: int = 1
 
     @property
     def module(self) -> PolicyModule:
@@ -158,6 +174,11 @@ class Learner:
         """Whether a second pass may be conditioned on the keys and values of a training pass."""
         return self.module.can_reuse_keys
 
+    @property
+    def token_budget(self) -> int:
+        """The number of computed tokens in one pass with a gradient, as far as memory allows."""
+        return max(1, self.settings.micro_batch_tokens // self.budget_divisor)
+
     def micro_batches(
         self,
         items: Sequence[T],
@@ -179,7 +200,7 @@ class Learner:
             conditioned: Whether the scored view is conditioned on the trained one's keys and values.
             wants_layers: Whether scoring keeps the states of layers before the last, and so has one budget.
         """
-        budget = self.settings.micro_batch_tokens
+        budget = self.token_budget
         keeps_little = getattr(causal_lm_of(self.module.model), "is_activation_checkpointing", False)
         budgets = 1 if wants_layers or keeps_little else SCORED_BUDGETS
         views = [(trained, budget), (scored, budgets * budget)]
@@ -253,16 +274,73 @@ class Learner:
         parts: Sequence[list[T]],
         make_pass: Callable[[list[T]], TrainingPass],
         factor: float = 1.0,
+        divisible: bool = True,
     ) -> OptimizerStep:
-        """Make one optimizer step from the gradients of all parts.
+        """Make one optimizer step from the gradients of all parts, or none where loss or gradient is not finite.
 
         Args:
             parts: From :meth:`micro_batches`.
             make_pass: Is called with each part, an empty one too, right before its pass.
             factor: Multiplies the learning rate in this step. The clipped gradient is scaled, too: what the optimizer's
                 momentum keeps of it moves the weights in the steps to come, at their full rate, and by far the most.
+            divisible: Whether the loss of a part is the sum of those of its halves. Then parts for which memory is
+                missing are halved once, and so are the budgets of all later ones.
+
+        Raises:
+            ConfigError: Memory is missing, and halving does not help.
         """
         make_moments(self.optimizer)
+        loss, found = self._accumulate_in_memory(parts, make_pass, divisible)
+        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        norm = float("nan") if grad_norm is None else float(grad_norm)
+        # Both numbers are those of all processes, which decide alike.
+        total_loss = self.total(loss)[0]
+        self.skipped.note(not (math.isfinite(total_loss) and math.isfinite(norm)))
+        if self.skipped.in_a_row:
+            self.optimizer.zero_grad()
+            return OptimizerStep(total_loss, norm, False, found)
+        if factor != 1.0:
+            for parameter in self.policy.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+        with self._scaled_learning_rate(factor):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return OptimizerStep(total_loss, norm, norm > self.settings.max_grad_norm, found)
+
+    def _accumulate_in_memory(
+        self, parts: Sequence[list[T]], make_pass: Callable[[list[T]], TrainingPass], divisible: bool
+    ) -> tuple[float, list[dict[str, Tensor]]]:
+        """Accumulate the gradient, with halved parts where memory is missing."""
+        counts = self.counts
+        try:
+            return self._accumulate(parts, make_pass)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Other processes are in the middle of passes that they make together with this one.
+            if not divisible or self.accelerator.num_processes > 1 or not any(len(part) > 1 for part in parts):
+                raise ConfigError(_NO_MEMORY) from error
+        # Only here is the failed pass let go of, with all that it held.
+        self.optimizer.zero_grad()
+        self.counts, self.budget_divisor = counts, 2 * self.budget_divisor
+        torch.cuda.empty_cache()
+        logger.warning(
+            "Memory is missing for a micro-batch: it is halved, and optim.micro_batch_tokens counts as %d from now on.",
+            self.token_budget,
+        )
+        try:
+            loss, found = self._accumulate(halved(parts), make_pass)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(_NO_MEMORY) from error
+        return loss, joined(found)
+
+    def _accumulate(
+        self, parts: Sequence[list[T]], make_pass: Callable[[list[T]], TrainingPass]
+    ) -> tuple[float, list[dict[str, Tensor]]]:
+        """Add the gradients of all parts up, and return this process's loss and the objective's numbers of each."""
         loss = 0.0
         found: list[dict[str, Tensor]] = []
         for index, part in enumerate(parts):
@@ -278,16 +356,7 @@ class Learner:
                 self.accelerator.backward(outputs.loss * self.accelerator.num_processes)
             loss += float(outputs.loss.detach())
             found.append({name: value.detach() for name, value in outputs.values.items()})
-        grad_norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
-        norm = float("nan") if grad_norm is None else float(grad_norm)
-        if factor != 1.0:
-            for parameter in self.policy.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
-        with self._scaled_learning_rate(factor):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return OptimizerStep(self.total(loss)[0], norm, norm > self.settings.max_grad_norm, found)
+        return loss, found
 
     @contextlib.contextmanager
     def _scaled_learning_rate(self, factor: float) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,6 +13,8 @@ from typing import Any
 
 from vpd.runs import RolloutRecord, RunError, read_metrics, read_rollouts
 from vpd.runs.folder import read_json, rollout_files
+
+logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
 
@@ -60,7 +63,7 @@ def load_run(folder: Path, samples: int) -> RunData:
         samples: How many rollouts to read at most.
 
     Raises:
-        RunError: The folder holds no run, or one of its files is broken.
+        RunError: The folder holds no run, or one of its JSON files is broken. (A broken file of rollouts is left out.)
     """
     config = read_json(folder / "config.json")
     metrics = read_metrics(folder)
@@ -89,10 +92,18 @@ def sample_rollouts(files: dict[int, Path], count: int, threshold: float) -> lis
     if len(steps) > _SAMPLED_STEPS:
         last = len(steps) - 1
         steps = [steps[round(i * last / (_SAMPLED_STEPS - 1))] for i in range(_SAMPLED_STEPS)]
-    by_step = [_alternating(read_rollouts(files[step]), threshold) for step in steps]
+    by_step = [_alternating(_readable(files[step]), threshold) for step in steps]
     rounds = (record for each in zip_longest(*by_step) for record in each if record is not None)
     chosen = [record for record, _ in zip(rounds, range(count), strict=False)]
     return sorted(chosen, key=lambda record: record.step)
+
+
+def _readable(path: Path) -> list[RolloutRecord]:
+    try:
+        return read_rollouts(path)
+    except RunError as error:
+        logger.warning("The report leaves rollouts out: %s", error)
+        return []
 
 
 def _alternating(records: Iterable[RolloutRecord], threshold: float) -> list[RolloutRecord]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,10 +13,10 @@ class RunError(RuntimeError):
     """The folder of the run cannot be read or written; the message is a sentence that says how to mend it."""
 
 
-TEMPORARY_PATTERN = ".*.tmp"
-"""The pattern of the names of files and folders that are being written. A run that finds one was interrupted there."""
+TEMPORARY_PATTERNS = (".*.tmp", ".*.partial-*")
+"""The patterns of the names of files and folders that are being written, the latter by :mod:`vpd.policy.model_cache`. A
+run that finds one was interrupted there."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_BELOW_BYTES = 1 << 20
 
 
@@ -30,20 +29,23 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Replace the file by ``data`` so that a reader sees the old or the new content, never a part.
 
     Raises:
-        RunError: The disk is full; the old file is untouched.
+        RunError: The file cannot be written, or the disk is full; the old file is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk_full_as_run_error(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with write_errors_as_run_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            # Where nothing can be written, nothing can be removed either.
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -65,23 +67,50 @@ def sync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def disk_full_as_run_error(path: Path) -> Iterator[None]:
-    """Turn the error of a full disk, from whichever library it comes, into a :class:`RunError`."""
+def write_errors_as_run_errors(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk or of a folder that cannot be written into a :class:`RunError`.
+
+    Args:
+        path: The file or folder that is being written.
+    """
     try:
         yield
     except Exception as error:
-        if not _means_disk_full(error, path):
+        cause = _cause(error, path)
+        if cause is None:
             raise
-        raise RunError(
-            f"The disk is full, so {path} was not written. Free some space, or lower run.save_total_limit or "
-            "run.logged_samples, then go on with --resume."
-        ) from error
+        raise RunError(f"{cause}, so {path} was not written. {_REMEDIES[cause]}, then go on with --resume.") from error
 
 
-def _means_disk_full(error: BaseException, path: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    # safetensors and torch.save raise other errors than OSError, with the system's message or without it.
-    if "No space left" in str(error):
-        return True
-    return path.parent.is_dir() and shutil.disk_usage(path.parent).free < _FULL_BELOW_BYTES
+_FULL = "The disk is full"
+_NO_FILES = "The disk has room, but its file system can hold no more files (inodes)"
+_CLOSED = "The folder cannot be written (any more)"
+_FAILED = "The disk, or the connection to it, failed"
+_LESS = "lower run.save_total_limit or run.logged_samples"
+_REMEDIES = {
+    _FULL: f"Free some space, or {_LESS}",
+    _NO_FILES: f"Remove some files, or {_LESS}",
+    _CLOSED: "Mount it for writing, or give this user the right to write there",
+    _FAILED: "Look at the system's log",
+}
+
+
+def _cause(error: BaseException, path: Path) -> str | None:
+    """Say why something could not be written; None where the error is of another kind."""
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+        cause = cause.__cause__
+    number = cause.errno if isinstance(cause, OSError) else None
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return _CLOSED
+    if number in (errno.EIO, errno.ESTALE):
+        return _FAILED
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    room = None if folder is None else os.statvfs(folder)
+    no_files = room is not None and room.f_files > 0 and room.f_favail == 0
+    # safetensors raises other errors than OSError, with the system's message or without it.
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return _NO_FILES if no_files else _FULL
+    if room is not None and room.f_bavail * room.f_frsize < _FULL_BELOW_BYTES:
+        return _FULL
+    return None

@@ -5,9 +5,11 @@
     rollouts/step-000012.parquet   sampled rollouts (see ``samples.py``)
     checkpoints/checkpoint-12/     what a resume needs
     best-12/                       the weights that did best on the selection split, where they are kept
+    skipped/step-000012.parquet    all rollouts of a step with an update that was skipped
     model/                         the trained model, in Hugging Face layout
     result.json                    the final table
     report.html                    the page made from the above
+    run.lock                       the process that runs here, while it does
 
 In a distributed run only the main process opens the folder.
 """
@@ -28,13 +30,17 @@ from pydantic import BaseModel
 
 from vpd.config import ConfigError, VPDConfig
 from vpd.runs.files import (
-    TEMPORARY_PATTERN,
+    TEMPORARY_PATTERNS,
     RunError,
+    atomic_write_bytes,
     atomic_write_text,
-    disk_full_as_run_error,
     sync_folder,
     sync_tree,
+    write_errors_as_run_errors,
 )
+from vpd.runs.json_files import as_json, plain, read_json, write_checked_json
+from vpd.runs.lock import RunLock
+from vpd.runs.manifest import checksum_of, write_manifest
 from vpd.runs.samples import RolloutRecord, write_rollouts
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -58,6 +64,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, resume: bool = False) -> None:
         self.path = Path(path)
+        self._lock: RunLock | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run.output_dir = {str(path)!r} is a file: choose another run.output_dir.")
         if self.holds_a_run() and not resume:
@@ -66,7 +73,6 @@ class RunFolder:
             )
         self._rollouts.mkdir(parents=True, exist_ok=True)
         self._checkpoints.mkdir(exist_ok=True)
-        self._mend_interrupted_writes()
 
     @property
     def config_path(self) -> Path:
@@ -85,6 +91,10 @@ class RunFolder:
         return self.path / "rollouts"
 
     @property
+    def _skipped(self) -> Path:
+        return self.path / "skipped"
+
+    @property
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -93,27 +103,47 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, resume: bool) -> RunFolder:
-        """Open the folder of a run that is to begin, or to go on from a checkpoint.
+        """Open and lock the folder of a run that is to begin or to go on, and mend what a killed process left.
+
+        :meth:`close` ends the lock.
 
         Raises:
-            ConfigError: The folder cannot be used, or holds a run without a checkpoint.
+            ConfigError: The folder cannot be used, or another process runs there.
         """
+        lock = None
         try:
-            folder = cls(path, resume=resume)
-        except OSError as error:
-            raise ConfigError(f"run.output_dir = {str(path)!r} cannot be used: {error}.") from error
-        if resume and folder.holds_a_run() and folder.latest_checkpoint() is None:
-            raise ConfigError(
-                f"The run in {path} has no checkpoint to go on from (run.save_steps makes them): "
-                "remove the folder, or choose another run.output_dir."
-            )
+            folder = cls(path, resume)
+            lock = RunLock(folder.path)
+            # Another process may have begun a run there since.
+            folder = cls(path, resume)
+            folder._mend_interrupted_writes()
+        except BaseException as error:
+            if lock is not None:
+                lock.release()
+            if isinstance(error, OSError):
+                raise ConfigError(f"run.output_dir = {str(path)!r} cannot be used: {error}.") from error
+            raise
+        folder._lock = lock
         return folder
+
+    def close(self) -> None:
+        """Let other processes use a folder that was opened by :meth:`open`."""
+        if self._lock is not None:
+            self._lock.release()
 
     def write_config(self, config: BaseModel | Mapping[str, Any]) -> str:
         """Write the resolved settings, and return in words those that differ from the ones that were written before."""
         values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
-        before = self.read_config()
-        atomic_write_text(self.config_path, _json(values, indent=2) + "\n")
+        changed = self.changes_of(values)
+        atomic_write_text(self.config_path, as_json(values, indent=2) + "\n")
+        return changed
+
+    def changes_of(self, values: Mapping[str, Any]) -> str:
+        """Return in words the settings that differ from the written ones; the text is empty where none do."""
+        try:
+            before = self.read_config()
+        except RunError:
+            return f"nobody can tell which, since {self.config_path} is damaged"
         return changed_settings(before, values) if before else ""
 
     def read_config(self) -> dict[str, Any] | None:
@@ -129,8 +159,8 @@ class RunFolder:
                 a user logs.
             values: The values as a flat mapping; zero-dimensional arrays and tensors count as numbers.
         """
-        line = _json({"step": step, "event": event, **values}) + "\n"
-        with disk_full_as_run_error(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
+        line = as_json({"step": step, "event": event, **values}) + "\n"
+        with write_errors_as_run_errors(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(line)
 
     def write_rollouts(self, step: int, records: Sequence[RolloutRecord]) -> Path:
@@ -139,25 +169,44 @@ class RunFolder:
         write_rollouts(path, records)
         return path
 
+    def write_skipped(self, step: int, records: Sequence[RolloutRecord]) -> Path:
+        """Write all rollouts of a step with an update that was skipped, for inspection."""
+        self._skipped.mkdir(exist_ok=True)
+        path = self._skipped / f"step-{step:06d}.parquet"
+        write_rollouts(path, records)
+        return path
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the final table: ``{"rows": [{"name", "accuracy", "low", "high", "n", "seconds"}], ...}``."""
-        atomic_write_text(self.result_path, _json(result, indent=2) + "\n")
+        write_checked_json(self.result_path, result)
 
-    def rewind(self, step: int | None) -> None:
+    def rewind(self, step: int | None, mark: Mapping[str, Any] | None = None) -> bool:
         """Forget what was written after ``step``, the one that the run resumes from (None forgets everything).
 
-        Lines of ``step`` itself stay: write them before its checkpoint is committed.
+        Args:
+            step: The step.
+            mark: What :meth:`commit_checkpoint` noted of ``metrics.jsonl``. Without it, lines of ``step`` stay.
+
+        Returns:
+            Whether ``metrics.jsonl`` is as it was at the mark; otherwise only its readable lines up to ``step`` stay.
         """
-        if self.metrics_path.exists():
-            kept = [entry for entry in read_metrics(self.path) if step is not None and entry.get("step", 0) <= step]
-            atomic_write_text(self.metrics_path, "".join(_json(entry) + "\n" for entry in kept))
-        for of_step, path in rollout_files(self.path).items():
-            if step is None or of_step > step:
-                path.unlink()
+        data = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
+        kept = b"" if mark is None else data[: mark["bytes"]]
+        is_whole = mark is None or checksum_of(kept) == mark["sha256"]
+        if mark is None or not is_whole:
+            entries = [entry for entry in read_metrics(self.path) if step is not None and _step_of(entry) <= step]
+            kept = "".join(as_json(entry) + "\n" for entry in entries).encode()
+        if kept != data:
+            atomic_write_bytes(self.metrics_path, kept)
+        for kind in (self._rollouts, self._skipped):
+            for of_step, path in _numbered(kind, _ROLLOUTS).items():
+                if step is None or of_step > step:
+                    path.unlink()
         for of_step, path in self.checkpoints().items():
             if step is None or of_step > step:
                 self._remove_checkpoint(path)
         self.result_path.unlink(missing_ok=True)
+        return is_whole
 
     def checkpoints(self) -> dict[int, Path]:
         """Find the complete checkpoints by step, in ascending order."""
@@ -186,7 +235,8 @@ class RunFolder:
     def commit_checkpoint(self, step: int, write: Callable[[Path], None], keep: int) -> Path:
         """Let ``write`` fill a folder, make it ``checkpoints/checkpoint-{step}``, and keep the newest ``keep`` of all.
 
-        A checkpoint under its final name is complete, whenever the process was killed.
+        A checkpoint under its final name is complete, whenever the process was killed, and its manifest tells whether
+        it still is. What ``metrics.jsonl`` holds at that time lasts through a power cut, too.
 
         Args:
             step: The step after which a run resumed from it goes on.
@@ -194,25 +244,28 @@ class RunFolder:
             keep: How many checkpoints to keep, at least 1. The new one always stays.
 
         Raises:
-            RunError: The disk is full. Earlier checkpoints are untouched.
+            RunError: The folder cannot be written, or the disk is full. Earlier checkpoints are untouched.
         """
         final = self._checkpoints / f"checkpoint-{step}"
         new = self._checkpoints / f".new-{final.name}.tmp"
-        _remove(new)
-        try:
-            with disk_full_as_run_error(final):
+        with write_errors_as_run_errors(final):
+            _remove(new)
+            try:
                 new.mkdir()
                 write(new)
+                write_manifest(new, {"step": step, "metrics": self._mark_metrics()})
                 sync_tree(new)
-        except BaseException:
-            _remove(new)
-            raise
-        if final.exists():
-            final.rename(self._old(final))
-        new.rename(final)
-        sync_folder(self._checkpoints)
-        _remove(self._old(final))
-        self._prune(final, keep)
+            except BaseException:
+                # Where nothing can be written, nothing can be removed either.
+                with contextlib.suppress(OSError):
+                    _remove(new)
+                raise
+            if final.exists():
+                final.rename(self._old(final))
+            new.rename(final)
+            sync_folder(self._checkpoints)
+            _remove(self._old(final))
+            self._prune(final, keep)
         return final
 
     def remove_weights(self) -> None:
@@ -238,13 +291,22 @@ class RunFolder:
         # It is renamed first, so that a folder whose removal is interrupted is not taken for a checkpoint.
         _remove(checkpoint.rename(self._checkpoints / f".pruned-{checkpoint.name}.tmp"))
 
+    def _mark_metrics(self) -> dict[str, Any]:
+        """Make ``metrics.jsonl`` last through a power cut, and note its length and checksum."""
+        if not self.metrics_path.exists():
+            return {"bytes": 0, "sha256": checksum_of(b"")}
+        with open(self.metrics_path, "rb") as file:
+            os.fsync(file.fileno())
+            data = file.read()
+        return {"bytes": len(data), "sha256": checksum_of(data)}
+
     def _mend_interrupted_writes(self) -> None:
         for old in self._checkpoints.glob(".old-*.tmp"):
             final = self._checkpoints / old.name.removeprefix(".old-").removesuffix(".tmp")
             if not final.exists():
                 old.rename(final)
-        for folder in (self.path, self._rollouts, self._checkpoints):
-            for leftover in folder.glob(TEMPORARY_PATTERN):
+        for folder in (self.path, self._rollouts, self._skipped, self._checkpoints):
+            for leftover in (path for pattern in TEMPORARY_PATTERNS for path in folder.glob(pattern)):
                 _remove(leftover)
 
     def _old(self, checkpoint: Path) -> Path:
@@ -254,13 +316,15 @@ class RunFolder:
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """List in words the settings that differ between two configs; the text is empty where none do.
 
-    A setting that did not exist yet when ``before`` was written counts as its default.
+    A setting that did not exist yet when ``before`` was written counts as its default. ``run.output_dir`` is left out,
+    since a run's folder may be moved.
     """
     # Where a setting of the old config is no longer known, its values are compared as they were written.
     with contextlib.suppress(ConfigError):
         before = VPDConfig.parse(dict(before)).model_dump(mode="json")
-    old, new = _flat(_plain(before)), _flat(_plain(now))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    old, new = _flat(plain(before)), _flat(plain(now))
+    keys = sorted((old.keys() | new.keys()) - {"run.output_dir"})
+    changed = [key for key in keys if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
 
 
@@ -272,21 +336,9 @@ def checkpoint_step(path: Path) -> int:
     return int(match[1])
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read the object in a JSON file; None where there is no file.
-
-    Raises:
-        RunError: The file holds something else.
-    """
-    if not path.exists():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{path} should hold a JSON object, not a {type(values).__name__}.")
-    return values
+def _step_of(entry: Mapping[str, Any]) -> float:
+    step = entry.get("step")
+    return step if isinstance(step, int | float) else math.inf
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
@@ -331,24 +383,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return flat
-
-
-def _json(values: Any, indent: int | None = None) -> str:
-    return json.dumps(_plain(values), indent=indent, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    """Turn a value into one that JSON can hold: no array types, and no NaN or infinity, which other parsers refuse."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, str | bool | int | None):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if getattr(value, "ndim", None) == 0:
-        return _plain(value.item())
-    if isinstance(value, Iterable):
-        return [_plain(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no place in a run's JSON files: {value!r}")

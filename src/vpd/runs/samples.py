@@ -177,16 +177,29 @@ def write_rollouts(path: Path, records: Sequence[RolloutRecord]) -> None:
     """Write the rows in their order, atomically; equal rows give equal bytes."""
     rows = [_storable(asdict(record)) for record in records]
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     atomic_write_bytes(path, buffer.getvalue().to_pybytes())
 
 
 def read_rollouts(path: Path) -> list[RolloutRecord]:
-    """Read the rows of one file, in their order."""
-    table = pq.ParquetFile(path).read()
+    """Read the rows of one file, in their order.
+
+    Raises:
+        RunError: The file is damaged, or another version of vpd wrote it.
+    """
+    try:
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
     if missing := [name for name in SCHEMA.names if name not in table.column_names]:
         raise RunError(
             f"{path} has no column {missing[0]}, so another version of vpd wrote it: read it with that version."
+        )
+    # A file's own description of its columns has no checksum.
+    if not table.schema.equals(SCHEMA):
+        raise RunError(
+            f"{path} has other columns than a run writes: it is damaged, or another version of vpd wrote it."
         )
     rows = table.to_pylist()
     return [RolloutRecord(**{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]]}) for row in rows]
