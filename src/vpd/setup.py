@@ -137,6 +137,7 @@ def assemble(
         prompts,
         args.rollout,
         eos_token_ids(model, tokenizer),  # pyright: ignore[reportArgumentType]
+        truncated_fails=args.algorithm.truncated != "judge",
     )
     if sources is None:
         sources = make_sources(args.feedback, _make_critic(args, algorithm, sampler))
@@ -146,6 +147,8 @@ def assemble(
     )
     _check_prompts(environment, prompts)
     run_state = TrainingState()
+    told = Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator)
+    environment.trainer_state = told.state
     needed = [source.name for source in sources] if algorithm.needs_feedback else None
     monitor = Monitor(journal, run_state, needed, args.run.stop_on)
     accelerator.register_for_checkpointing(run_state, curriculum, lr_scheduler, algorithm, *learner.copies.values())
@@ -164,7 +167,7 @@ def assemble(
         monitor=monitor,
         measurements=Measurements(evaluator, journal, run_state, monitor, args.eval),
         checkpoints=Checkpoints(args.run, accelerator, run_state, model, tokenizer),
-        callbacks=Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator),
+        callbacks=told,
     )
 
 

@@ -24,7 +24,7 @@ from vpd.algorithms.extrapolation import extrapolate, is_due
 from vpd.base_trainer import BaseTrainer
 from vpd.config import VPDConfig
 from vpd.environments import Environment, choose_environment
-from vpd.evaluation.statistics import batch_statistics
+from vpd.evaluation import batch_statistics, reward_statistics
 from vpd.feedback import FeedbackSource, build_views
 from vpd.monitoring.throughput import Throughput
 from vpd.phases import (
@@ -223,7 +223,8 @@ class VPDTrainer(BaseTrainer):
         """
         examples = self._examples(batch)
         total, largest = self.learner.total, self.learner.largest
-        statistics = batch_statistics(batch.rollouts, batch.is_success, batch.views, total, largest)
+        statistics = reward_statistics(batch.rollouts, total, self.learner.union)
+        statistics |= batch_statistics(batch.rollouts, batch.is_success, batch.views, total, largest)
         self.sampler.engine.release()
         # A source of one's own may count under a name on one process alone.
         if names := self.learner.union(batch.counts):

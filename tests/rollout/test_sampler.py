@@ -42,7 +42,9 @@ def test_rollouts_come_with_what_they_took(sampler):
     ungraded = [rollout for rollout in sampled.rollouts if rollout.verdict is None]
     assert 0 < len(ungraded) < 32
     assert all(rollout.text.startswith("a") for rollout in ungraded)
-    assert sampled.judge_errors == ["OSError: no a, please"] * len(ungraded)
+    (error,) = set(sampled.judge_errors)
+    assert len(sampled.judge_errors) == len(ungraded)
+    assert error.startswith(f"OSError: no a, please ({__file__}, line ")
 
 
 def test_one_call_does_not_count_for_the_next(sampler):
@@ -75,12 +77,35 @@ def test_what_the_engine_is_asked(sampler):
     assert answers.seconds > 0
 
 
-def test_what_the_length_limit_cut_off_has_failed_and_is_not_judged(sampler, monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "fails", "reward", "said"),
+    [
+        ("cb", False, 1.0, "It ends with b, which is even."),
+        ("cc", False, 0.0, "It ends with c, which is odd."),
+        ("cb", True, 0.0, None),
+        ("ab", True, 0.0, None),
+    ],
+)
+def test_what_the_length_limit_cut_off_is_judged_unless_it_counts_as_a_failure(
+    sampler, monkeypatch, text, fails, reward, said
+):
+    cut = Sample(tokenizer()(text, add_special_tokens=False)["input_ids"], [0.0, 0.0])
+    monkeypatch.setattr(sampler.engine, "generate", lambda *args, **kwargs: [[cut]])
+    sampler.truncated_fails = fails
+    sampled = sampler.sample(tasks(1), 1, seed=0)
+    (rollout,) = sampled.rollouts
+    assert (rollout.truncated, rollout.verdict.reward, sampled.judge_errors) == (True, reward, [])
+    told = "Your answer was cut off at the length limit before it was finished. Answer more briefly."
+    assert rollout.verdict.feedback == (f"{said}\n{told}" if said else told)
+    assert rollout.verdict.details == {"truncated": True}
+
+
+def test_a_judge_that_fails_on_what_was_cut_off_leaves_it_ungraded(sampler, monkeypatch):
     cut = Sample(tokenizer()("ab", add_special_tokens=False)["input_ids"], [0.0, 0.0])
     monkeypatch.setattr(sampler.engine, "generate", lambda *args, **kwargs: [[cut]])
     sampled = sampler.sample(tasks(1), 1, seed=0)
-    (rollout,) = sampled.rollouts
-    assert (rollout.truncated, rollout.verdict.reward, sampled.judge_errors) == (True, 0.0, [])
+    assert sampled.rollouts[0].verdict is None
+    assert len(sampled.judge_errors) == 1
 
 
 @pytest.mark.parametrize("measured", [False, True])

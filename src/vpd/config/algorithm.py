@@ -26,9 +26,10 @@ class AlgorithmSettings(Section):
     default."""
     success_threshold: float = 1.0
     """The reward from which a rollout is a success."""
-    truncated: Literal["failure", "mask"] = "failure"
-    """What becomes of a rollout that the length limit ended: it is a failure and is told so, or it is left out of the
-    losses."""
+    truncated: Literal["judge", "failure", "mask"] = "judge"
+    """What becomes of a completion that the length limit ended. It is judged like any other, and its feedback says that
+    it was cut (``judge``); or it has failed with a reward of 0, whatever it holds (``failure``); or it has failed, and
+    is left out of the losses too (``mask``). Evaluations count it in the same way."""
 
     @property
     def title(self) -> str:

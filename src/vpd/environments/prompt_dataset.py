@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vpd.config import ConfigError
-from vpd.environments.base import Environment, Split
-from vpd.environments.reward_functions import RewardCall, RewardFunction, Score, ready
+from vpd.environments.base import Attempt, Environment, Judgements, Split
+from vpd.environments.reward_functions import Logged, RewardCall, RewardFunction, Score, ready
 from vpd.environments.rows import Row, chat_prompt, load_rows, rows_of
 from vpd.environments.splits import check_split, cut_splits, question_key
-from vpd.types import Messages, Task, Verdict
+from vpd.types import Messages, Task, Verdict, plain_text
 
 Rows: TypeAlias = Iterable[Mapping[str, Any]]
 
@@ -24,10 +24,11 @@ NOT_COLUMNS = frozenset({"prompt", "completion", "completion_ids"})
 class PromptDataset(Environment):
     """Prompts, and functions that reward completions, in the form that TRL's trainers take.
 
-    A prompt is a text (shown as one user message; the functions see plain texts) or chat messages (the functions see
-    messages). The other columns go to the functions. Rewards are summed with their weights; a function that returns
-    None has no part in the sum, and where all return None the rollout is ungraded. Functions may return ``(reward,
-    feedback)`` pairs; the feedback texts are joined.
+    A prompt is a text or chat messages. As in TRL, a text is continued as it stands, without a chat template, and the
+    functions see texts; for chat messages they see messages. Each function is called once for a whole batch. The other
+    columns go to the functions; a column that a row lacks is None there. Rewards are summed with their weights; a
+    function that returns None has no part in the sum, and where all return None the rollout is ungraded. Functions may
+    return ``(reward, feedback)`` pairs; the feedback texts are joined.
 
     ``final`` is all of ``eval_dataset`` (or of the data's test split) where there is one; otherwise it is taken from
     the training prompts, as ``selection`` always is. Rows with the same prompt count once.
@@ -50,6 +51,7 @@ class PromptDataset(Environment):
     # Reward functions for TRL may limit their time by an alarm, as math-verify's does, and only the main thread
     # receives alarms.
     judges_on_main_thread = True
+    judges_batches = True
 
     def __init__(
         self,
@@ -84,28 +86,70 @@ class PromptDataset(Environment):
         return check_split(self._tasks, split)
 
     def judge(self, task: Task, completion: str) -> Verdict | Awaitable[Verdict]:
-        details: dict[str, Any] = {}
-        arguments = _arguments(task, completion, details)
-        if any(call.is_async for call in self._calls):
-            return self._judge_async(arguments, details)
-        return self._verdict([call.read(call(arguments)) for call in self._calls], details)
+        judgements = self.judge_batch([Attempt(task, completion)])
+        return _only_later(judgements) if isinstance(judgements, Awaitable) else _only(judgements)
 
-    async def _judge_async(self, arguments: dict[str, Any], details: dict[str, Any]) -> Verdict:
+    def judge_batch(self, attempts: Sequence[Attempt]) -> Judgements | Awaitable[Judgements]:
+        logged = Logged(len(attempts))
+        arguments = self._arguments(attempts, logged)
+        if any(call.is_async for call in self._calls):
+            return self._judge_async(arguments, logged)
+        return self._judgements([call.read(call(arguments), logged.count) for call in self._calls], logged)
+
+    async def _judge_async(self, arguments: dict[str, Any], logged: Logged) -> Judgements:
         # Plain functions are called first: an error in one must not leave an async call that nobody awaits.
         calls = sorted(self._calls, key=lambda call: call.is_async)
         results = [call(arguments) for call in calls]
         finished = dict(zip(calls, await asyncio.gather(*map(ready, results)), strict=True))
-        return self._verdict([call.read(finished[call]) for call in self._calls], details)
+        return self._judgements([call.read(finished[call], logged.count) for call in self._calls], logged)
 
-    def _verdict(self, scores: list[Score], details: dict[str, Any]) -> Verdict:
+    def _arguments(self, attempts: Sequence[Attempt], logged: Logged) -> dict[str, Any]:
+        """Make TRL's keyword arguments for a batch; ``logged`` receives whatever the functions log."""
+        from transformers import TrainerState
+
+        columns = {name: None for attempt in attempts for name in attempt.task.data["columns"]}
+        prompts = [attempt.task.data["prompt"] for attempt in attempts]
+        return {
+            **{name: [attempt.task.data["columns"].get(name) for attempt in attempts] for name in columns},
+            "prompts": prompts,
+            "completions": [
+                attempt.completion
+                if isinstance(prompt, str)
+                else [{"role": "assistant", "content": attempt.completion}]
+                for prompt, attempt in zip(prompts, attempts, strict=True)
+            ],
+            "completion_ids": [list(attempt.completion_ids) for attempt in attempts],
+            "trainer_state": self.trainer_state or TrainerState(),
+            "log_extra": logged.extra,
+            "log_metric": logged.metric,
+        }
+
+    def _judgements(self, scores: list[list[Score]], logged: Logged) -> Judgements:
+        return [
+            self._verdict(list(of_completion), logged.details(index))
+            for index, of_completion in enumerate(zip(*scores, strict=True))
+        ]
+
+    def _verdict(self, scores: list[Score], details: dict[str, Any]) -> Verdict | ValueError:
         rewards = [call.weight * s.reward for call, s in zip(self._calls, scores, strict=True) if s.reward is not None]
         if not rewards:
-            raise ValueError(
+            return ValueError(
                 f"All reward functions ({', '.join(call.name for call in self._calls)}) returned None for a completion."
             )
         by_function = {call.name: score.reward for call, score in zip(self._calls, scores, strict=True)}
         feedback = "\n".join(score.feedback for score in scores if score.feedback)
         return Verdict(math.fsum(rewards), feedback or None, {**details, "rewards": by_function})
+
+
+def _only(judgements: Judgements) -> Verdict:
+    (judgement,) = judgements
+    if isinstance(judgement, Exception):
+        raise judgement
+    return judgement
+
+
+async def _only_later(judgements: Awaitable[Judgements]) -> Verdict:
+    return _only(await judgements)
 
 
 def _load(
@@ -128,7 +172,8 @@ def _rows(dataset: Rows | str | Path, name: str) -> tuple[list[Row], list[Row] |
 
 
 def _task(row: Row) -> Task:
-    messages = chat_prompt(row)
+    prompt = row.values.get("prompt")
+    messages = plain_text(prompt) if isinstance(prompt, str) and prompt.strip() else chat_prompt(row)
     columns = {name: value for name, value in row.values.items() if name not in NOT_COLUMNS}
     return Task(row.id, messages, {"prompt": row.values["prompt"], "columns": columns})
 
@@ -158,20 +203,3 @@ def _reward_calls(
         if names.count(call.name) > 1:
             call.name = f"{call.name}_{index}"
     return calls
-
-
-def _arguments(task: Task, completion: str, details: dict[str, Any]) -> dict[str, Any]:
-    """Make TRL's keyword arguments for one completion; ``details`` receives whatever the functions log."""
-    prompt = task.data["prompt"]
-    chat = not isinstance(prompt, str)
-
-    def log_extra(column: str, values: list[Any]) -> None:
-        details[column] = values[0]
-
-    return {
-        **{name: [value] for name, value in task.data["columns"].items()},
-        "prompts": [prompt],
-        "completions": [[{"role": "assistant", "content": completion}] if chat else completion],
-        "log_extra": log_extra,
-        "log_metric": details.__setitem__,
-    }

@@ -26,6 +26,7 @@ class Evaluation:
         ungraded: How many tasks have no completion that could be graded; they are left out.
         seconds: The wall-clock seconds of sampling and judging.
         outcomes: The share of successes by task id, for paired comparisons.
+        judge_error: What the judge failed with on this process, the last time; None where it did not fail.
     """
 
     accuracy: float
@@ -35,6 +36,7 @@ class Evaluation:
     ungraded: int
     seconds: float
     outcomes: dict[str, float]
+    judge_error: str | None = None
 
     def summary(self) -> dict[str, float | int]:
         """Return all numbers but the outcomes of single tasks."""
@@ -82,4 +84,5 @@ def evaluate(
         ungraded=len(gathered) - len(shares),
         seconds=time.perf_counter() - start,
         outcomes=outcomes,
+        judge_error=sampled.judge_errors[-1] if sampled.judge_errors else None,
     )

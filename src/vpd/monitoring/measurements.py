@@ -11,6 +11,7 @@ from vpd.evaluation.evaluator import Evaluator
 from vpd.monitoring.journal import Journal
 from vpd.monitoring.monitor import Monitor
 from vpd.monitoring.warnings import gap_warning, template_warning
+from vpd.runs.files import RunError
 from vpd.runs.state import TrainingState
 
 
@@ -35,10 +36,17 @@ class Measurements:
         self._settings = settings
 
     def row(self, name: str, train_seconds: float = 0.0) -> None:
-        """Evaluate on the final split, for the table alone."""
+        """Evaluate on the final split, for the table alone.
+
+        Raises:
+            RunError: The judge failed on everything before the first step, and would in training.
+        """
         if self._settings.final_tasks == 0 or not self._evaluator.has_judge:
             return
         evaluation = self._evaluator.accuracy("final", self._settings.final_tasks)
+        if not self._state.step and evaluation.ungraded and not evaluation.n:
+            reason = evaluation.judge_error or "told by another process"
+            raise RunError(f"The judge failed on every completion of the final split. The last reason: {reason}")
         row = {"name": name, **evaluation.summary(), "train_seconds": train_seconds}
         self._state.rows.append(row)
         self._journal.log(self._state.step, "eval", {"split": "final", **row, "outcomes": evaluation.outcomes})

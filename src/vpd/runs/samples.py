@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpd.runs.files import RunError, atomic_write_bytes
-from vpd.types import Messages, Rollout, TeacherView
+from vpd.types import Messages, Rollout, TeacherView, Verdict
 
 _NUMBERS = pa.list_(pa.float32())
 
@@ -37,6 +38,8 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("turns", pa.list_(_TURN), nullable=False),
         pa.field("reward", pa.float64()),
+        pa.field("rewards", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("details", pa.string(), nullable=False),
         pa.field("feedback", pa.string()),
         pa.field("source", pa.string()),
     ]
@@ -80,6 +83,8 @@ class RolloutRecord:
         prompt: The task's prompt as text.
         turns: The completions with what belongs to them.
         reward: The reward; None where the judge itself failed.
+        rewards: Each reward function's own reward by name, None where it gave none; empty for other judges.
+        details: What else the judge noted, as a JSON object.
         feedback: The environment's text on the completion; None where it gave none.
         source: The kind of feedback that the teacher read; None where the rollout was left out.
     """
@@ -92,6 +97,8 @@ class RolloutRecord:
     reward: float | None
     feedback: str | None
     source: str | None
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    details: str = "{}"
 
     @classmethod
     def from_rollout(
@@ -148,6 +155,8 @@ class RolloutRecord:
             reward=rollout.verdict.reward if rollout.verdict else None,
             feedback=rollout.verdict.feedback if rollout.verdict else None,
             source=view.source if view else None,
+            rewards=_rewards_in(rollout.verdict),
+            details=_details_in(rollout.verdict),
         )
 
     @property
@@ -182,7 +191,22 @@ def read_rollouts(path: Path) -> list[RolloutRecord]:
             f"{path} has no column {missing[0]}, so another version of vpd wrote it: read it with that version."
         )
     rows = table.to_pylist()
-    return [RolloutRecord(**{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]]}) for row in rows]
+    return [
+        RolloutRecord(
+            **{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]], "rewards": dict(row["rewards"])}
+        )
+        for row in rows
+    ]
+
+
+def _rewards_in(verdict: Verdict | None) -> dict[str, float | None]:
+    found = {} if verdict is None else verdict.details.get("rewards")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _details_in(verdict: Verdict | None) -> str:
+    found = {} if verdict is None else {key: value for key, value in verdict.details.items() if key != "rewards"}
+    return json.dumps(found, ensure_ascii=False, default=str)
 
 
 def _as_text(messages: Messages) -> str:

@@ -1,0 +1,69 @@
+"""Reward functions in a run: what they are called with, what they give, and what is told where they fail."""
+
+from __future__ import annotations
+
+import json
+from statistics import fmean, stdev
+
+import pytest
+from tiny import tokenizer
+from toy import toy_config, toy_model
+
+from vpd import RunError, VPDTrainer
+from vpd.runs.folder import read_metrics
+from vpd.runs.samples import read_rollouts
+
+ROWS = [{"prompt": f"Number {i}.", "answer": str(i)} for i in range(40)]
+
+
+def trainer_of(folder, functions, **sections):
+    return VPDTrainer(
+        model=toy_model(),
+        args=toy_config(folder, **sections),
+        train_dataset=ROWS,
+        reward_funcs=functions,
+        processing_class=tokenizer(),
+    )
+
+
+def ends_even(completions, **kwargs):
+    return [float(bool(text) and ord(text[-1]) % 2 == 0) for text in completions]
+
+
+def test_each_functions_rewards_are_logged_and_written(tmp_path):
+    steps, sizes = [], []
+
+    def shortness(completions, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
+        log_extra("length", list(map(len, completion_ids)))
+        steps.append(trainer_state.global_step)
+        sizes.append(len(completions))
+        log_metric("longest", max(map(len, completion_ids)))
+        return [(-0.125 * len(ids), "Too long.") for ids in completion_ids]
+
+    trainer_of(tmp_path, [ends_even, shortness], eval={"preflight_tasks": 0, "final_tasks": 4}).train()
+    logged = [line for line in read_metrics(tmp_path) if line["event"] == "train"]
+    # The whole final split, a step's whole batch twice, and the final split again.
+    assert (steps, sizes) == ([0, 0, 1, 2], [4, 8, 8, 4])
+    for step, line in enumerate(logged, start=1):
+        rollouts = read_rollouts(tmp_path / "rollouts" / f"step-{step:06d}.parquet")
+        assert len(rollouts) == 8
+        for name in ("ends_even", "shortness"):
+            values = [float(rollout.rewards[name] or 0.0) for rollout in rollouts]
+            assert line[f"rewards/{name}/mean"] == pytest.approx(fmean(values))
+            assert line[f"rewards/{name}/std"] == pytest.approx(stdev(values))
+        assert all(rollout.reward == sum(filter(None, rollout.rewards.values())) for rollout in rollouts)
+        assert [json.loads(r.details)["length"] for r in rollouts] == [r.token_count for r in rollouts]
+        assert line["longest"] == max(rollout.token_count for rollout in rollouts)
+
+
+def test_a_broken_function_ends_the_run_before_training_and_names_its_line(tmp_path):
+    def broken(completions, **kwargs):
+        return [text.missing for text in completions]
+
+    with pytest.raises(RunError, match=rf"every completion of the final split.*{__file__}, line \d+: return \[text"):
+        trainer_of(tmp_path, broken).train()
+
+
+def test_a_wrong_count_of_rewards_ends_the_run(tmp_path):
+    with pytest.raises(RunError, match="must return a list of one item per completion, 8 here, got 1 items"):
+        trainer_of(tmp_path, lambda completions, **kwargs: [1.0], eval={"preflight_tasks": 0, "final_tasks": 0}).train()
