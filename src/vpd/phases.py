@@ -56,7 +56,7 @@ def _warm_start(trainer: BaseTrainer) -> None:
         trainer.prompts,
         end_of_turn(trainer.processing_class),
         args.warm_start.demonstrations,
-        args.algorithm.success_threshold,
+        args.algorithm.threshold,
         args.warm_start.seed,
         sources,
     )
@@ -81,7 +81,8 @@ def after_step(trainer: BaseTrainer) -> None:
     # A callback may have asked on one process alone, but evaluating and saving need all of them.
     evaluates, saves = trainer.learner.total(control.should_evaluate, control.should_save)
     if evaluates:
-        _note_accuracy(trainer, trainer.evaluate("selection")["eval_accuracy"])
+        by_group = trainer.args.algorithm.success == "group"
+        _note_accuracy(trainer, trainer.evaluate("selection")["eval_reward" if by_group else "eval_accuracy"])
     if saves:
         save_checkpoint(trainer)
 
@@ -109,9 +110,9 @@ def after_training(trainer: BaseTrainer) -> None:
     if args.eval.load_best_model_at_end and state.best_step not in (-1, state.step):
         trainer.checkpoints.load_best()
         trainer.sampler.engine.sync()
-        trainer.journal.say(
-            f"Back to the weights of step {state.best_step}, {state.best_accuracy:.1%} on the selection split."
-        )
+        by_group = args.algorithm.success == "group"
+        found = f"a mean reward of {state.best_accuracy:.4g}" if by_group else f"{state.best_accuracy:.1%}"
+        trainer.journal.say(f"Back to the weights of step {state.best_step}, {found} on the selection split.")
     if not args.run.max_steps and args.eval.eval_steps:
         trainer.evaluate("selection")
     if state.step or not state.rows:

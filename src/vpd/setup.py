@@ -150,7 +150,7 @@ def assemble(
     told = Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator)
     environment.trainer_state = told.state
     needed = [source.name for source in sources] if algorithm.needs_feedback else None
-    monitor = Monitor(journal, run_state, needed, args.run.stop_on)
+    monitor = Monitor(journal, run_state, needed, args.run.stop_on, args.algorithm.threshold)
     accelerator.register_for_checkpointing(run_state, curriculum, lr_scheduler, algorithm, *learner.copies.values())
     return Parts(
         algorithm=algorithm,

@@ -25,7 +25,7 @@ from vpd.base_trainer import BaseTrainer
 from vpd.config import VPDConfig
 from vpd.environments import Environment, choose_environment
 from vpd.evaluation import batch_statistics, reward_statistics
-from vpd.feedback import FeedbackSource, build_views
+from vpd.feedback import FeedbackSource, build_views, successes
 from vpd.monitoring.throughput import Throughput
 from vpd.phases import (
     after_step,
@@ -203,8 +203,8 @@ class VPDTrainer(BaseTrainer):
 
     def with_feedback(self, sampled: Sampled) -> Batch:
         """Decide which rollouts succeeded, and build the teacher's prompts for them all."""
-        rollouts, threshold = sampled.rollouts, self.args.algorithm.success_threshold
-        is_success = [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
+        rollouts = sampled.rollouts
+        is_success = successes(rollouts, self.args.algorithm.threshold)
         permute = self.args.feedback.permute
         feedback = build_views(
             rollouts, is_success, self.prompts, seed=sampled.seed, sources=self.sources, permute=permute
@@ -258,7 +258,8 @@ class VPDTrainer(BaseTrainer):
 
         def score() -> float:
             self.sampler.engine.sync()
-            return self.evaluator.accuracy("train", self.args.optim.extrapolation_tasks).accuracy
+            found = self.evaluator.accuracy("train", self.args.optim.extrapolation_tasks)
+            return found.accuracy if self.args.algorithm.success == "threshold" else found.reward
 
         if not (self.args.optim.extrapolation and is_due(step)):
             return {}
@@ -285,6 +286,7 @@ class VPDTrainer(BaseTrainer):
                     step,
                     rollout,
                     view if self.algorithm.reads_feedback else None,
+                    is_success=batch.is_success[i],
                     **(asdict(tokens[i]) if i in tokens else {}),
                 )
                 for i, (rollout, view) in enumerate(zip(batch.rollouts, batch.views, strict=True))

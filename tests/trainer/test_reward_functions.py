@@ -67,3 +67,48 @@ def test_a_broken_function_ends_the_run_before_training_and_names_its_line(tmp_p
 def test_a_wrong_count_of_rewards_ends_the_run(tmp_path):
     with pytest.raises(RunError, match="must return a list of one item per completion, 8 here, got 1 items"):
         trainer_of(tmp_path, lambda completions, **kwargs: [1.0], eval={"preflight_tasks": 0, "final_tasks": 0}).train()
+
+
+def letters(completions, **kwargs):
+    """A continuous reward, far from 1."""
+    return [-sum(map(ord, text)) / 1000 for text in completions]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # No batch has anything to learn from.
+def test_without_any_success_a_run_says_so_and_does_not_blame_the_teacher(tmp_path):
+    trainer_of(tmp_path, letters, feedback={"sources": ["sibling", "environment"]}).train()
+    told = {line["name"]: line["text"] for line in read_metrics(tmp_path) if line["event"] == "warning"}
+    assert "no completion reached algorithm.success_threshold = 1, neither the student's nor" in told["no_gap"]
+    assert "the highest reward was -0.0" in told["no_gap"]
+    assert "The rewards of this batch differ, but none reaches algorithm.success_threshold = 1" in told["no_success"]
+    assert "no reward reaches the threshold" in told["nothing_to_learn"]
+    assert not any("teacher is not" in text for text in told.values())
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("success", ["threshold", "group"])
+def test_continuous_rewards_teach_where_success_goes_by_the_group(tmp_path, success):
+    evaluations = {"eval_steps": 1, "load_best_model_at_end": True, "final_tasks": 2, "temperature": 1.0}
+    trainer = trainer_of(
+        tmp_path,
+        letters,
+        algorithm={"success": success, "e_step_every": 1},
+        feedback={"sources": ["sibling"]},
+        eval=evaluations,
+    )
+    trainer.train()
+    by_group = success == "group"
+    lines = read_metrics(tmp_path)
+    steps = [line for line in lines if line["event"] == "train"]
+    assert all((0 < step["success_rate"] < 1) == by_group for step in steps)
+    assert all((step["e_step"] == 1) == by_group for step in steps)
+    told = {line["name"] for line in lines if line["event"] == "warning"}
+    assert ("no_success" in told) != by_group
+    selection = [line for line in lines if line["event"] == "eval" and line["split"] == "selection"]
+    assert all(line["accuracy"] == 0 and line["reward"] < 0 for line in selection)
+    best = max(line["reward"] for line in selection) if by_group else 0.0
+    assert trainer.run_state.best_accuracy == best
+    for rollout in read_rollouts(tmp_path / "rollouts" / "step-000001.parquet"):
+        assert not rollout.success or by_group
+    (gap, *_) = [line for line in lines if line["event"] == "gap"] or [{"n": 0}]
+    assert (gap["n"] > 0 and gap["student_accuracy"] < 0) == by_group

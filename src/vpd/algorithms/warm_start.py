@@ -26,7 +26,7 @@ from vpd.algorithms.example import PromptedCompletion, imitated_view
 from vpd.config import ConfigError, WarmStartSettings
 from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
-from vpd.feedback import FeedbackSource, PromptBuilder, build_views
+from vpd.feedback import FeedbackSource, PromptBuilder, build_views, successes
 from vpd.policy.learner import Learner, TrainingPass
 from vpd.policy.load import load_weights, save_policy
 from vpd.policy.model_cache import cache_dir
@@ -60,7 +60,7 @@ def demonstration_sequences(
     prompts: PromptBuilder,
     end_of_sequence: int,
     count: int,
-    success_threshold: float,
+    success_threshold: float | None,
     seed: int,
     sources: Sequence[FeedbackSource] | None = None,
 ) -> list[PromptedCompletion]:
@@ -71,7 +71,7 @@ def demonstration_sequences(
         prompts: Makes the student's and the teacher's prompts.
         end_of_sequence: The token that closes an answer.
         count: How many demonstrations to take.
-        success_threshold: The reward from which an answer succeeds.
+        success_threshold: The reward from which an answer succeeds; None where every demonstration counts as one.
         seed: The seed for whatever sources of feedback draw.
         sources: The sources of feedback, by default those of the prompts' settings; an empty list makes plain
             sequences alone.
@@ -91,7 +91,9 @@ def demonstration_sequences(
         rollouts, judge_all(environment, [(rollout.task, rollout.text) for rollout in rollouts]), strict=True
     ):
         rollout.verdict = verdict if isinstance(verdict, Verdict) else None
-    is_success = [r.verdict is not None and r.verdict.reward >= success_threshold for r in rollouts]
+    is_success = [bool(index % 2) for index in range(len(rollouts))]
+    if success_threshold is not None:
+        is_success = successes(rollouts, success_threshold)
     views = build_views(rollouts, is_success, prompts, seed=seed, sources=sources).views
     failed = [2 * index for index, demonstration in enumerate(demonstrations) if index % 2 and demonstration.attempt]
     attempts = [rollouts[i] for i in failed]

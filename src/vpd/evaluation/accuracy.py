@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from accelerate.utils import gather_object
 
@@ -22,6 +23,7 @@ class Evaluation:
         accuracy: The share of successes among a task's k completions, averaged over tasks, in [0, 1].
         low: The lower end of the 95% interval: Wilson's where k = 1, else a bootstrap over tasks.
         high: The upper end of that interval.
+        reward: The mean reward of a task's k completions, averaged over tasks.
         n: How many tasks were graded.
         ungraded: How many tasks have no completion that could be graded; they are left out.
         seconds: The wall-clock seconds of sampling and judging.
@@ -32,6 +34,7 @@ class Evaluation:
     accuracy: float
     low: float
     high: float
+    reward: float
     n: int
     ungraded: int
     seconds: float
@@ -40,7 +43,7 @@ class Evaluation:
 
     def summary(self) -> dict[str, float | int]:
         """Return all numbers but the outcomes of single tasks."""
-        return {name: getattr(self, name) for name in ("accuracy", "low", "high", "n", "ungraded", "seconds")}
+        return {name: getattr(self, name) for name in ("accuracy", "low", "high", "reward", "n", "ungraded", "seconds")}
 
 
 def evaluate(
@@ -71,15 +74,17 @@ def evaluate(
     own: dict[str, list[float]] = {task.id: [] for task in mine}
     for rollout in sampled.rollouts:
         if rollout.verdict is not None:
-            own[rollout.task.id].append(float(rollout.verdict.reward >= success_threshold))
+            own[rollout.task.id].append(rollout.verdict.reward)
     gathered: list[tuple[str, list[float]]] = gather_object(list(own.items())) if processes > 1 else list(own.items())
-    outcomes = {id: sum(values) / len(values) for id, values in gathered if values}
+    graded = {id: rewards for id, rewards in gathered if rewards}
+    outcomes = {id: fmean(reward >= success_threshold for reward in rewards) for id, rewards in graded.items()}
     shares = list(outcomes.values())
     interval = wilson_interval(sum(shares), len(shares)) if settings.k == 1 else bootstrap_interval(shares)
     return Evaluation(
         accuracy=sum(shares) / len(shares) if shares else float("nan"),
         low=interval[0],
         high=interval[1],
+        reward=fmean(fmean(rewards) for rewards in graded.values()) if graded else float("nan"),
         n=len(shares),
         ungraded=len(gathered) - len(shares),
         seconds=time.perf_counter() - start,

@@ -31,11 +31,12 @@ def batch_statistics(
     """
     graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
     groups = [[is_success[i] for i in group] for _, group in groupby(graded, key=lambda i: rollouts[i].group)]
+    rewards = [verdict.reward for i in graded if (verdict := rollouts[i].verdict) is not None]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     count, graded_count, reward, successes, active, length, truncated, repetition = total(
         len(rollouts),
         len(graded),
-        sum(verdict.reward for i in graded if (verdict := rollouts[i].verdict) is not None),
+        sum(rewards),
         sum(is_success[i] for i in graded),
         sum(view is not None for view in views),
         sum(lengths),
@@ -50,6 +51,8 @@ def batch_statistics(
     )
     return {
         "reward": reward / graded_count if graded_count else None,
+        "reward_min": -largest(-min(rewards, default=math.inf)) if graded_count else None,
+        "reward_max": largest(max(rewards, default=-math.inf)) if graded_count else None,
         "success_rate": successes / graded_count if graded_count else None,
         "active_share": active / count,
         "without_feedback": graded_count - active,

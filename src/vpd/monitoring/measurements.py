@@ -8,6 +8,7 @@ from vpd.config import EvalSettings
 from vpd.environments import Split
 from vpd.evaluation.accuracy import Evaluation
 from vpd.evaluation.evaluator import Evaluator
+from vpd.evaluation.gap import Gap
 from vpd.monitoring.journal import Journal
 from vpd.monitoring.monitor import Monitor
 from vpd.monitoring.warnings import gap_warning, template_warning
@@ -60,8 +61,10 @@ class Measurements:
         evaluation = self._evaluator.accuracy(split, limit)
         outcomes = {"outcomes": evaluation.outcomes}
         self._journal.log(self._state.step, "eval", {"split": split, **evaluation.summary(), **outcomes})
+        reward = "" if self._evaluator.threshold is not None else f", mean reward {evaluation.reward:.4g}"
         self._journal.say(
-            f"{split.capitalize()} split at step {self._state.step}: {evaluation.accuracy:.1%} of {evaluation.n}."
+            f"{split.capitalize()} split at step {self._state.step}: {evaluation.accuracy:.1%} of "
+            f"{evaluation.n}{reward}."
         )
         return evaluation
 
@@ -70,29 +73,28 @@ class Measurements:
 
         Where the settings ask for it, the teacher is measured once more with the feedback of other tasks.
         """
-        low, tasks = self.gap("Pre-flight")
-        if warning := gap_warning(low, tasks):
+        gap = self.gap("Pre-flight")
+        if warning := gap_warning(gap.low, gap.n, gap.highest_reward, self._evaluator.threshold):
             self._monitor.warn("no_gap", warning)
         if self._settings.preflight_permuted:
-            low, _ = self.gap("With the feedback of other tasks", permute=True)
-            if warning := template_warning(low):
+            permuted = self.gap("With the feedback of other tasks", permute=True)
+            if warning := template_warning(permuted.low):
                 self._monitor.warn("template_only", warning)
 
-    def gap(self, when: str, permute: bool = False) -> tuple[float, int]:
+    def gap(self, when: str, permute: bool = False) -> Gap:
         """Measure by how much the teacher's accuracy is above the student's.
 
         Args:
             when: The words that begin the line with the result.
             permute: Whether each rollout gets the feedback of another task, as a control.
-
-        Returns:
-            The lower end of the difference's interval, and the number of tasks with feedback.
         """
         gap = self._evaluator.gap(permute)
         self._journal.log(self._state.step, "gap_permuted" if permute else "gap", asdict(gap))
         if gap.n:
+            form, what = (".1%", "") if self._evaluator.threshold is not None else (".4g", ", mean rewards")
             self._journal.say(
-                f"{when}, {gap.n} of {gap.tasks} selection tasks have feedback: teacher {gap.teacher_accuracy:.1%}, "
-                f"student {gap.student_accuracy:.1%}, gap {gap.gap:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}]."
+                f"{when}, {gap.n} of {gap.tasks} selection tasks have feedback{what}: teacher "
+                f"{gap.teacher_accuracy:{form}}, student {gap.student_accuracy:{form}}, gap {gap.gap:+{form}} "
+                f"[{gap.low:+{form}}, {gap.high:+{form}}]."
             )
-        return gap.low, gap.n
+        return gap

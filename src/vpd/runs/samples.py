@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         pa.field("reward", pa.float64()),
         pa.field("rewards", pa.map_(pa.string(), pa.float64()), nullable=False),
         pa.field("details", pa.string(), nullable=False),
+        pa.field("success", pa.bool_()),
         pa.field("feedback", pa.string()),
         pa.field("source", pa.string()),
     ]
@@ -85,6 +86,7 @@ class RolloutRecord:
         reward: The reward; None where the judge itself failed.
         rewards: Each reward function's own reward by name, None where it gave none; empty for other judges.
         details: What else the judge noted, as a JSON object.
+        success: Whether the rollout has succeeded; None where that was not told.
         feedback: The environment's text on the completion; None where it gave none.
         source: The kind of feedback that the teacher read; None where the rollout was left out.
     """
@@ -99,6 +101,7 @@ class RolloutRecord:
     source: str | None
     rewards: Mapping[str, float | None] = field(default_factory=dict)
     details: str = "{}"
+    success: bool | None = None
 
     @classmethod
     def from_rollout(
@@ -107,6 +110,7 @@ class RolloutRecord:
         rollout: Rollout,
         view: TeacherView | None = None,
         *,
+        is_success: bool | None = None,
         student_log_probs: Sequence[float] | None = None,
         teacher_log_probs: Sequence[float] | None = None,
         divergence: Sequence[float] | None = None,
@@ -117,6 +121,7 @@ class RolloutRecord:
             step: The number of the rollout batch, counted from 1.
             rollout: The rollout.
             view: The teacher's prompts; None where the rollout has no feedback.
+            is_success: Whether the rollout has succeeded.
             student_log_probs, teacher_log_probs, divergence: The M-step's numbers for the completion tokens of the
                 turns that it worked on, one turn after another.
         """
@@ -157,6 +162,7 @@ class RolloutRecord:
             source=view.source if view else None,
             rewards=_rewards_in(rollout.verdict),
             details=_details_in(rollout.verdict),
+            success=is_success,
         )
 
     @property
