@@ -7,7 +7,8 @@ from engines import ScriptedEngine
 from tiny import tokenizer
 from toy import ToyEnvironment, toy_trainer
 
-from vpd.config import CritiqueSettings, FeedbackSettings, RolloutSettings
+from vpd.config import CritiqueSettings, EvalSettings, FeedbackSettings, RolloutSettings
+from vpd.evaluation import evaluate
 from vpd.feedback import PromptBuilder
 from vpd.rollout import RolloutSampler, Sample
 from vpd.runs.folder import read_metrics
@@ -58,18 +59,20 @@ def test_one_call_does_not_count_for_the_next(sampler):
 
 
 def test_what_the_engine_is_asked(sampler):
-    sampler.sample(tasks(2), 4, seed=3, temperature=0.0, top_p=1.0)
+    evaluate(sampler, tasks(2), EvalSettings(k=4, temperature=0.3, top_p=0.9, min_p=0.2), 1.0, seed=3)
     taught = sampler.sample_teacher([[5, 6], [7], [8]], tasks(3), seed=4)
     chats = [[{"role": "user", "content": text}] for text in ("x" * 100, "Hello.")]
     answers = sampler.answer(chats, CritiqueSettings(max_tokens=5, temperature=0.3), seed=6)
-    (greedy, own, critique), seeds, teachers, counts = (
+    (asked, own, critique), seeds, teachers, counts = (
         [call[index] for call in sampler.engine.calls] for index in (1, 2, 3, 0)
     )
     assert (seeds, teachers, counts) == ([3, 4, 6], [False, True, False], [2, 3, 1])
-    assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.num_generations) == (0.0, 1.0, 9, 4)
+    # An evaluation cuts by its own settings alone; the run's top-k of 9 is none of its business.
+    assert (asked.temperature, asked.top_p, asked.top_k, asked.min_p) == (0.3, 0.9, 0, 0.2)
+    assert asked.num_generations == 4
     assert (own.temperature, own.top_p, own.min_p, own.num_generations) == (0.5, 0.8, 0.1, 1)
     assert (critique.temperature, critique.top_p, critique.top_k, critique.max_new_tokens) == (0.3, 1.0, 0, 5)
-    assert greedy.eos_token_ids == own.eos_token_ids == critique.eos_token_ids == {7}
+    assert asked.eos_token_ids == own.eos_token_ids == critique.eos_token_ids == {7}
     assert [rollout.turns[0].prompt_ids for rollout in taught.rollouts] == [[5, 6], [7], [8]]
     # The first chat is longer than the teacher's limit.
     assert answers.texts[0] is None

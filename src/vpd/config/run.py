@@ -105,6 +105,11 @@ class EvalSettings(Section):
     """The sampling temperature of evaluations; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens whose probabilities sum to this share; 1 keeps the whole vocabulary."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many of the most likely tokens; 0 keeps the whole vocabulary."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample from the tokens that have at least this share of the most likely one's probability; 0 keeps the whole
+    vocabulary."""
     eval_on_start: bool = True
     """Measure the final split before training too, for the model as it came and after the warm start."""
     final_tasks: int | None = Field(default=None, ge=0)

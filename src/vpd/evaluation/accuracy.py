@@ -60,7 +60,7 @@ def evaluate(
     Args:
         sampler: Samples completions and has them judged.
         tasks: All tasks; each process answers its part, and all processes get the whole result.
-        settings: The settings of the number of completions k, the temperature and top-p.
+        settings: The settings of the number of completions k, the temperature, top-p, top-k and min-p.
         success_threshold: The reward from which a completion succeeds.
         seed: The seed of the draws; each process adds its number.
         process: The number of this process.
@@ -68,9 +68,8 @@ def evaluate(
     """
     start = time.perf_counter()
     mine = list(tasks[process::processes])
-    sampled = sampler.sample(
-        mine, settings.k, seed=seed + process, temperature=settings.temperature, top_p=settings.top_p
-    )
+    cut = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    sampled = sampler.sample(mine, settings.k, seed=seed + process, cut=cut)
     own: dict[str, list[float]] = {task.id: [] for task in mine}
     for rollout in sampled.rollouts:
         if rollout.verdict is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -69,8 +69,7 @@ class RolloutSampler:
         *,
         first_group: int = 0,
         group_stride: int = 1,
-        temperature: float | None = None,
-        top_p: float | None = None,
+        cut: Mapping[str, float] | None = None,
     ) -> Sampled:
         """Sample and judge ``num_generations`` rollouts of each task; those of one task are next to each other.
 
@@ -80,11 +79,10 @@ class RolloutSampler:
             seed: The seed of the draws.
             first_group: The number of the first group among those of all processes.
             group_stride: How far apart the numbers of two neighbouring groups are.
-            temperature: Replaces the run's temperature; 0 is greedy.
-            top_p: Replaces the run's top-p.
+            cut: Replaces the run's ``temperature`` (0 is greedy), ``top_p``, ``top_k`` and ``min_p``.
         """
         prompts = [self.prompts.student(task.prompt) for task in tasks]
-        parameters = self._parameters(num_generations, temperature, top_p)
+        parameters = self._parameters(num_generations, cut)
         groups = range(first_group, first_group + len(tasks) * group_stride, group_stride)
         return self._sample(prompts, tasks, groups, parameters, seed, as_teacher=False)
 
@@ -121,17 +119,17 @@ class RolloutSampler:
             texts[index] = str(self.tokenizer.decode(sample.token_ids, skip_special_tokens=True))
         return Answers(texts, token_count=_token_count(samples), seconds=timer.seconds["critique"])
 
-    def _parameters(
-        self, num_generations: int, temperature: float | None = None, top_p: float | None = None
-    ) -> SamplingParameters:
+    def _parameters(self, num_generations: int, cut: Mapping[str, float] | None = None) -> SamplingParameters:
         settings = self.settings
+        if cut is None:
+            cut = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "min_p")}
         return SamplingParameters(
             max_new_tokens=settings.max_completion_length,
             num_generations=num_generations,
-            temperature=settings.temperature if temperature is None else temperature,
-            top_p=settings.top_p if top_p is None else top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
+            temperature=cut["temperature"],
+            top_p=cut["top_p"],
+            top_k=int(cut["top_k"]),
+            min_p=cut["min_p"],
             stop_strings=settings.stop_strings,
             eos_token_ids=frozenset(self.eos_token_ids),
         )
