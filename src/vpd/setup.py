@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,25 @@ class Parts:
     measurements: Measurements
     checkpoints: Checkpoints
     callbacks: Callbacks
+
+
+def checked(args: VPDConfig | None) -> VPDConfig:
+    """Return the settings, by default all defaults; raise ConfigError where they are somebody else's."""
+    if args is not None and not isinstance(args, VPDConfig):
+        raise ConfigError(
+            f"args must be a VPDConfig, not {type(args).__name__}: VPDConfig.from_trl(args) translates TRL's "
+            "GRPOConfig."
+        )
+    return args or VPDConfig()
+
+
+def with_steps(args: VPDConfig, environment: Environment) -> VPDConfig:
+    """Replace ``run.num_train_epochs`` by the number of steps that it comes to, unless ``run.max_steps`` is given."""
+    run = args.run
+    if run.num_train_epochs is None or "max_steps" in run.model_fields_set:
+        return args
+    steps = math.ceil(run.num_train_epochs * len(environment.tasks("train")) / args.rollout.prompts_per_step)
+    return args.model_copy(update={"run": run.model_copy(update={"max_steps": steps})})
 
 
 def make_policy(

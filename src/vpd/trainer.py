@@ -42,7 +42,7 @@ from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.result import TrainOutput
 from vpd.runs.samples import RolloutRecord
 from vpd.seeds import mix
-from vpd.setup import assemble, make_policy
+from vpd.setup import assemble, checked, make_policy, with_steps
 from vpd.timing import Timer
 from vpd.types import Rollout, TeacherView
 
@@ -79,7 +79,8 @@ class VPDTrainer(BaseTrainer):
         environment: Holds the tasks and judges completions; by default the one that ``args.data`` describes.
         train_dataset: Rows with a ``prompt`` column, judged by ``reward_funcs``, in place of an environment.
         reward_funcs: Functions with TRL's signature; each returns floats or (reward, feedback) pairs.
-        eval_dataset: Rows for the final split; by default they are cut off ``train_dataset``.
+        eval_dataset: Rows for the selection split, on which ``args.eval.eval_steps`` evaluates; by default they are cut
+            off ``train_dataset``, as those of the final split are.
         reward_weights: The weight of each of ``reward_funcs``; 1 by default.
         processing_class: The tokenizer; by default the model's own.
         callbacks: The ``TrainerCallback`` objects of transformers.
@@ -107,12 +108,13 @@ class VPDTrainer(BaseTrainer):
         peft_config: Any = None,
         feedback_sources: Sequence[FeedbackSource] | None = None,
     ) -> None:
-        args = args or VPDConfig()
+        args = checked(args)
         set_seed(args.run.seed)
         policy, tokenizer = make_policy(args, model, processing_class, peft_config)
         environment = choose_environment(
             args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights
         )
+        args = with_steps(args, environment)
         parts = assemble(
             args,
             policy,

@@ -65,10 +65,11 @@ def test_splits_share_no_prompt_and_depend_on_the_seed_alone(seed, repeats):
         assert environment.tasks(split) == again.tasks(split)
 
 
-def test_an_eval_dataset_is_final_and_leaves_training():
-    environment = PromptDataset(rows(), says_solution, eval_dataset=rows(5), selection_size=2)
-    assert [task.data["prompt"] for task in environment.tasks("final")] == [f"Say {i}" for i in range(5)]
-    seen = {task.data["prompt"] for split in ("train", "selection") for task in environment.tasks(split)}
+def test_an_eval_dataset_is_what_is_evaluated_during_training_and_leaves_training():
+    environment = PromptDataset(rows(), says_solution, eval_dataset=rows(5), final_size=2)
+    assert [task.data["prompt"] for task in environment.tasks("selection")] == [f"Say {i}" for i in range(5)]
+    assert len(environment.tasks("final")) == 2
+    seen = {task.data["prompt"] for split in ("train", "final") for task in environment.tasks(split)}
     assert seen == {f"Say {i}" for i in range(5, 20)}
     assert len({task.id for split in SPLITS for task in environment.tasks(split)}) == 20
 
@@ -300,6 +301,12 @@ def one_more_argument(completions, difficulty):
         (rows(), {"reward_weights": [1.0, 2.0]}, "2 numbers for 1 reward functions"),
         (rows(5), {}, "5 distinct training questions"),
         ([], {}, "training data has no rows"),
+        (
+            rows(),
+            {"eval_dataset": rows(), "selection_size": None},
+            "All prompts of train_dataset stand in eval_dataset",
+        ),
+        (rows(), {"eval_dataset": rows(3)}, "selection_size does nothing beside an eval_dataset"),
         (rows(), {"eval_dataset": []}, "evaluation data has no rows"),
         ([{"question": "?"}], {}, "train, row 0: the column 'prompt' must be a text or chat messages"),
         ([{"prompt": [{"role": "assistant", "content": "."}]}], {}, "last message must be the user's"),
@@ -309,3 +316,18 @@ def one_more_argument(completions, difficulty):
 def test_data_and_settings_that_cannot_work_are_told(data, options, message):
     with pytest.raises(ConfigError, match=message):
         PromptDataset(data, **{"reward_funcs": says_solution, **SIZES, **options})
+
+
+def test_a_column_holds_demonstrations():
+    data = [row | {"demonstration": row["solution"] if i % 2 else None} for i, row in enumerate(rows())]
+    data[1]["demonstration"] = [{"role": "assistant", "content": "1"}]
+    environment = PromptDataset(data, says_solution, **SIZES)
+    told = environment.demonstrations(100)
+    assert 5 <= len(told) <= 10
+    assert all(judged(environment, each.completion, each.task).reward == 1.0 for each in told)
+    assert environment.demonstrations(3) == told[:3]
+    odd = PromptDataset([row | {"demonstration": 3} for row in rows()], says_solution, **SIZES)
+    with pytest.raises(
+        ConfigError, match=r"'demonstration' of train/.* must be a text or one assistant's message, got 3"
+    ):
+        odd.demonstrations(2)

@@ -69,6 +69,18 @@ def test_a_wrong_count_of_rewards_ends_the_run(tmp_path):
         trainer_of(tmp_path, lambda completions, **kwargs: [1.0], eval={"preflight_tasks": 0, "final_tasks": 0}).train()
 
 
+def test_a_warm_start_learns_from_a_column_of_demonstrations(tmp_path):
+    """A plain text is closed by the end of the sequence, not by the end of a chat's turn."""
+    rows = [row | {"demonstration": "b"} for row in ROWS]
+    warm = {"demonstrations": 4, "cache": False, "epochs": 40, "learning_rate": 1e-2}
+    args = toy_config(tmp_path, warm_start=warm, run={"max_steps": 0}, rollout={"stop_strings": []})
+    trainer = VPDTrainer(toy_model(), args, train_dataset=rows, reward_funcs=[ends_even], processing_class=tokenizer())
+    trainer.train()
+    sampled = trainer.sampler.sample(trainer.environment.tasks("train")[:1], 4, seed=0)
+    end = trainer.processing_class.eos_token_id
+    assert [rollout.completion_ids[-1] for rollout in sampled.rollouts].count(end) >= 3
+
+
 def letters(completions, **kwargs):
     """A continuous reward, far from 1."""
     return [-sum(map(ord, text)) / 1000 for text in completions]

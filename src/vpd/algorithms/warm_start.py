@@ -31,7 +31,7 @@ from vpd.policy.learner import Learner, TrainingPass
 from vpd.policy.load import load_weights, save_policy
 from vpd.policy.model_cache import cache_dir
 from vpd.policy.objectives import Imitate
-from vpd.types import Demonstration, Rollout, Turn, Verdict
+from vpd.types import Demonstration, Rollout, Turn, Verdict, is_plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def demonstration_sequences(
     Args:
         environment: The environment that has the demonstrations and judges them.
         prompts: Makes the student's and the teacher's prompts.
-        end_of_sequence: The token that closes an answer.
+        end_of_sequence: The token that closes an answer in a chat; the tokenizer's own closes one to a plain text.
         count: How many demonstrations to take.
         success_threshold: The reward from which an answer succeeds; None where every demonstration counts as one.
         seed: The seed for whatever sources of feedback draw.
@@ -106,7 +106,9 @@ def demonstration_sequences(
         if not is_success[answer]:
             raise ConfigError(f"The demonstration of task {demonstration.task.id} is not a success for its own judge.")
         # The answer is tokenized apart from the prompt, as a rollout's tokens are sampled apart from it.
-        completion = prompts.completion(demonstration.completion, end_of_sequence)
+        plain = is_plain_text(demonstration.task.prompt)
+        end = int(prompts.tokenizer.eos_token_id) if plain else end_of_sequence  # pyright: ignore[reportArgumentType]
+        completion = prompts.completion(demonstration.completion, end)
         sequences.append(PromptedCompletion(rollouts[answer].turns[0].prompt_ids, completion))
         if (view := views[attempt]) is not None:
             sequences.append(PromptedCompletion(view.first.prompt_ids, completion))

@@ -13,8 +13,8 @@ from vpd.config import ConfigError
 from vpd.environments.base import Attempt, Environment, Judgements, Split
 from vpd.environments.reward_functions import Logged, RewardCall, RewardFunction, Score, ready
 from vpd.environments.rows import Row, chat_prompt, load_rows, rows_of
-from vpd.environments.splits import check_split, cut_splits, question_key
-from vpd.types import Messages, Task, Verdict, plain_text
+from vpd.environments.splits import check_split, cut_splits, question_key, without_duplicates
+from vpd.types import Demonstration, Messages, Task, Verdict, plain_text
 
 Rows: TypeAlias = Iterable[Mapping[str, Any]]
 
@@ -30,14 +30,16 @@ class PromptDataset(Environment):
     function that returns None has no part in the sum, and where all return None the rollout is ungraded. Functions may
     return ``(reward, feedback)`` pairs; the feedback texts are joined.
 
-    ``final`` is all of ``eval_dataset`` (or of the data's test split) where there is one; otherwise it is taken from
-    the training prompts, as ``selection`` always is. Rows with the same prompt count once.
+    ``selection``, on which a run is evaluated while it trains, is all of ``eval_dataset`` where there is one, and
+    ``final`` is all of the data's test split. Each is otherwise taken from the training prompts. Rows with the same
+    prompt count once; a training prompt that is held out leaves training. Where rows have a column ``demonstration``, a
+    right answer, a warm start can learn from it.
 
     Args:
         train_dataset: A ``datasets.Dataset``, a list of rows, a JSONL file or a Hugging Face dataset id.
         reward_funcs: One or several functions, plain or async, or their names as ``package.module:function``.
             None gives the completions no judge.
-        eval_dataset: The held-out rows, in the same forms.
+        eval_dataset: The rows of the selection split, in the same forms.
         reward_weights: One number for each function; by default all weights are 1.
         selection_size: How many training prompts become the selection split; by default a tenth, at most 100.
         final_size: How many training prompts become the final split where no rows are held out; by default a tenth, at
@@ -64,19 +66,33 @@ class PromptDataset(Environment):
         final_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        train, test = _load(train_dataset, eval_dataset)
+        train, test, held_out = _load(train_dataset, eval_dataset)
         tenth = max(1, len(train) // 10)
-        selection_size = min(100, tenth) if selection_size is None else selection_size
+        if held_out is None:
+            selection_size = min(100, tenth) if selection_size is None else selection_size
+        elif selection_size is not None:
+            raise ConfigError("data.selection_size does nothing beside an eval_dataset, which is the selection split.")
         final_size = min(300, tenth) if final_size is None else final_size
+        selection = without_duplicates([_task(row) for row in held_out or []], _task_key)
+        taken = {_task_key(task) for task in selection}
+        rest = [task for task in map(_task, train) if _task_key(task) not in taken]
+        if not rest:
+            raise ConfigError(
+                "All prompts of train_dataset stand in eval_dataset too, so that none is left to train on: leave "
+                "eval_dataset out, and a part of train_dataset is held out by itself."
+            )
         self._tasks = cut_splits(
-            [_task(row) for row in train],
+            rest,
             None if test is None else [_task(row) for row in test],
-            key=lambda task: _prompt_key(task.data["prompt"]),
-            selection_size=selection_size,
+            key=_task_key,
+            selection_size=selection_size or 0,
             final_size=final_size if test is None else None,
             seed=seed,
             origin=str(train_dataset) if isinstance(train_dataset, str | Path) else "train_dataset",
         )
+        if held_out is not None:
+            held_out_of_test = {_task_key(task) for task in self._tasks["final"]}
+            self._tasks["selection"] = [task for task in selection if _task_key(task) not in held_out_of_test]
         tasks = [task for split in self._tasks.values() for task in split]
         columns = frozenset.intersection(*(frozenset(task.data["columns"]) for task in tasks))
         self.judges = reward_funcs is not None
@@ -84,6 +100,11 @@ class PromptDataset(Environment):
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return check_split(self._tasks, split)
+
+    def demonstrations(self, count: int) -> Sequence[Demonstration]:
+        """Return the answers in the column ``demonstration``; rows without one are passed over."""
+        told = [(task, task.data["columns"].get("demonstration")) for task in self._tasks["train"]]
+        return [Demonstration(task, _answer(task, answer)) for task, answer in told if answer is not None][:count]
 
     def judge(self, task: Task, completion: str) -> Verdict | Awaitable[Verdict]:
         judgements = self.judge_batch([Attempt(task, completion)])
@@ -154,13 +175,13 @@ async def _only_later(judgements: Awaitable[Judgements]) -> Verdict:
 
 def _load(
     train_dataset: Rows | str | Path, eval_dataset: Rows | str | Path | None
-) -> tuple[list[Row], list[Row] | None]:
+) -> tuple[list[Row], list[Row] | None, list[Row] | None]:
+    """Read the rows for training, those of a test split, and those of ``eval_dataset``."""
     train, test = _rows(train_dataset, "train")
-    if eval_dataset is not None:
-        test, _ = _rows(eval_dataset, "eval")
-    if not train or test == []:
+    held_out = None if eval_dataset is None else _rows(eval_dataset, "eval")[0]
+    if not train or held_out == []:
         raise ConfigError(f"The {'evaluation' if train else 'training'} data has no rows.")
-    return train, test
+    return train, test, held_out
 
 
 def _rows(dataset: Rows | str | Path, name: str) -> tuple[list[Row], list[Row] | None]:
@@ -178,7 +199,20 @@ def _task(row: Row) -> Task:
     return Task(row.id, messages, {"prompt": row.values["prompt"], "columns": columns})
 
 
-def _prompt_key(prompt: str | Messages) -> str:
+def _answer(task: Task, demonstration: Any) -> str:
+    """The text of a demonstration, which may be an assistant's message as in TRL's ``completion``."""
+    text = demonstration
+    if isinstance(demonstration, list) and len(demonstration) == 1 and isinstance(demonstration[0], Mapping):
+        text = demonstration[0].get("content")
+    if not isinstance(text, str) or not text:
+        raise ConfigError(
+            f"The column 'demonstration' of {task.id} must be a text or one assistant's message, got {demonstration!r}."
+        )
+    return text
+
+
+def _task_key(task: Task) -> str:
+    prompt: str | Messages = task.data["prompt"]
     return question_key(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False))
 
 
