@@ -265,7 +265,7 @@ class VPDConfig(Section):
         """
         path = Path(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"There is no config file {path}.") from None
         except OSError as error:
