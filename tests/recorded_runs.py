@@ -46,6 +46,7 @@ Scenario = dict[str, Any]
 COMMON: Sections = {
     "eval": {"preflight_tasks": 2, "final_tasks": 4, "eval_steps": 2},
     "run": {"max_steps": STEPS},
+    "algorithm": {"truncated": "failure"},
 }
 MINIBATCHES = {"m_minibatch_prompts": 1}
 

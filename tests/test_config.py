@@ -85,3 +85,9 @@ def test_broken_toml_is_named(tmp_path):
     path.write_text("[model\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         VPDConfig.load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[run]\nmax_steps = 3\n", encoding="utf-8-sig")
+    assert VPDConfig.load(path).run.max_steps == 3

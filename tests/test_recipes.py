@@ -19,6 +19,7 @@ from vpd.runs.folder import read_metrics
 
 PAPER = Path(__file__).parents[1] / "configs" / "paper"
 RECIPES = sorted(PAPER.glob("*.toml"))
+OWN_STUDIES = sorted((PAPER.parent / "studies").glob("*.toml"))
 STUDIES = sorted((PAPER / "compare").glob("*.toml"))
 
 NAMES = {
@@ -43,6 +44,7 @@ SAID_OF_ALL = {
     "rollout.top_p": 1.0,
     "feedback.max_prompt_length": 10240,
     "algorithm.type": "vpd",
+    "algorithm.truncated": "failure",
     "algorithm.e_minibatch_prompts": 32,
     "algorithm.e_step_every": 5,
     "algorithm.bco_beta": 0.1,
@@ -138,6 +140,15 @@ def arm_settings(name: str) -> dict[str, VPDConfig]:
     study = study_of(name)
     config = PAPER / "compare" / study["config"]
     return {arm["name"]: VPDConfig.load(config, [*study.get("set", []), *arm.get("set", [])]) for arm in study["arms"]}
+
+
+@pytest.mark.parametrize("path", OWN_STUDIES, ids=lambda path: path.stem)
+def test_the_documented_studies_count_what_was_cut_off_as_a_failure(path):
+    """Their figures in docs/study.md were made so, and an arm that replaces the section must say it again."""
+    study = tomllib.loads(path.read_text(encoding="utf-8"))
+    for arm in study["arms"]:
+        arm_config = VPDConfig.load(path.parent / study["config"], [*study.get("set", []), *arm.get("set", [])])
+        assert arm_config.algorithm.truncated == "failure", arm["name"]
 
 
 def setting(settings: VPDConfig, path: str) -> Any:

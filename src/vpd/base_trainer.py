@@ -73,9 +73,9 @@ class BaseTrainer:
 
         Returns:
             ``eval_accuracy``, the mean share of successes among a task's completions (nan where nothing could be
-            graded); ``eval_low`` and ``eval_high``, its 95% interval; ``eval_n``, the number of graded tasks;
-            ``eval_ungraded``, the number of tasks on which the judge failed; and ``eval_seconds``. The same numbers are
-            logged and passed to the callbacks' ``on_evaluate``.
+            graded); ``eval_low`` and ``eval_high``, its 95% interval; ``eval_reward``, the mean reward; ``eval_n``, the
+            number of graded tasks; ``eval_ungraded``, the number of tasks on which the judge failed; and
+            ``eval_seconds``. The same numbers are logged and passed to the callbacks' ``on_evaluate``.
 
         Raises:
             ConfigError: There is no such split.

@@ -22,7 +22,7 @@ class Batch:
         counts: The numbers that the feedback sources have counted, by name.
         token_count: How many tokens were sampled for the batch, critiques and second attempts included.
         seconds: The seconds of sampling, of judging and of critiques.
-        second_attempts: What the teacher wrote and read where it tried once more, both judged as the rollouts are.
+        second_attempts: What the teacher wrote where it tried once more, what it had read, and whether it succeeded.
     """
 
     rollouts: list[Rollout]
@@ -31,7 +31,7 @@ class Batch:
     counts: Mapping[str, float]
     token_count: int
     seconds: dict[str, float]
-    second_attempts: list[tuple[Rollout, TeacherView]] = field(default_factory=list)
+    second_attempts: list[tuple[Rollout, TeacherView, bool]] = field(default_factory=list)
 
     def add_cost(self, token_count: int, seconds: Mapping[str, float]) -> None:
         """Count the tokens and the seconds of further sampling as the batch's."""
@@ -46,10 +46,17 @@ class Batch:
             tokens: The M-step's numbers, by the index of the rollout.
             shows_teacher: Whether what the teacher reads is kept with the student's rollouts.
         """
-        tried = [RolloutRecord.from_rollout(step, *attempt, author="teacher") for attempt in self.second_attempts]
+        tried = [
+            RolloutRecord.from_rollout(step, rollout, view, author="teacher", is_success=success)
+            for rollout, view, success in self.second_attempts
+        ]
         return tried + [
             RolloutRecord.from_rollout(
-                step, rollout, view if shows_teacher else None, **(asdict(tokens[i]) if i in tokens else {})
+                step,
+                rollout,
+                view if shows_teacher else None,
+                is_success=self.is_success[i],
+                **(asdict(tokens[i]) if i in tokens else {}),
             )
             for i, (rollout, view) in enumerate(zip(self.rollouts, self.views, strict=True))
         ]

@@ -133,7 +133,7 @@ def _warm_start(trainer: BaseTrainer) -> None:
         trainer.prompts,
         end_of_turn(trainer.processing_class),
         args.warm_start.demonstrations,
-        args.algorithm.success_threshold,
+        args.algorithm.threshold,
         args.warm_start.seed,
         sources,
     )
@@ -203,13 +203,16 @@ def _selects(trainer: BaseTrainer) -> bool:
 def _evaluate_selection(trainer: BaseTrainer) -> None:
     """Measure the weights on the selection split, keep the best so far, and see whether the run must end."""
     settings, state, public = trainer.args.eval, trainer.run_state, trainer.state
+    by_group = trainer.args.algorithm.success == "group"
     measured = trainer.evaluate("selection")
-    accuracy = measured["eval_accuracy"]
+    accuracy = measured["eval_reward" if by_group else "eval_accuracy"]
     if state.note_accuracy(accuracy):
         public.best_metric, public.best_global_step = accuracy, state.step
         if settings.load_best_model_at_end:
             public.best_model_checkpoint = str(trainer.checkpoints.keep_best())
-    if warning := fall_warning(state.start_accuracy, accuracy, int(measured["eval_n"])):
+    # Rewards have no scale that tells how far is far.
+    warning = None if by_group else fall_warning(state.start_accuracy, accuracy, int(measured["eval_n"]))
+    if warning is not None:
         trainer.monitor.warn("worse_than_start", warning)
     elif state.stale_evaluations >= (settings.early_stopping_patience or math.inf):
         trainer.monitor.stop("early_stopping")
@@ -246,8 +249,10 @@ def after_training(trainer: BaseTrainer) -> None:
     args, state = trainer.args, trainer.run_state
     if load_final_weights(trainer):
         trainer.sampler.engine.sync()
+        by_group = args.algorithm.success == "group"
+        found = f"a mean reward of {state.best_accuracy:.4g}" if by_group else f"{state.best_accuracy:.1%}"
         trainer.journal.say(
-            f"Back to the weights of step {state.best_step}, {state.best_accuracy:.1%} on the selection split"
+            f"Back to the weights of step {state.best_step}, {found} on the selection split"
             + (": nothing that training made was better." if state.best_step == 0 else ".")
         )
     if state.step or not state.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,25 @@ class Parts:
     callbacks: Callbacks
 
 
+def checked(args: VPDConfig | None) -> VPDConfig:
+    """Return the settings, by default all defaults; raise ConfigError where they are somebody else's."""
+    if args is not None and not isinstance(args, VPDConfig):
+        raise ConfigError(
+            f"args must be a VPDConfig, not {type(args).__name__}: VPDConfig.from_trl(args) translates TRL's "
+            "GRPOConfig."
+        )
+    return args or VPDConfig()
+
+
+def with_steps(args: VPDConfig, environment: Environment) -> VPDConfig:
+    """Replace ``run.num_train_epochs`` by the number of steps that it comes to, unless ``run.max_steps`` is given."""
+    run = args.run
+    if run.num_train_epochs is None or "max_steps" in run.model_fields_set:
+        return args
+    steps = math.ceil(run.num_train_epochs * len(environment.tasks("train")) / args.rollout.prompts_per_step)
+    return args.model_copy(update={"run": run.model_copy(update={"max_steps": steps})})
+
+
 def make_policy(
     args: VPDConfig,
     model: str | PreTrainedModel | None,
@@ -137,6 +157,7 @@ def assemble(
         prompts,
         args.rollout,
         eos_token_ids(model, tokenizer),  # pyright: ignore[reportArgumentType]
+        truncated_fails=args.algorithm.truncated != "judge",
     )
     if sources is None:
         sources = make_sources(args.feedback, _make_critic(args, algorithm, sampler))
@@ -146,12 +167,12 @@ def assemble(
     )
     _check_prompts(environment, prompts)
     run_state = TrainingState()
+    told = Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator)
+    environment.trainer_state = told.state
     needed = [source.name for source in sources] if algorithm.needs_feedback else None
-    monitor = Monitor(journal, run_state, needed, args.run.stop_on)
-    public = Callbacks(callbacks, callback_args, model, tokenizer, learner.optimizer, lr_scheduler, accelerator)
+    monitor = Monitor(journal, run_state, needed, args.run.stop_on, args.algorithm.threshold)
     saved = {"scheduler": lr_scheduler, "run": run_state, "curriculum": curriculum, "algorithm": algorithm}
-    saved |= {"model": learner.module, "optimizer": learner.optimizer}
-    saved |= {f"weights_{name}": weights for name, weights in learner.copies.items()}
+    saved |= learner.parts()
     return Parts(
         algorithm=algorithm,
         accelerator=accelerator,
@@ -166,8 +187,8 @@ def assemble(
         journal=journal,
         monitor=monitor,
         measurements=Measurements(evaluator, journal, run_state, monitor, args.eval),
-        checkpoints=Checkpoints(args.run, accelerator, run_state, saved, public, model, tokenizer),
-        callbacks=public,
+        checkpoints=Checkpoints(args.run, accelerator, run_state, saved, told, model, tokenizer),
+        callbacks=told,
     )
 
 

@@ -24,8 +24,8 @@ from vpd.base_trainer import BaseTrainer
 from vpd.batch import Batch
 from vpd.config import VPDConfig
 from vpd.environments import Environment, choose_environment
-from vpd.evaluation.statistics import batch_statistics
-from vpd.feedback import FeedbackSource, build_views
+from vpd.evaluation import batch_statistics, reward_statistics
+from vpd.feedback import FeedbackSource, build_views, successes
 from vpd.monitoring.throughput import Throughput
 from vpd.phases import (
     after_step,
@@ -44,7 +44,7 @@ from vpd.runs.files import RunError
 from vpd.runs.interrupt import InterruptGuard
 from vpd.runs.result import TrainOutput
 from vpd.seeds import mix
-from vpd.setup import assemble, make_policy
+from vpd.setup import assemble, checked, make_policy, with_steps
 from vpd.timing import Timer
 from vpd.types import Rollout, TeacherView
 
@@ -63,7 +63,8 @@ class VPDTrainer(BaseTrainer):
         environment: Holds the tasks and judges completions; by default the one that ``args.data`` describes.
         train_dataset: Rows with a ``prompt`` column, judged by ``reward_funcs``, in place of an environment.
         reward_funcs: Functions with TRL's signature; each returns floats or (reward, feedback) pairs.
-        eval_dataset: Rows for the final split; by default they are cut off ``train_dataset``.
+        eval_dataset: Rows for the selection split, on which ``args.eval.eval_steps`` evaluates; by default they are cut
+            off ``train_dataset``, as those of the final split are.
         reward_weights: The weight of each of ``reward_funcs``; 1 by default.
         processing_class: The tokenizer; by default the model's own.
         callbacks: The ``TrainerCallback`` objects of transformers.
@@ -91,12 +92,13 @@ class VPDTrainer(BaseTrainer):
         peft_config: Any = None,
         feedback_sources: Sequence[FeedbackSource] | None = None,
     ) -> None:
-        args = args or VPDConfig()
+        args = checked(args)
         set_seed(args.run.seed)
         policy, tokenizer = make_policy(args, model, processing_class, peft_config)
         environment = choose_environment(
             args.data, environment, train_dataset, reward_funcs, eval_dataset, reward_weights
         )
+        args = with_steps(args, environment)
         parts = assemble(
             args,
             policy,
@@ -193,7 +195,7 @@ class VPDTrainer(BaseTrainer):
     def with_feedback(self, sampled: Sampled) -> Batch:
         """Decide which rollouts succeeded, and build the teacher's prompts for them all."""
         rollouts = sampled.rollouts
-        is_success = self._successes(rollouts)
+        is_success = successes(rollouts, self.args.algorithm.threshold)
         permute = self.args.feedback.permute
         feedback = build_views(
             rollouts, is_success, self.prompts, seed=sampled.seed, sources=self.sources, permute=permute
@@ -212,7 +214,8 @@ class VPDTrainer(BaseTrainer):
         """
         examples = self._examples(batch.rollouts, batch.is_success, batch.views)
         total, largest = self.learner.total, self.learner.largest
-        statistics = batch_statistics(batch.rollouts, batch.is_success, batch.views, total, largest)
+        statistics = reward_statistics(batch.rollouts, total, self.learner.union)
+        statistics |= batch_statistics(batch.rollouts, batch.is_success, batch.views, total, largest)
         # A source of one's own may count under a name on one process alone.
         if names := self.learner.union(batch.counts):
             statistics |= dict(zip(names, total(*(batch.counts.get(name, 0.0) for name in names)), strict=True))
@@ -245,13 +248,11 @@ class VPDTrainer(BaseTrainer):
         seed = mix(self.args.run.seed, step, self.accelerator.process_index, _OF_SECOND_ATTEMPTS)
         sampled = self.sampler.sample_again([batch.rollouts[index] for index in chosen], views, seed)
         batch.add_cost(sampled.token_count, sampled.seconds)
-        batch.second_attempts = list(zip(sampled.rollouts, views, strict=True))
-        made = self._examples(sampled.rollouts, self._successes(sampled.rollouts), views)
+        together = [*batch.rollouts, *sampled.rollouts]
+        is_success = successes(together, self.args.algorithm.threshold)[len(batch.rollouts) :]
+        batch.second_attempts = list(zip(sampled.rollouts, views, is_success, strict=True))
+        made = self._examples(sampled.rollouts, is_success, views)
         return [replace(example, rollout=len(batch.rollouts) + example.rollout) for example in made]
-
-    def _successes(self, rollouts: Sequence[Rollout]) -> list[bool]:
-        threshold = self.args.algorithm.success_threshold
-        return [rollout.verdict is not None and rollout.verdict.reward >= threshold for rollout in rollouts]
 
     def _examples(
         self, rollouts: Sequence[Rollout], is_success: Sequence[bool], views: Sequence[TeacherView | None]
@@ -264,7 +265,8 @@ class VPDTrainer(BaseTrainer):
 
         def score() -> float:
             self.sampler.engine.sync()
-            return self.evaluator.accuracy("train", self.args.optim.extrapolation_tasks).accuracy
+            found = self.evaluator.accuracy("train", self.args.optim.extrapolation_tasks)
+            return found.accuracy if self.args.algorithm.success == "threshold" else found.reward
 
         if not (self.args.optim.extrapolation and is_due(step)):
             return {}

@@ -27,13 +27,28 @@ def content_text(content: Any) -> str:
     return "\n".join(part["text"] for part in content) if isinstance(content, list) else str(content)
 
 
+PLAIN_TEXT = "text"
+"""The role of the only message of a prompt that is no chat: its content is continued as it stands."""
+
+
+def plain_text(text: str) -> Messages:
+    """Make the prompt of a task that is no chat: the student continues the text, and no chat template is used."""
+    return [{"role": PLAIN_TEXT, "content": text}]
+
+
+def is_plain_text(prompt: Messages) -> bool:
+    """Whether a prompt is a text to continue, and no chat."""
+    return len(prompt) == 1 and prompt[0].get("role") == PLAIN_TEXT
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One question of an environment.
 
     Attributes:
         id: The name of the task, unique within the environment, across its splits.
-        prompt: The chat that the student is shown, as it stands. The last message is the user's.
+        prompt: The chat that the student is shown, as it stands. The last message is the user's. A text that is to be
+            continued without a chat is made by :func:`plain_text`.
         data: The values that the judge needs. The student never sees them.
         reference: A right answer, for a critic or for demonstrations. The student never sees it.
     """

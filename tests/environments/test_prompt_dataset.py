@@ -2,6 +2,7 @@ import asyncio
 import functools
 import gc
 import inspect
+import json
 import sys
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainerState
 from trl.rewards import accuracy_reward, get_soft_overlong_punishment, think_format_reward
 
 from vpd.config import ConfigError, PromptData
 from vpd.environments import SPLITS, PromptDataset, judge_all, make_environment
-from vpd.types import Verdict
+from vpd.environments.base import Attempt
+from vpd.environments.judging import described
+from vpd.types import Verdict, plain_text
 
 SIZES: dict[str, Any] = {"selection_size": 2, "final_size": 3}
 
@@ -61,10 +65,11 @@ def test_splits_share_no_prompt_and_depend_on_the_seed_alone(seed, repeats):
         assert environment.tasks(split) == again.tasks(split)
 
 
-def test_an_eval_dataset_is_final_and_leaves_training():
-    environment = PromptDataset(rows(), says_solution, eval_dataset=rows(5), selection_size=2)
-    assert [task.data["prompt"] for task in environment.tasks("final")] == [f"Say {i}" for i in range(5)]
-    seen = {task.data["prompt"] for split in ("train", "selection") for task in environment.tasks(split)}
+def test_an_eval_dataset_is_what_is_evaluated_during_training_and_leaves_training():
+    environment = PromptDataset(rows(), says_solution, eval_dataset=rows(5), final_size=2)
+    assert [task.data["prompt"] for task in environment.tasks("selection")] == [f"Say {i}" for i in range(5)]
+    assert len(environment.tasks("final")) == 2
+    seen = {task.data["prompt"] for split in ("train", "final") for task in environment.tasks(split)}
     assert seen == {f"Say {i}" for i in range(5, 20)}
     assert len({task.id for split in SPLITS for task in environment.tasks(split)}) == 20
 
@@ -83,13 +88,56 @@ def test_functions_see_what_trl_passes(chat, kind):
     data = [{**row, "completion": "hidden", "completion_ids": [1]} for row in rows(chat=chat)]
     environment = PromptDataset(kind(data), function, **SIZES)
     task = environment.tasks("train")[0]
-    assert task.prompt == [{"role": "user", "content": f"Say {task.data['columns']['solution']}"}]
+    said = f"Say {task.data['columns']['solution']}"
+    assert task.prompt == ([{"role": "user", "content": said}] if chat else plain_text(said))
     verdict = judged(environment, "abc")
     assert seen["prompts"] == [task.data["prompt"]]
     assert seen["completions"] == ([[{"role": "assistant", "content": "abc"}]] if chat else ["abc"])
     assert seen["solution"] == [task.data["columns"]["solution"]]
-    assert set(seen) == {"prompts", "completions", "solution", "log_extra", "log_metric"}
-    assert verdict == Verdict(1.0, None, {"length": 3, "words": 1.0, "rewards": {"function": 1.0}})
+    assert set(seen) == {
+        "prompts", "completions", "completion_ids", "solution", "trainer_state", "log_extra", "log_metric",
+    }  # fmt: skip
+    assert verdict == Verdict(1.0, None, {"length": 3, "metrics": {"words": 1.0}, "rewards": {"function": 1.0}})
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_is_called_once_with_the_whole_batch(is_async):
+    """A reward may compare completions: this one is the rank of the length among all of the batch."""
+    calls = []
+
+    def rank(prompts, completions, completion_ids, solution, trainer_state, log_extra, log_metric, level=None):
+        calls.append((prompts, completion_ids, solution, trainer_state.global_step, level))
+        log_extra("length", [len(text) for text in completions])
+        log_metric("longest", max(map(len, completions)))
+        by_length = sorted(completions, key=len)
+        return [(float(by_length.index(text)), text.upper()) for text in completions]
+
+    async def later(**kwargs):
+        return rank(**kwargs)
+
+    data = [row | {"level": i} if i % 2 else row for i, row in enumerate(rows())]
+    function = later if is_async else rank
+    environment = PromptDataset(data, [function, says_solution], **SIZES)
+    environment.trainer_state = TrainerState(global_step=7)
+    one, other = environment.tasks("train")[:2]
+    attempts = [Attempt(one, "aaa", [1, 1, 1]), Attempt(other, "b", [2]), Attempt(one, "cc", [3, 3])]
+    verdicts = judge_all(environment, attempts, seconds=5)
+    assert [v.reward for v in verdicts] == [2.0, 0.0, 1.0]
+    assert [v.feedback for v in verdicts] == ["AAA", "B", "CC"]
+    assert [v.details["length"] for v in verdicts] == [3, 1, 2]
+    assert all(v.details["metrics"] == {"longest": 3.0} for v in verdicts)
+    assert verdicts[1].details["rewards"] == {function.__name__: 0.0, "says_solution": 0.0}
+    tasks = [one, other, one]
+    levels = [task.data["columns"].get("level") for task in tasks]
+    assert calls == [
+        (
+            [task.data["prompt"] for task in tasks],
+            [[1, 1, 1], [2], [3, 3]],
+            [task.data["columns"]["solution"] for task in tasks],
+            7,
+            levels,
+        )
+    ]
 
 
 def test_trl_reward_functions_work_as_they_are():
@@ -97,8 +145,10 @@ def test_trl_reward_functions_work_as_they_are():
     assert judged(environment, "<think>So.</think>3").reward == 1.0
     assert judged(environment, "3").reward == 0.0
     assert PromptDataset(rows(chat=True), accuracy_reward, **SIZES)
-    with pytest.raises(ConfigError, match="soft_overlong_punishment_reward needs completion_ids, which neither"):
-        PromptDataset(rows(chat=True), get_soft_overlong_punishment(10, 5), **SIZES)
+    overlong = PromptDataset(rows(chat=True), get_soft_overlong_punishment(10, 5), **SIZES)
+    task = overlong.tasks("train")[0]
+    outcomes = judge_all(overlong, [Attempt(task, "x", [0] * count) for count in (3, 8, 11)])
+    assert [outcome.reward for outcome in outcomes] == pytest.approx([0.0, -0.6, -1.0])
 
 
 def test_rewards_are_weighted_and_none_is_left_out():
@@ -140,11 +190,11 @@ def test_async_functions_give_the_same_verdicts(function):
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [
-        ([1.0, 2.0], TypeError, "must return a list of one item per completion, got 2 items"),
+        ([1.0, 2.0], TypeError, "must return a list of one item per completion, 1 here, got 2 items"),
         (1.0, TypeError, "got float"),
         ([(1.0, 5)], TypeError, "feedback as text, got 5"),
-        ([(1.0, "a", "b")], ValueError, "too many values"),
-        (["good"], ValueError, "could not convert"),
+        ([(1.0, "a", "b")], TypeError, r"a (reward, feedback) pair for each completion, got (1.0, 'a', 'b')"),
+        (["good"], TypeError, "The reward function wrong must give a number, None or a"),
     ],
 )
 def test_a_function_that_returns_something_else_is_broken(others, result, error, message):
@@ -165,6 +215,35 @@ def test_a_plain_function_that_raises_leaves_no_async_one_unawaited():
     # An abandoned coroutine warns when it is collected, and warnings fail the run.
     del outcome
     gc.collect()
+
+
+def test_where_a_function_failed_is_told():
+    def divides(completions, **kwargs):
+        return [1 / len(text) for text in completions]
+
+    outcome = judged(PromptDataset(rows(), divides, **SIZES), "")
+    line = inspect.getsourcelines(divides)[1] + 1
+    assert described(outcome) == (
+        f"ZeroDivisionError: division by zero ({__file__}, line {line}: return [1 / len(text) for text in completions])"
+    )
+
+
+def test_where_a_library_failed_is_told_by_the_line_that_called_it():
+    def reads(completions, **kwargs):
+        return [json.loads(text)["reward"] for text in completions]
+
+    outcome = judged(PromptDataset(rows(), reads, **SIZES), "{")
+    line = inspect.getsourcelines(reads)[1] + 1
+    assert f"({__file__}, line {line}: return [json.loads(text)" in described(outcome)
+
+
+def test_extra_values_are_one_per_completion():
+    def logs(completions, log_extra, **kwargs):
+        log_extra("odd", [1, 2])
+        return [1.0] * len(completions)
+
+    outcome = judged(PromptDataset(rows(), logs, **SIZES), "x")
+    assert "takes a value per completion, 1 here, got 2" in str(outcome)
 
 
 def test_no_reward_at_all_and_no_finite_reward_leave_it_ungraded():
@@ -222,6 +301,12 @@ def one_more_argument(completions, difficulty):
         (rows(), {"reward_weights": [1.0, 2.0]}, "2 numbers for 1 reward functions"),
         (rows(5), {}, "5 distinct training questions"),
         ([], {}, "training data has no rows"),
+        (
+            rows(),
+            {"eval_dataset": rows(), "selection_size": None},
+            "All prompts of train_dataset stand in eval_dataset",
+        ),
+        (rows(), {"eval_dataset": rows(3)}, "selection_size does nothing beside an eval_dataset"),
         (rows(), {"eval_dataset": []}, "evaluation data has no rows"),
         ([{"question": "?"}], {}, "train, row 0: the column 'prompt' must be a text or chat messages"),
         ([{"prompt": [{"role": "assistant", "content": "."}]}], {}, "last message must be the user's"),
@@ -231,3 +316,18 @@ def one_more_argument(completions, difficulty):
 def test_data_and_settings_that_cannot_work_are_told(data, options, message):
     with pytest.raises(ConfigError, match=message):
         PromptDataset(data, **{"reward_funcs": says_solution, **SIZES, **options})
+
+
+def test_a_column_holds_demonstrations():
+    data = [row | {"demonstration": row["solution"] if i % 2 else None} for i, row in enumerate(rows())]
+    data[1]["demonstration"] = [{"role": "assistant", "content": "1"}]
+    environment = PromptDataset(data, says_solution, **SIZES)
+    told = environment.demonstrations(100)
+    assert 5 <= len(told) <= 10
+    assert all(judged(environment, each.completion, each.task).reward == 1.0 for each in told)
+    assert environment.demonstrations(3) == told[:3]
+    odd = PromptDataset([row | {"demonstration": 3} for row in rows()], says_solution, **SIZES)
+    with pytest.raises(
+        ConfigError, match=r"'demonstration' of train/.* must be a text or one assistant's message, got 3"
+    ):
+        odd.demonstrations(2)

@@ -1,8 +1,12 @@
+import itertools
+
 import datasets
+import pandas
 import pytest
 
 from vpd.config import ConfigError
-from vpd.environments.rows import load_rows
+from vpd.environments import rows as rows_module
+from vpd.environments.rows import load_rows, rows_of
 
 ROWS = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -77,3 +81,28 @@ def test_a_hub_dataset(monkeypatch):
         load_rows("someone/odd")
     with pytest.raises(ConfigError, match="could not be loaded: someone/none does not exist"):
         load_rows("someone/none")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    assert values(load_rows(path)) == {"train": ROWS[:1]}
+
+
+def test_a_data_frame_is_read_row_by_row():
+    assert [row.values for row in rows_of(pandas.DataFrame(ROWS), "train")] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)), r"DatasetDict with test: .* dataset\['test'\]"),
+        ({"easy": ROWS, "hard": ROWS}, "eval is a dict with easy, hard: give one of them"),
+        (["a", "b"], "eval, row 0 is a str: rows must be dicts"),
+        (itertools.repeat(ROWS[0]), "eval has more than 9 rows"),
+    ],
+)
+def test_what_is_no_set_of_rows_is_named(dataset, message, monkeypatch):
+    monkeypatch.setattr(rows_module, "MAX_ROWS", 9)
+    with pytest.raises(ConfigError, match=message):
+        rows_of(dataset, "eval")

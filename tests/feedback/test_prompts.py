@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from tiny import SPECIAL_TOKENS, tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from vpd.config import ConfigError, FeedbackSettings
 from vpd.feedback import FeedbackTexts, PromptBuilder
 from vpd.feedback.prompts import elide_middle, fair_shares
+from vpd.types import plain_text
 
 PROMPT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + {prompt}?"}]
 
@@ -120,3 +122,27 @@ def test_pieces_of_chats_are_tokenised_once_and_handed_out_as_copies(monkeypatch
     for text in ("a", "b", "a", "b", special):
         prompts._encode(text)
     assert calls[2:] == ["a", "b", "a", special], "two are kept: with a third one both go"
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_plain_text_is_continued_as_it_stands(opens):
+    """As in TRL: no chat template, and whatever special tokens the tokenizer itself puts before a text."""
+    made = tokenizer()
+    if opens:
+        first = made.convert_tokens_to_ids("<|im_start|>")
+        made.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|im_start|> $A", special_tokens=[("<|im_start|>", first)]
+        )
+    builder = PromptBuilder(made, FeedbackSettings(), 100)
+    prompt = plain_text("Once upon a time")
+    assert builder.student(prompt) == made("Once upon a time")["input_ids"]
+    told = builder.teacher(prompt, FeedbackTexts("environment", False, feedback="Too <|im_end|> short."))
+    expected = (
+        "Once upon a time\n\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+        "Too <|im_end|> short.\n\nCorrectly solve the original question.\n"
+    )
+    assert told.text == ("<|im_start|>" if opens else "") + expected
+    assert told.prompt_ids.count(made.convert_tokens_to_ids("<|im_end|>")) == 0
+    limited = PromptBuilder(made, FeedbackSettings(max_prompt_length=len(told.prompt_ids) - 1), 100)
+    shortened = limited.teacher(prompt, FeedbackTexts("environment", False, feedback="Too <|im_end|> short."))
+    assert len(shortened.prompt_ids) == len(told.prompt_ids) - 1

@@ -1,7 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from vpd.report.run_data import load_run, sample_rollouts, series
+from vpd.report.run_data import load_run, sample_rollouts, series, threshold_of
 from vpd.runs import RolloutRecord, RunFolder, TurnRecord
 
 RECORD = RolloutRecord(1, 0, "t", "p", [TurnRecord([2], "c", [1], [-1.0], False)], 1.0, None, None)
@@ -38,7 +38,7 @@ def test_few_rollouts_are_all_shown(tmp_path):
 
 def test_the_threshold_comes_from_the_settings(tmp_path):
     RunFolder(tmp_path).write_config({"algorithm": {"success_threshold": 0.0}})
-    assert load_run(tmp_path, 1).success_threshold == 0.0
+    assert threshold_of(load_run(tmp_path, 1).config) == 0.0
 
 
 def test_a_series_has_the_finite_numbers_only():

@@ -7,7 +7,8 @@ from engines import ScriptedEngine
 from tiny import tokenizer
 from toy import ToyEnvironment, toy_trainer
 
-from vpd.config import CritiqueSettings, FeedbackSettings, RolloutSettings
+from vpd.config import CritiqueSettings, EvalSettings, FeedbackSettings, RolloutSettings
+from vpd.evaluation import evaluate
 from vpd.feedback import PromptBuilder
 from vpd.feedback.texts import without_thinking
 from vpd.rollout import RolloutSampler, Sample
@@ -43,7 +44,9 @@ def test_rollouts_come_with_what_they_took(sampler):
     ungraded = [rollout for rollout in sampled.rollouts if rollout.verdict is None]
     assert 0 < len(ungraded) < 32
     assert all(rollout.text.startswith("a") for rollout in ungraded)
-    assert sampled.judge_errors == ["OSError: no a, please"] * len(ungraded)
+    (error,) = set(sampled.judge_errors)
+    assert len(sampled.judge_errors) == len(ungraded)
+    assert error.startswith(f"OSError: no a, please ({__file__}, line ")
 
 
 def test_one_call_does_not_count_for_the_next(sampler):
@@ -57,18 +60,20 @@ def test_one_call_does_not_count_for_the_next(sampler):
 
 
 def test_what_the_engine_is_asked(sampler):
-    sampler.sample(tasks(2), 4, seed=3, temperature=0.0, top_p=1.0)
+    evaluate(sampler, tasks(2), EvalSettings(k=4, temperature=0.3, top_p=0.9, min_p=0.2), 1.0, seed=3)
     taught = sampler.sample_teacher([[5, 6], [7], [8]], tasks(3), seed=4)
     chats = [[{"role": "user", "content": text}] for text in ("x" * 100, "Hello.")]
     answers = sampler.answer(chats, CritiqueSettings(max_tokens=5, temperature=0.3), seed=6)
-    (greedy, own, critique), seeds, teachers, counts = (
+    (asked, own, critique), seeds, teachers, counts = (
         [call[index] for call in sampler.engine.calls] for index in (1, 2, 3, 0)
     )
     assert (seeds, teachers, counts) == ([3, 4, 6], [False, True, False], [2, 3, 1])
-    assert (greedy.temperature, greedy.top_p, greedy.top_k, greedy.num_generations) == (0.0, 1.0, 9, 4)
+    # An evaluation cuts by its own settings alone; the run's top-k of 9 is none of its business.
+    assert (asked.temperature, asked.top_p, asked.top_k, asked.min_p) == (0.3, 0.9, 0, 0.2)
+    assert asked.num_generations == 4
     assert (own.temperature, own.top_p, own.min_p, own.num_generations) == (0.5, 0.8, 0.1, 1)
     assert (critique.temperature, critique.top_p, critique.top_k, critique.max_new_tokens) == (0.3, 1.0, 0, 5)
-    assert greedy.eos_token_ids == own.eos_token_ids == critique.eos_token_ids == {7}
+    assert asked.eos_token_ids == own.eos_token_ids == critique.eos_token_ids == {7}
     assert [rollout.turns[0].prompt_ids for rollout in taught.rollouts] == [[5, 6], [7], [8]]
     # The first chat is longer than the teacher's limit.
     assert answers.texts[0] is None
@@ -76,12 +81,35 @@ def test_what_the_engine_is_asked(sampler):
     assert answers.seconds > 0
 
 
-def test_what_the_length_limit_cut_off_has_failed_and_is_not_judged(sampler, monkeypatch):
+@pytest.mark.parametrize(
+    ("text", "fails", "reward", "said"),
+    [
+        ("cb", False, 1.0, "It ends with b, which is even."),
+        ("cc", False, 0.0, "It ends with c, which is odd."),
+        ("cb", True, 0.0, None),
+        ("ab", True, 0.0, None),
+    ],
+)
+def test_what_the_length_limit_cut_off_is_judged_unless_it_counts_as_a_failure(
+    sampler, monkeypatch, text, fails, reward, said
+):
+    cut = Sample(tokenizer()(text, add_special_tokens=False)["input_ids"], [0.0, 0.0])
+    monkeypatch.setattr(sampler.engine, "generate", lambda *args, **kwargs: [[cut]])
+    sampler.truncated_fails = fails
+    sampled = sampler.sample(tasks(1), 1, seed=0)
+    (rollout,) = sampled.rollouts
+    assert (rollout.truncated, rollout.verdict.reward, sampled.judge_errors) == (True, reward, [])
+    told = "Your answer was cut off at the length limit before it was finished. Answer more briefly."
+    assert rollout.verdict.feedback == (f"{said}\n{told}" if said else told)
+    assert rollout.verdict.details == {"truncated": True}
+
+
+def test_a_judge_that_fails_on_what_was_cut_off_leaves_it_ungraded(sampler, monkeypatch):
     cut = Sample(tokenizer()("ab", add_special_tokens=False)["input_ids"], [0.0, 0.0])
     monkeypatch.setattr(sampler.engine, "generate", lambda *args, **kwargs: [[cut]])
     sampled = sampler.sample(tasks(1), 1, seed=0)
-    (rollout,) = sampled.rollouts
-    assert (rollout.truncated, rollout.verdict.reward, sampled.judge_errors) == (True, 0.0, [])
+    assert sampled.rollouts[0].verdict is None
+    assert len(sampled.judge_errors) == 1
 
 
 @pytest.mark.parametrize("measured", [False, True])

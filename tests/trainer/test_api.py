@@ -104,7 +104,7 @@ def test_evaluate_logs_and_tells_the_callbacks(tmp_path):
     trainer.train()
     record.calls.clear()
     metrics = trainer.evaluate()
-    names = ("accuracy", "low", "high", "n", "ungraded", "seconds")
+    names = ("accuracy", "low", "high", "reward", "n", "ungraded", "seconds")
     assert set(metrics) == {f"eval_{name}" for name in names}
     assert metrics["eval_n"] == 12
     # Wilson's interval misses its own mean by rounding.

@@ -333,15 +333,17 @@ def test_the_permuted_control_starts_from_the_same_warm_start(tmp_path, monkeypa
     assert_same_weights(*trained)
 
 
-def test_masked_truncated_rollouts_have_no_view_but_still_fail(tmp_path):
+def test_truncated_rollouts_are_judged_or_fail_and_have_a_view_unless_masked(tmp_path):
     settings = {"stop_strings": [], "max_completion_length": 2}
-    for truncated in ("mask", "failure"):
+    for truncated in ("judge", "mask", "failure"):
         trainer = toy_trainer(tmp_path / truncated, rollout=settings, algorithm={"truncated": truncated})
         batch = trainer.with_feedback(trainer.sample(1))
         cut = [view for rollout, view in zip(batch.rollouts, batch.views, strict=True) if rollout.truncated]
         assert cut
         assert all((view is None) == (truncated == "mask") for view in cut)
-        assert not any(s for r, s in zip(batch.rollouts, batch.is_success, strict=True) if r.truncated)
+        succeeded = [s for r, s in zip(batch.rollouts, batch.is_success, strict=True) if r.truncated]
+        assert any(succeeded) == (truncated == "judge")
+        assert all("cut off at the length limit" in view.first.text for view in cut if view is not None)
 
 
 class Staged(ToyEnvironment):

@@ -26,12 +26,12 @@ from vpd.algorithms.example import PromptedCompletion, imitated_view
 from vpd.config import ConfigError, WarmStartSettings
 from vpd.environments.base import Environment
 from vpd.environments.judging import judge_all
-from vpd.feedback import FeedbackSource, PromptBuilder, build_views
+from vpd.feedback import FeedbackSource, PromptBuilder, build_views, successes
 from vpd.policy.learner import Learner, TrainingPass
 from vpd.policy.load import load_weights, save_policy
 from vpd.policy.model_cache import cache_dir
 from vpd.policy.objectives import Imitate
-from vpd.types import Demonstration, Rollout, Turn, Verdict
+from vpd.types import Demonstration, Rollout, Turn, Verdict, is_plain_text
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def demonstration_sequences(
     prompts: PromptBuilder,
     end_of_sequence: int,
     count: int,
-    success_threshold: float,
+    success_threshold: float | None,
     seed: int,
     sources: Sequence[FeedbackSource] | None = None,
 ) -> list[PromptedCompletion]:
@@ -69,9 +69,9 @@ def demonstration_sequences(
     Args:
         environment: The environment that has the demonstrations and judges them.
         prompts: Makes the student's and the teacher's prompts.
-        end_of_sequence: The token that closes an answer.
+        end_of_sequence: The token that closes an answer in a chat; the tokenizer's own closes one to a plain text.
         count: How many demonstrations to take.
-        success_threshold: The reward from which an answer succeeds.
+        success_threshold: The reward from which an answer succeeds; None where every demonstration counts as one.
         seed: The seed for whatever sources of feedback draw.
         sources: The sources of feedback, by default those of the prompts' settings; an empty list makes plain
             sequences alone.
@@ -91,7 +91,9 @@ def demonstration_sequences(
         rollouts, judge_all(environment, [(rollout.task, rollout.text) for rollout in rollouts]), strict=True
     ):
         rollout.verdict = verdict if isinstance(verdict, Verdict) else None
-    is_success = [r.verdict is not None and r.verdict.reward >= success_threshold for r in rollouts]
+    is_success = [bool(index % 2) for index in range(len(rollouts))]
+    if success_threshold is not None:
+        is_success = successes(rollouts, success_threshold)
     views = build_views(rollouts, is_success, prompts, seed=seed, sources=sources).views
     failed = [2 * index for index, demonstration in enumerate(demonstrations) if index % 2 and demonstration.attempt]
     attempts = [rollouts[i] for i in failed]
@@ -104,7 +106,9 @@ def demonstration_sequences(
         if not is_success[answer]:
             raise ConfigError(f"The demonstration of task {demonstration.task.id} is not a success for its own judge.")
         # The answer is tokenized apart from the prompt, as a rollout's tokens are sampled apart from it.
-        completion = prompts.completion(demonstration.completion, end_of_sequence)
+        plain = is_plain_text(demonstration.task.prompt)
+        end = int(prompts.tokenizer.eos_token_id) if plain else end_of_sequence  # pyright: ignore[reportArgumentType]
+        completion = prompts.completion(demonstration.completion, end)
         sequences.append(PromptedCompletion(rollouts[answer].turns[0].prompt_ids, completion))
         if (view := views[attempt]) is not None:
             sequences.append(PromptedCompletion(view.first.prompt_ids, completion))

@@ -24,11 +24,22 @@ class AlgorithmSettings(Section):
     m_minibatch_prompts: int | None = Field(default=None, ge=1)
     """How many prompts, with all their rollouts, one optimizer step (of the M-step) takes; the whole batch by
     default."""
+    success: Literal["threshold", "group"] = "threshold"
+    """What makes a rollout a success, which siblings are shown and the E-step learns from: a reward of
+    ``success_threshold`` or more; or, for continuous rewards, a reward above the mean of its group (``group``). In a
+    group with equal rewards all have failed. With ``group``, the gap and the best weights go by the mean reward, and
+    accuracies still by the threshold."""
     success_threshold: float = 1.0
-    """The reward from which a rollout is a success."""
-    truncated: Literal["failure", "mask"] = "failure"
-    """What becomes of a rollout that the length limit ended: it is a failure and is told so, or it is left out of the
-    losses."""
+    """The reward from which a rollout is a success, and counts in the accuracy."""
+    truncated: Literal["judge", "failure", "mask"] = "judge"
+    """What becomes of a completion that the length limit ended. It is judged like any other, and its feedback says that
+    it was cut (``judge``); or it has failed with a reward of 0, whatever it holds (``failure``); or it has failed, and
+    is left out of the losses too (``mask``). Evaluations count it in the same way."""
+
+    @property
+    def threshold(self) -> float | None:
+        """The reward from which a rollout succeeds; None where success goes by its group."""
+        return self.success_threshold if self.success == "threshold" else None
 
     @property
     def title(self) -> str:

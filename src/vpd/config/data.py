@@ -100,17 +100,20 @@ class PromptData(Section):
 
     environment: Literal["prompts"] = "prompts"
     """The environment's name."""
-    path: str
-    """A JSONL file or a Hugging Face dataset id with a ``prompt`` column (text or chat messages)."""
+    path: str | None = None
+    """A JSONL file or a Hugging Face dataset id with a ``prompt`` column (text or chat messages); None where
+    ``VPDTrainer(train_dataset=...)`` brings the prompts."""
     reward_funcs: list[str] | None = Field(default=None, min_length=1)
     """The reward functions with TRL's signature, each as ``package.module:function``. Without any, completions are not
     judged, which only ``algorithm.type = "opd"`` can do with."""
     reward_weights: list[float] | None = None
     """One weight for each reward function; by default all weights are 1."""
-    selection_size: int = Field(default=100, ge=1)
-    """The number of training prompts that become the selection split."""
-    final_size: int = Field(default=300, ge=1)
-    """The number of training prompts that become the final split, where the data has no test split."""
+    selection_size: int | None = Field(default=None, ge=1)
+    """The number of training prompts that become the selection split, by default a tenth, at most 100; an
+    ``eval_dataset`` takes their place."""
+    final_size: int | None = Field(default=None, ge=1)
+    """The number of training prompts that become the final split where the data has no test split, by default a tenth,
+    at most 300."""
     seed: int = 0
     """The seed that decides the split."""
 

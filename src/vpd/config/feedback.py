@@ -35,7 +35,8 @@ class RolloutSettings(Section):
     batch_size: int = Field(default=64, ge=1)
     """The number of sequences that are decoded at the same time."""
     judge_seconds: float = Field(default=120.0, gt=0)
-    """How long to wait for a judgement, in seconds, before its rollout counts as ungraded."""
+    """How long to wait for a judgement, in seconds, before its rollout counts as ungraded. An async judge of whole
+    batches has this long for each completion."""
     max_ungraded_share: float = Field(default=0.5, ge=0, le=1)
     """The run stops where the judge fails on a larger share of a batch's rollouts."""
     next_stage_at: float = Field(default=0.8, gt=0, le=1)

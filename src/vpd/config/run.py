@@ -14,6 +14,7 @@ from vpd.config.data import DataSettings
 from vpd.config.feedback import FeedbackSettings, RolloutSettings
 from vpd.config.lora import LoraSettings
 from vpd.config.section import ConfigError, Section, sentences_of
+from vpd.config.trl import settings_of_trl, without_flat_names
 
 
 class ModelSettings(Section):
@@ -110,6 +111,11 @@ class EvalSettings(Section):
     """The sampling temperature of evaluations; 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens whose probabilities sum to this share; 1 keeps the whole vocabulary."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from this many of the most likely tokens; 0 keeps the whole vocabulary."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Sample from the tokens that have at least this share of the most likely one's probability; 0 keeps the whole
+    vocabulary."""
     eval_on_start: bool = True
     """Measure the final split before training too, for the model as it came and after the warm start."""
     final_tasks: int | None = Field(default=None, ge=0)
@@ -149,6 +155,8 @@ class RunSettings(Section):
     """The run's folder, which holds everything that is known about the run."""
     max_steps: int = Field(default=100, ge=0)
     """The number of steps; each is one rollout batch."""
+    num_train_epochs: float | None = Field(default=None, gt=0)
+    """How often to go through the training prompts, in place of ``max_steps``, which counts where it is given too."""
     max_seconds: float | None = Field(default=None, gt=0)
     """The time limit of training in seconds; the time of evaluations does not count."""
     stop_on: list[StoppingWarning] = Field(default=["collapse", "worse_than_start"])
@@ -183,6 +191,11 @@ class VPDConfig(Section):
     optim: OptimSettings = Field(default_factory=OptimSettings)
     eval: EvalSettings = Field(default_factory=EvalSettings)
     run: RunSettings = Field(default_factory=RunSettings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_trl(cls, values: Any) -> Any:
+        return without_flat_names(values) if isinstance(values, dict) else values
 
     @field_validator("algorithm", mode="before")
     @classmethod
@@ -263,7 +276,7 @@ class VPDConfig(Section):
         """
         path = Path(path)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"There is no config file {path}.") from None
         except OSError as error:
@@ -273,6 +286,27 @@ class VPDConfig(Section):
         for override in overrides or []:
             _apply_override(values, override)
         return cls.parse(values, origin=str(path))
+
+    @classmethod
+    def from_trl(cls, args: Any, **sections: Any) -> VPDConfig:
+        """Translate TRL's ``GRPOConfig``, and warn of its settings that have no counterpart.
+
+        A step is one batch of rollouts, as many prompts as TRL's. Evaluations stay greedy, whatever the rollouts'
+        temperature.
+
+        Args:
+            args: The ``GRPOConfig``.
+            sections: Sections of settings as dicts, or flat names; they come before what ``args`` says.
+
+        Raises:
+            ConfigError: A setting would make other batches or rewards than in TRL, or cannot work.
+        """
+        algorithm = {**cls.model_fields["algorithm"].default, **sections.pop("algorithm", {})}
+        translated = settings_of_trl(args, algorithm)
+        for name, given in without_flat_names(sections).items():
+            both = isinstance(given, dict) and name in translated
+            translated[name] = {**translated[name], **given} if both else given
+        return cls.parse(translated, origin="the GRPOConfig")
 
     @classmethod
     def from_overrides(cls, overrides: list[str]) -> VPDConfig:

@@ -66,7 +66,24 @@ def make_environment(settings: DataSettings) -> Environment:
         case VerifiersData():
             return Verifiers(**values)
         case PromptData():
+            if settings.path is None:
+                raise ConfigError(
+                    "data.path is missing: give a file or dataset of prompts, or a train_dataset in Python."
+                )
             return PromptDataset(values.pop("path"), **values)
+
+
+def _sizes(settings: DataSettings | None) -> dict[str, Any]:
+    """Return what ``args.data`` may say beside a dataset given in Python: the sizes of its splits, and their seed."""
+    if settings is None:
+        return {}
+    names = {"environment", "selection_size", "final_size", "seed"}
+    if not isinstance(settings, PromptData) or settings.model_fields_set - names:
+        raise ConfigError(
+            'Beside train_dataset, args.data may be of the environment "prompts" and hold selection_size, final_size '
+            "and seed alone: leave the rest of it out, or leave train_dataset out."
+        )
+    return settings.model_dump(include=names - {"environment"})
 
 
 def choose_environment(
@@ -89,7 +106,10 @@ def choose_environment(
     if train_dataset is not None or reward_funcs is not None:
         if train_dataset is None:
             raise ConfigError("train_dataset and reward_funcs go together: the dataset is missing.")
-        return PromptDataset(train_dataset, reward_funcs, eval_dataset=eval_dataset, reward_weights=reward_weights)
+        sizes = _sizes(settings)
+        return PromptDataset(
+            train_dataset, reward_funcs, eval_dataset=eval_dataset, reward_weights=reward_weights, **sizes
+        )
     if settings is None:
         raise ConfigError("There are no tasks: give an environment, a train_dataset with reward_funcs, or args.data.")
     return make_environment(settings)

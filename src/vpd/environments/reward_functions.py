@@ -1,8 +1,8 @@
 """Reward functions with TRL's signature: this module imports them by name, calls them, and reads their results.
 
-A function is called as ``f(prompts=..., completions=..., **columns, log_extra=..., log_metric=...)`` with lists of one
-item. It returns a list of one item: a float, None (it does not grade this completion) or a ``(reward, feedback)`` pair.
-TRL's ``completion_ids`` and ``trainer_state`` are not known where completions are judged, and are not passed.
+A function is called once for a whole batch, as ``f(prompts=..., completions=..., completion_ids=..., **columns,
+trainer_state=..., log_extra=..., log_metric=...)`` with lists of one item for each completion. It returns such a list:
+each item is a float, None (it does not grade this completion) or a ``(reward, feedback)`` pair.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, TypeAlias
 
 from vpd.config import ConfigError
 
 RewardFunction: TypeAlias = Callable[..., Any]
-ALWAYS_PASSED = frozenset({"prompts", "completions", "log_extra", "log_metric"})
+ALWAYS_PASSED = frozenset({"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,39 @@ class Score:
 
     reward: float | None
     feedback: str | None
+
+
+class Logged:
+    """What the reward functions log while they judge one batch.
+
+    Args:
+        count: The number of completions in the batch.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._extra: dict[str, list[Any]] = {}
+        self._metrics: dict[str, list[float]] = {}
+
+    def extra(self, column: str, values: Sequence[Any]) -> None:
+        """Note one value for each completion, as TRL's ``log_extra``."""
+        values = list(values)
+        if len(values) != self.count:
+            raise ValueError(
+                f"log_extra({column!r}) takes a value per completion, {self.count} here, got {len(values)}."
+            )
+        self._extra[column] = values
+
+    def metric(self, name: str, value: float) -> None:
+        """Note a number for the whole batch, as TRL's ``log_metric``; numbers of one name are averaged."""
+        self._metrics.setdefault(name, []).append(float(value))
+
+    def details(self, index: int) -> dict[str, Any]:
+        """Return what was noted for one completion: its extra values, and the batch's metrics under ``metrics``."""
+        details = {column: values[index] for column, values in self._extra.items()}
+        if self._metrics:
+            details["metrics"] = {name: fmean(values) for name, values in self._metrics.items()}
+        return details
 
 
 class RewardCall:
@@ -55,21 +89,38 @@ class RewardCall:
             arguments = {name: value for name, value in arguments.items() if name in self._accepted}
         return self.function(**arguments)
 
-    def read(self, result: Any) -> Score:
-        """Read the raw result; raise TypeError where it is not one item for one completion."""
+    def read(self, result: Any, count: int) -> list[Score]:
+        """Read the raw result for ``count`` completions.
+
+        Raises:
+            TypeError: It is not a list with one reward, None or (reward, feedback) pair for each completion.
+        """
         try:
             items = list(result)
         except TypeError:
             items = None
-        if items is None or len(items) != 1:
+        if items is None or len(items) != count:
             got = type(result).__name__ if items is None else f"{len(items)} items"
             raise TypeError(
-                f"The reward function {self.name} must return a list of one item per completion, got {got}."
+                f"The reward function {self.name} must return a list of one item per completion, {count} here, got "
+                f"{got}."
             )
-        reward, feedback = items[0] if isinstance(items[0], tuple | list) else (items[0], None)
+        return [self._score(item) for item in items]
+
+    def _score(self, item: Any) -> Score:
+        reward: Any = item
+        feedback: Any = None
+        if isinstance(item, tuple | list) and len(item) == 2:
+            reward, feedback = item
         if feedback is not None and not isinstance(feedback, str):
             raise TypeError(f"The reward function {self.name} must give its feedback as text, got {feedback!r}.")
-        return Score(None if reward is None else float(reward), feedback)
+        try:
+            return Score(None if reward is None else float(reward), feedback)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"The reward function {self.name} must give a number, None or a (reward, feedback) pair for each "
+                f"completion, got {item!r}."
+            ) from None
 
 
 async def ready(result: Any) -> Any:

@@ -15,6 +15,9 @@ from typing import Any
 from vpd.config import ConfigError
 from vpd.types import Messages
 
+MAX_ROWS = 1_000_000
+"""How many rows of a dataset are read: a stream may have no end."""
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -40,7 +43,8 @@ def read_jsonl(path: Path, name: str) -> list[Row]:
         ConfigError: The file is missing or empty, or a line is not a JSON object (the message names its number).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # Editors and spreadsheets may put a byte order mark before the text.
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"There is no data file {path}.") from None
     except UnicodeDecodeError as error:
@@ -77,8 +81,30 @@ def load_rows(path: str | Path, config: str | None = None) -> dict[str, list[Row
 
 
 def rows_of(dataset: Iterable[Any], name: str, origin: str | None = None) -> list[Row]:
-    """Return the rows of a ``datasets.Dataset`` or of a list of dicts."""
-    return [Row(f"{name}/{index}", f"{origin or name}, row {index}", values) for index, values in enumerate(dataset)]
+    """Return the rows of a ``datasets.Dataset``, of a pandas ``DataFrame`` or of a list of dicts.
+
+    Raises:
+        ConfigError: It holds several data sets by name, something else than rows, or more rows than are read.
+    """
+    if isinstance(dataset, Mapping):
+        raise ConfigError(
+            f"{origin or name} is a {type(dataset).__name__} with {', '.join(map(str, dataset))}: give one of them, "
+            f"such as dataset[{next(iter(dataset), 'train')!r}]."
+        )
+    if type(dataset).__name__ == "DataFrame":
+        dataset = dataset.to_dict("records")  # pyright: ignore[reportAttributeAccessIssue]
+    rows = []
+    for index, values in enumerate(dataset):
+        if not isinstance(values, Mapping):
+            raise ConfigError(
+                f"{origin or name}, row {index} is a {type(values).__name__}: rows must be dicts by column."
+            )
+        if index == MAX_ROWS:
+            raise ConfigError(
+                f"{origin or name} has more than {MAX_ROWS:,} rows: take a part of it, as stream.take(N)."
+            )
+        rows.append(Row(f"{name}/{index}", f"{origin or name}, row {index}", values))
+    return rows
 
 
 def chat_prompt(row: Row) -> Messages:

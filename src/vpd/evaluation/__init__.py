@@ -5,7 +5,7 @@ from vpd.evaluation.evaluator import Evaluator
 from vpd.evaluation.gap import Gap, measure_gap
 from vpd.evaluation.intervals import bootstrap_interval, crossed_interval, wilson_interval
 from vpd.evaluation.standalone import evaluate_standalone
-from vpd.evaluation.statistics import batch_statistics
+from vpd.evaluation.statistics import batch_statistics, reward_statistics
 
 __all__ = [
     "Evaluation",
@@ -17,5 +17,6 @@ __all__ = [
     "evaluate",
     "evaluate_standalone",
     "measure_gap",
+    "reward_statistics",
     "wilson_interval",
 ]

@@ -45,6 +45,11 @@ class Evaluator:
         """Whether there is anything to measure: whether completions are judged."""
         return self._environment.judges
 
+    @property
+    def threshold(self) -> float | None:
+        """The reward from which a completion succeeds; None where that goes by its group."""
+        return self._args.algorithm.threshold
+
     def accuracy(self, split: Split, limit: int | None = None) -> Evaluation:
         """Measure the accuracy on the first ``limit`` tasks of a split; the processes share the work."""
         return evaluate(
@@ -68,7 +73,7 @@ class Evaluator:
             self._sampler,
             tasks,
             self._args.rollout.num_generations,
-            self._args.algorithm.success_threshold,
+            self._args.algorithm.threshold,
             mix(self._args.run.seed, 0, 0),
             self._sources,
             permute or self._args.feedback.permute,

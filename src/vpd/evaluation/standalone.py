@@ -38,6 +38,7 @@ def evaluate_standalone(settings: VPDConfig, split: Split, limit: int | None) ->
         ),
         settings.rollout,
         eos_token_ids(loaded.model, loaded.tokenizer),
+        truncated_fails=settings.algorithm.truncated != "judge",
     )
     tasks = list(environment.tasks(split))[:limit]
     return evaluate(sampler, tasks, settings.eval, settings.algorithm.success_threshold, seed=settings.run.seed)

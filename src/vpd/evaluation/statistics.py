@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from vpd.types import Rollout, TeacherView
 
@@ -29,11 +31,12 @@ def batch_statistics(
     """
     graded = [index for index, rollout in enumerate(rollouts) if rollout.verdict is not None]
     groups = [[is_success[i] for i in group] for _, group in groupby(graded, key=lambda i: rollouts[i].group)]
+    rewards = [verdict.reward for i in graded if (verdict := rollouts[i].verdict) is not None]
     lengths = [len(rollout.completion_ids) for rollout in rollouts]
     count, graded_count, reward, successes, active, length, truncated, repetition = total(
         len(rollouts),
         len(graded),
-        sum(verdict.reward for i in graded if (verdict := rollouts[i].verdict) is not None),
+        sum(rewards),
         sum(is_success[i] for i in graded),
         sum(view is not None for view in views),
         sum(lengths),
@@ -48,6 +51,8 @@ def batch_statistics(
     )
     return {
         "reward": reward / graded_count if graded_count else None,
+        "reward_min": -largest(-min(rewards, default=math.inf)) if graded_count else None,
+        "reward_max": largest(max(rewards, default=-math.inf)) if graded_count else None,
         "success_rate": successes / graded_count if graded_count else None,
         "active_share": active / count,
         "without_feedback": graded_count - active,
@@ -60,6 +65,49 @@ def batch_statistics(
         "truncated_share": truncated / count,
         "repetition": repetition / count,
     }
+
+
+def reward_statistics(
+    rollouts: Sequence[Rollout],
+    total: Callable[..., list[float]],
+    union: Callable[[Iterable[str]], list[str]],
+) -> dict[str, float]:
+    """Compute each reward function's mean and standard deviation, and the means of what the functions log.
+
+    Args:
+        rollouts: The rollouts of this process. Verdicts of reward functions, and those of tasksets of verifiers, hold
+            ``rewards`` and ``metrics`` by name among their details.
+        total: Sums each of several numbers over processes.
+        union: Collects the names that any of the processes has.
+
+    Returns:
+        ``rewards/NAME/mean`` and ``rewards/NAME/std`` for each function that graded anything, as in TRL, where the
+        deviation is that of a sample; and the logged metrics by their names.
+    """
+    details = [rollout.verdict.details for rollout in rollouts if rollout.verdict is not None]
+    rewards, metrics = _by_name(details, "rewards"), _by_name(details, "metrics")
+    statistics = {}
+    for name in union(rewards):
+        values = rewards.get(name, [])
+        count, summed = total(len(values), math.fsum(values))
+        mean = summed / count
+        (squares,) = total(math.fsum((value - mean) ** 2 for value in values))
+        statistics[f"rewards/{name}/mean"] = mean
+        statistics[f"rewards/{name}/std"] = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+    for name in union(metrics):
+        count, summed = total(len(metrics.get(name, [])), math.fsum(metrics.get(name, [])))
+        statistics[name] = summed / count
+    return statistics
+
+
+def _by_name(details: Iterable[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:
+    values: dict[str, list[float]] = {}
+    for of_rollout in details:
+        found = of_rollout.get(kind)
+        for name, value in found.items() if isinstance(found, Mapping) else ():
+            if isinstance(value, int | float):
+                values.setdefault(name, []).append(value)
+    return values
 
 
 def repeated_share(token_ids: Sequence[int]) -> float:

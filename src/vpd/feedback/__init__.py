@@ -4,6 +4,7 @@ from vpd.feedback.build import Feedback, build_views
 from vpd.feedback.critique import Answers, Critic, EndpointCritic, SelfCritic
 from vpd.feedback.prompts import PromptBuilder
 from vpd.feedback.sources import CritiqueSource, FeedbackSource, Group, choose_texts, make_sources
+from vpd.feedback.success import successes
 from vpd.feedback.tally import Tally
 from vpd.feedback.texts import FeedbackTexts
 
@@ -22,4 +23,5 @@ __all__ = [
     "build_views",
     "choose_texts",
     "make_sources",
+    "successes",
 ]

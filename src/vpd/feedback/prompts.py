@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from vpd.config import ConfigError, FeedbackSettings, Templates
 from vpd.feedback.rendering import ChatRenderer, surrounded
 from vpd.feedback.texts import FeedbackTexts
-from vpd.types import Messages, TeacherPrompt, content_text
+from vpd.types import Messages, TeacherPrompt, content_text, is_plain_text
 
 _ELISION = "\n[...]\n"
 
@@ -47,12 +47,12 @@ class PromptBuilder:
         self._remembered: dict[str, list[int]] = {}
 
     def student(self, prompt: Messages) -> list[int]:
-        """Turn the task's chat into token ids, ready for the completion to follow.
+        """Turn the task's chat, or its plain text, into token ids, ready for the completion to follow.
 
         Raises:
             ConfigError: The chat is longer than ``max_prompt_length``.
         """
-        ids = self._encode(self._render(prompt))
+        ids = [*self._opening(prompt), *self._encode(self._render(prompt))]
         if len(ids) > self.max_prompt_length:
             raise ConfigError(
                 f"A prompt has {len(ids)} tokens, more than rollout.max_prompt_length = {self.max_prompt_length}: "
@@ -77,7 +77,7 @@ class PromptBuilder:
         return ids if len(ids) <= self.settings.max_prompt_length else None
 
     def teacher(self, prompt: Messages, texts: FeedbackTexts) -> TeacherPrompt:
-        """Append solution and feedback to the chat's last user message.
+        """Append solution and feedback to the chat's last user message, or to the plain text.
 
         The texts are tokenised apart from the chat, and special tokens inside them stay plain text. If the whole is
         longer than ``settings.max_prompt_length``, only the texts are shortened, in their middle.
@@ -87,8 +87,9 @@ class PromptBuilder:
                 user's, or the chat template does not write the texts as they stand.
         """
         pieces, slots = self._teacher_pieces(prompt, texts)
+        opening = self._opening(prompt)
         encoded = [self._encode(piece, as_data=index in slots) for index, piece in enumerate(pieces)]
-        fixed = sum(len(ids) for index, ids in enumerate(encoded) if index not in slots)
+        fixed = len(opening) + sum(len(ids) for index, ids in enumerate(encoded) if index not in slots)
         room = self.settings.max_prompt_length - fixed
         if room < 0:
             raise ConfigError(
@@ -98,7 +99,7 @@ class PromptBuilder:
         elision = self._encode(_ELISION, as_data=True)
         for index, share in zip(slots, fair_shares([len(encoded[i]) for i in slots], room), strict=True):
             encoded[index] = elide_middle(encoded[index], share, elision)
-        ids = [token for piece in encoded for token in piece]
+        ids = [token for piece in [opening, *encoded] for token in piece]
         return TeacherPrompt(ids, str(self.tokenizer.decode(ids)))
 
     def completion(self, text: str, end_of_sequence: int) -> list[int]:
@@ -107,7 +108,7 @@ class PromptBuilder:
 
     def _teacher_pieces(self, prompt: Messages, texts: FeedbackTexts) -> tuple[list[str], list[int]]:
         """Render the chat and cut it at the slots; returns all pieces and the indices of those that fill a slot."""
-        if not prompt or prompt[-1].get("role") != "user":
+        if not prompt or not (prompt[-1].get("role") == "user" or is_plain_text(prompt)):
             raise ConfigError("A task's prompt must end with a user message, since feedback is appended to it.")
         marks = {"solution": _unused_mark("solution", prompt), "feedback": _unused_mark("feedback", prompt)}
         templates = self.settings.templates
@@ -129,6 +130,10 @@ class PromptBuilder:
                 slots.append(len(pieces))
             pieces.append(values.get(piece, piece) or "")
         return pieces, slots
+
+    def _opening(self, prompt: Messages) -> list[int]:
+        """The special tokens that the tokenizer puts before a text; a chat's are written by the chat template."""
+        return list(self.tokenizer("")["input_ids"]) if is_plain_text(prompt) else []
 
     def _encode(self, text: str, *, as_data: bool = False) -> list[int]:
         if as_data:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vpd.config import ConfigError
-from vpd.types import Messages, content_text
+from vpd.types import Messages, content_text, is_plain_text
 
 
 class ChatRenderer:
@@ -27,11 +27,13 @@ class ChatRenderer:
         self._chat_template_kwargs = chat_template_kwargs
 
     def __call__(self, messages: Messages) -> str:
-        """Render the chat.
+        """Render the chat; a plain text is its own rendering.
 
         Raises:
             ConfigError: A content has parts other than texts.
         """
+        if is_plain_text(messages):
+            return str(messages[0]["content"])
         if any(isinstance(message.get("content"), list) for message in messages):
             for message in messages:
                 _check_parts(message.get("content"))

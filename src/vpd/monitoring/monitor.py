@@ -18,15 +18,22 @@ class Monitor:
         state: The run's state; the monitor sets its ``stopped_by``.
         sources: The names of the feedback sources; None where a batch without feedback teaches as much.
         stop_on: The names of the warnings that end the run.
+        threshold: The reward from which a rollout succeeds; None where that goes by its group.
     """
 
     def __init__(
-        self, journal: Journal, state: TrainingState, sources: Sequence[str] | None, stop_on: Sequence[str]
+        self,
+        journal: Journal,
+        state: TrainingState,
+        sources: Sequence[str] | None,
+        stop_on: Sequence[str],
+        threshold: float | None = None,
     ) -> None:
         self._journal = journal
         self._state = state
         self._sources = sources
         self._stop_on = stop_on
+        self._threshold = threshold
 
     def warn(self, name: str, text: str) -> None:
         """Say what is wrong, and stop the run where the settings ask for it."""
@@ -41,6 +48,7 @@ class Monitor:
 
     def watch(self, metrics: Mapping[str, float | None]) -> None:
         """Warn of what a batch's metrics show, alone or together with the batches before."""
-        warnings = batch_warnings(metrics, self._sources) | drift_warnings(self._state.history, metrics)
+        warnings = batch_warnings(metrics, self._sources, self._threshold)
+        warnings |= drift_warnings(self._state.history, metrics)
         for name, text in warnings.items():
             self.warn(name, text)

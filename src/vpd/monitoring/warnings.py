@@ -5,18 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+_OTHER_SUCCESS = (
+    "Where rewards are continuous, lower the threshold, or let success go by the group's mean "
+    '(algorithm.success = "group").'
+)
 
-def batch_warnings(metrics: Mapping[str, float | None], sources: Sequence[str] | None) -> dict[str, str]:
+
+def batch_warnings(
+    metrics: Mapping[str, float | None], sources: Sequence[str] | None, threshold: float | None = None
+) -> dict[str, str]:
     """Return the warnings for the metrics of one training step, by name.
 
     Args:
         metrics: The step's metrics.
         sources: The names of the feedback sources; None where a batch without feedback teaches as much.
+        threshold: The reward from which a rollout succeeds; None where that goes by its group.
     """
     warnings = {}
+    lowest, highest = metrics.get("reward_min"), metrics.get("reward_max")
+    differ = lowest is not None and highest is not None and lowest < highest
+    misses_threshold = differ and threshold is not None and metrics.get("success_rate") == 0
+    if misses_threshold:
+        warnings["no_success"] = (
+            f"The rewards of this batch differ, but none reaches algorithm.success_threshold = {threshold:g} (the "
+            f"highest is {highest:.4g}), so that every rollout counts as a failure. {_OTHER_SUCCESS}"
+        )
     if metrics.get("active_share") == 0 and sources is not None:
         if metrics.get("success_rate") is None:
             cause = "the judge failed on every rollout; the log above says how"
+        elif misses_threshold:
+            cause = "no reward reaches the threshold, as said above"
         elif "environment" not in sources and metrics.get("success_rate") == 0:
             cause = (
                 'every rollout failed, and siblings need a success to show. Add the source "environment", make the '
@@ -90,13 +108,24 @@ def template_warning(low: float) -> str | None:
     )
 
 
-def gap_warning(low: float, tasks_with_feedback: int) -> str | None:
+def gap_warning(
+    low: float, tasks_with_feedback: int, highest_reward: float | None = None, threshold: float | None = None
+) -> str | None:
     """Return the warning that the teacher is not clearly better before training; None where it is.
 
     Args:
         low: The lower end of the gap's interval.
         tasks_with_feedback: How many tasks the gap was measured on.
+        highest_reward: The highest reward of any completion, student's or teacher's; None where none was graded.
+        threshold: The reward from which a completion succeeds; None where that goes by its group.
     """
+    if highest_reward is not None and threshold is not None and highest_reward < threshold:
+        return (
+            f"In the pre-flight no completion reached algorithm.success_threshold = {threshold:g}, neither the "
+            f"student's nor the teacher's (the highest reward was {highest_reward:.4g}), so that there are no "
+            f"successes to compare them by. {_OTHER_SUCCESS} Where right answers do reach it, these tasks are too hard "
+            "for the model as it is: easier ones or a warm start make a beginning."
+        )
     if not tasks_with_feedback:
         return "In the pre-flight no rollout got any feedback, so there is nothing to distil."
     if low > 0:

@@ -179,6 +179,11 @@ class Learner:
         """The number of computed tokens in one pass with a gradient, as far as memory allows."""
         return max(1, self.settings.micro_batch_tokens // self.budget_divisor)
 
+    def parts(self) -> dict[str, Any]:
+        """Return what has a state to save, by name: the network, the optimizer, and the copies of weights."""
+        copies = {f"weights_{name}": weights for name, weights in self.copies.items()}
+        return {"model": self.module, "optimizer": self.optimizer, **copies}
+
     def micro_batches(
         self,
         items: Sequence[T],

@@ -17,7 +17,7 @@ def rollout_section(run: RunData) -> Html | None:
     """Show each sampled rollout with its reward, feedback, teacher's prompt and completion; the first one is open."""
     if not run.samples:
         return None
-    successes = sum(_is_success(record, run) for record in run.samples)
+    successes = sum(run.is_success(record) for record in run.samples)
     steps = len({record.step for record in run.samples})
     return join(
         element("h2", "Sampled rollouts"),
@@ -36,7 +36,7 @@ def _rollout(record: RolloutRecord, run: RunData, is_open: bool) -> Html:
     if record.reward is None:
         kind, reward = "ungraded", "ungraded"
     else:
-        kind, reward = "success" if _is_success(record, run) else "failure", f"reward {record.reward:.3g}"
+        kind, reward = "success" if run.is_success(record) else "failure", f"reward {record.reward:.3g}"
     notes = [
         _count(record.token_count, "token"),
         "cut at the length limit" if record.truncated else None,
@@ -124,10 +124,6 @@ def _thinned(gaps: Sequence[float], heights: Sequence[float]) -> tuple[list[floa
     starts = range(0, len(gaps), width)
     peaks = [max(range(start, min(start + width, len(gaps))), key=lambda i: heights[i]) for start in starts]
     return [gaps[i] for i in peaks], [heights[i] for i in peaks]
-
-
-def _is_success(record: RolloutRecord, run: RunData) -> bool:
-    return record.reward is not None and record.reward >= run.success_threshold
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

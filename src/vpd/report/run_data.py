@@ -39,9 +39,9 @@ class RunData:
     result: Entry | None
     samples: list[RolloutRecord]
 
-    @property
-    def success_threshold(self) -> float:
-        return threshold_of(self.config)
+    def is_success(self, record: RolloutRecord) -> bool:
+        """Tell whether a rollout has succeeded."""
+        return succeeded(record, threshold_of(self.config))
 
     def entries(self, event: str) -> list[Entry]:
         """Return the metrics of one kind of event."""
@@ -86,6 +86,13 @@ def threshold_of(config: Entry) -> float:
     return 1.0 if threshold is None else threshold
 
 
+def succeeded(record: RolloutRecord, threshold: float) -> bool:
+    """Tell whether a rollout has succeeded: as the run noted it, or else by the threshold."""
+    if record.success is not None:
+        return record.success
+    return record.reward is not None and record.reward >= threshold
+
+
 def sample_rollouts(files: dict[int, Path], count: int, threshold: float) -> list[RolloutRecord]:
     """Choose up to ``count`` rollouts, spread evenly over steps, successes and failures, without any randomness."""
     steps = list(files)
@@ -114,7 +121,7 @@ def _alternating(records: Iterable[RolloutRecord], threshold: float) -> list[Rol
     seen: dict[tuple[int, bool], int] = defaultdict(int)
     ranked: dict[bool, list[tuple[int, RolloutRecord]]] = {True: [], False: []}
     for record in records:
-        success = record.reward is not None and record.reward >= threshold
+        success = succeeded(record, threshold)
         ranked[success].append((seen[record.group, success], record))
         seen[record.group, success] += 1
     successes, failures = (

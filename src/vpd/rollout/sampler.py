@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from vpd.config import CritiqueSettings, RolloutSettings
-from vpd.environments.base import Environment
-from vpd.environments.judging import judge_all
+from vpd.environments.base import Attempt, Environment
+from vpd.environments.judging import described, judge_all
 from vpd.feedback import Answers, PromptBuilder
 from vpd.rollout.engine import RolloutEngine, Sample, SamplingParameters
 from vpd.rollout.text import completion_text
@@ -50,6 +51,7 @@ class RolloutSampler:
         prompts: Makes the student's prompts.
         settings: The settings of rollouts.
         eos_token_ids: The tokens that end a completion.
+        truncated_fails: Whether a completion that the length limit ended has failed, and is not judged.
     """
 
     engine: RolloutEngine
@@ -58,6 +60,7 @@ class RolloutSampler:
     prompts: PromptBuilder
     settings: RolloutSettings
     eos_token_ids: tuple[int, ...]
+    truncated_fails: bool = False
 
     def sample(
         self,
@@ -67,8 +70,7 @@ class RolloutSampler:
         *,
         first_group: int = 0,
         group_stride: int = 1,
-        temperature: float | None = None,
-        top_p: float | None = None,
+        cut: Mapping[str, float] | None = None,
     ) -> Sampled:
         """Sample and judge ``num_generations`` rollouts of each task; those of one task are next to each other.
 
@@ -78,11 +80,10 @@ class RolloutSampler:
             seed: The seed of the draws.
             first_group: The number of the first group among those of all processes.
             group_stride: How far apart the numbers of two neighbouring groups are.
-            temperature: Replaces the run's temperature; 0 is greedy.
-            top_p: Replaces the run's top-p.
+            cut: Replaces the run's ``temperature`` (0 is greedy), ``top_p``, ``top_k`` and ``min_p``.
         """
         prompts = [self.prompts.student(task.prompt) for task in tasks]
-        parameters = self._parameters(num_generations, temperature, top_p)
+        parameters = self._parameters(num_generations, cut)
         groups = range(first_group, first_group + len(tasks) * group_stride, group_stride)
         return self._sample(prompts, tasks, groups, parameters, seed, as_teacher=False)
 
@@ -140,17 +141,17 @@ class RolloutSampler:
             texts[index] = completion_text(self.tokenizer, sample.token_ids, self.eos_token_ids)
         return Answers(texts, token_count=_token_count(samples), seconds=timer.seconds["critique"])
 
-    def _parameters(
-        self, num_generations: int, temperature: float | None = None, top_p: float | None = None
-    ) -> SamplingParameters:
+    def _parameters(self, num_generations: int, cut: Mapping[str, float] | None = None) -> SamplingParameters:
         settings = self.settings
+        if cut is None:
+            cut = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k", "min_p")}
         return SamplingParameters(
             max_new_tokens=settings.max_completion_length,
             num_generations=num_generations,
-            temperature=settings.temperature if temperature is None else temperature,
-            top_p=settings.top_p if top_p is None else top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
+            temperature=cut["temperature"],
+            top_p=cut["top_p"],
+            top_k=int(cut["top_k"]),
+            min_p=cut["min_p"],
             stop_strings=settings.stop_strings,
             eos_token_ids=frozenset(self.eos_token_ids),
         )
@@ -194,27 +195,31 @@ class RolloutSampler:
     def _judge(self, rollouts: list[Rollout]) -> tuple[list[Rollout], list[str]]:
         """Grade every rollout; returns the graded rollouts and what the judge itself failed with.
 
-        A rollout that the length limit cut off gets reward 0 and a text that says so, whatever the judge would find in
-        it. A rollout whose judge failed stays without a verdict, and the log says why.
+        What the length limit cut off is told so. Where ``truncated_fails``, it gets reward 0, whatever the judge would
+        find in it. A rollout whose judge failed stays without a verdict, and the log says why.
         """
         if not self.environment.judges:
             return rollouts, []
-        whole = [index for index, rollout in enumerate(rollouts) if not rollout.truncated]
-        pairs = [(rollouts[index].task, rollouts[index].text) for index in whole]
-        verdicts = judge_all(self.environment, pairs, self.settings.judge_seconds)
-        judged = list(rollouts)
-        errors = []
-        for index, verdict in zip(whole, verdicts, strict=True):
-            if isinstance(verdict, Verdict):
-                judged[index] = replace(rollouts[index], verdict=verdict)
-            else:
-                logger.warning("The judge failed on task %s: %r", rollouts[index].task.id, verdict)
-                errors.append(f"{type(verdict).__name__}: {verdict}")
+        asked = [i for i, rollout in enumerate(rollouts) if not (rollout.truncated and self.truncated_fails)]
+        attempts = [Attempt(r.task, r.text, r.turns[-1].completion_ids) for r in (rollouts[i] for i in asked)]
+        outcomes = dict(zip(asked, judge_all(self.environment, attempts, self.settings.judge_seconds), strict=True))
+        judged, errors = [], []
         for index, rollout in enumerate(rollouts):
-            if rollout.truncated:
-                verdict = Verdict(0.0, self.environment.truncated_feedback(rollout.task), {"truncated": True})
-                judged[index] = replace(rollout, verdict=verdict)
+            outcome = outcomes.get(index, Verdict(0.0))
+            if isinstance(outcome, Verdict):
+                verdict = self._told_of_truncation(rollout, outcome) if rollout.truncated else outcome
+                judged.append(replace(rollout, verdict=verdict))
+            else:
+                judged.append(rollout)
+                errors.append(described(outcome))
+        for text, count in Counter(errors).items():
+            logger.warning("The judge failed on %d of %d completions: %s", count, len(rollouts), text)
         return judged, errors
+
+    def _told_of_truncation(self, rollout: Rollout, verdict: Verdict) -> Verdict:
+        texts = (verdict.feedback, self.environment.truncated_feedback(rollout.task))
+        feedback = "\n".join(text for text in texts if text)
+        return replace(verdict, feedback=feedback, details={**verdict.details, "truncated": True})
 
 
 def _token_count(samples: Sequence[Sequence[Sample]]) -> int:

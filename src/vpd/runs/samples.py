@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vpd.runs.files import RunError, atomic_write_bytes
-from vpd.types import Messages, Rollout, TeacherView
+from vpd.types import Messages, Rollout, TeacherView, Verdict
 
 _NUMBERS = pa.list_(pa.float32())
 
@@ -37,6 +38,9 @@ SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),
         pa.field("turns", pa.list_(_TURN), nullable=False),
         pa.field("reward", pa.float64()),
+        pa.field("rewards", pa.map_(pa.string(), pa.float64()), nullable=False),
+        pa.field("details", pa.string(), nullable=False),
+        pa.field("success", pa.bool_()),
         pa.field("feedback", pa.string()),
         pa.field("source", pa.string()),
         pa.field("author", pa.string(), nullable=False),
@@ -81,6 +85,9 @@ class RolloutRecord:
         prompt: The task's prompt as text.
         turns: The completions with what belongs to them.
         reward: The reward; None where the judge itself failed.
+        rewards: Each reward function's own reward by name, None where it gave none; empty for other judges.
+        details: What else the judge noted, as a JSON object.
+        success: Whether the rollout has succeeded; None where that was not told.
         feedback: The environment's text on the completion; None where it gave none.
         source: The kind of feedback that the teacher read; None where the rollout was left out.
         author: Who wrote the completion: ``student``, or ``teacher`` for a second attempt, after the teacher had read
@@ -96,6 +103,9 @@ class RolloutRecord:
     feedback: str | None
     source: str | None
     author: Literal["student", "teacher"] = "student"
+    rewards: Mapping[str, float | None] = field(default_factory=dict)
+    details: str = "{}"
+    success: bool | None = None
 
     @classmethod
     def from_rollout(
@@ -105,6 +115,7 @@ class RolloutRecord:
         view: TeacherView | None = None,
         *,
         author: Literal["student", "teacher"] = "student",
+        is_success: bool | None = None,
         student_log_probs: Sequence[float] | None = None,
         teacher_log_probs: Sequence[float] | None = None,
         divergence: Sequence[float] | None = None,
@@ -116,6 +127,7 @@ class RolloutRecord:
             rollout: The rollout.
             view: The teacher's prompts; None where the rollout has no feedback.
             author: Who wrote the completion.
+            is_success: Whether the rollout has succeeded.
             student_log_probs, teacher_log_probs, divergence: The M-step's numbers for the completion tokens of the
                 turns that it worked on, one turn after another.
         """
@@ -155,6 +167,9 @@ class RolloutRecord:
             feedback=rollout.verdict.feedback if rollout.verdict else None,
             source=view.source if view else None,
             author=author,
+            rewards=_rewards_in(rollout.verdict),
+            details=_details_in(rollout.verdict),
+            success=is_success,
         )
 
     @property
@@ -202,7 +217,22 @@ def read_rollouts(path: Path) -> list[RolloutRecord]:
             f"{path} has other columns than a run writes: it is damaged, or another version of vpd wrote it."
         )
     rows = table.to_pylist()
-    return [RolloutRecord(**{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]]}) for row in rows]
+    return [
+        RolloutRecord(
+            **{**row, "turns": [TurnRecord(**turn) for turn in row["turns"]], "rewards": dict(row["rewards"])}
+        )
+        for row in rows
+    ]
+
+
+def _rewards_in(verdict: Verdict | None) -> dict[str, float | None]:
+    found = {} if verdict is None else verdict.details.get("rewards")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _details_in(verdict: Verdict | None) -> str:
+    found = {} if verdict is None else {key: value for key, value in verdict.details.items() if key != "rewards"}
+    return json.dumps(found, ensure_ascii=False, default=str)
 
 
 def _as_text(messages: Messages) -> str:

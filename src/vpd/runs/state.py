@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ class TrainingState:
         skipped_e_steps: How many E-iterations had a batch of one class only.
         history: The numbers that :func:`vpd.monitoring.drift.drift_warnings` keeps.
         best_step: The step of the best evaluation on the selection split; -1 before there is one.
-        best_accuracy: The accuracy of that evaluation; -1 before there is one.
+        best_accuracy: The accuracy of that evaluation, or its mean reward where success goes by the group; minus
+            infinity before there is one.
         start_accuracy: The accuracy of the first evaluation on the selection split, before the first step.
         evaluated_step: The step of the newest evaluation on the selection split; -1 before there is one.
         stale_evaluations: How many evaluations on the selection split came after it.
@@ -29,7 +31,7 @@ class TrainingState:
     skipped_e_steps: int = 0
     history: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
-    best_accuracy: float = -1.0
+    best_accuracy: float = -math.inf
     start_accuracy: float = -1.0
     evaluated_step: int = -1
     stale_evaluations: int = 0
