@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import tokenizer
 from toy import ALPHABET, toy_model
+
+import vpd as vpd_package
 
 CONFIG = """
 [model]
@@ -55,11 +58,15 @@ def workspace(tmp_path):
     return tmp_path
 
 
+SOURCES = str(Path(vpd_package.__file__).parents[1])
+
+
 def vpd(workspace, *arguments):
+    # -P leaves the working directory out of the path, as it is for the installed command.
     return subprocess.run(
-        [sys.executable, "-m", "vpd.cli", *arguments],
+        [sys.executable, "-P", "-m", "vpd.cli", *arguments],
         cwd=workspace,
-        env={**os.environ, "PYTHONPATH": str(workspace), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": SOURCES, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from dataclasses import fields
@@ -212,6 +213,9 @@ def main() -> None:
     """Run the command line; errors that the user can mend are one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|peft)\..*")
+    # Reward functions and classes of one's own are found where the command is run, as ``python -m`` finds them.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         app()
     except (ConfigError, RunError) as error:
