@@ -94,8 +94,8 @@ def _anchored(name: str, value: str, file: Path) -> str:
     if value and os.path.exists(value):
         written = os.path.relpath(value, file.resolve().parent)
         raise ConfigError(
-            f"{name} = {value!r} in {file} is relative to that file, and there is no {path}. There is one in the working "
-            f"directory: write {written!r} in the file, or give it on the command line by --set."
+            f"{name} = {value!r} in {file} is relative to that file, and there is no {path}. There is one in the "
+            f"working directory: write {written!r} in the file, or give it on the command line by --set."
         )
     is_file = value.startswith((".", "/", "~")) or Path(value).suffix in _SUFFIXES
     return path if is_file else value
