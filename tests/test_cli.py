@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import tokenizer
 from toy import ALPHABET, toy_model
+
+import vpd as vpd_package
+from vpd.cli import _result_table
 
 CONFIG = """
 [model]
@@ -55,11 +61,15 @@ def workspace(tmp_path):
     return tmp_path
 
 
+SOURCES = str(Path(vpd_package.__file__).parents[1])
+
+
 def vpd(workspace, *arguments):
+    # -P leaves the working directory out of the path, as it is for the installed command.
     return subprocess.run(
-        [sys.executable, "-m", "vpd.cli", *arguments],
+        [sys.executable, "-P", "-m", "vpd.cli", *arguments],
         cwd=workspace,
-        env={**os.environ, "PYTHONPATH": str(workspace), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": SOURCES, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -78,6 +88,13 @@ def test_train_evaluate_report(workspace):
     evaluated = vpd(workspace, "eval", "run/model", "--env", "config.toml", "--k", "2")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "run/model" in evaluated.stdout
+    (saved,) = (workspace / "evaluations").glob("model-final-*.json")
+    assert len(json.loads(saved.read_text())["outcomes"]) == 4
+
+    numbers = vpd(workspace, "eval", "run/model", "--env", "config.toml", "--json", "--save", "x/found.json")
+    found = json.loads(numbers.stdout)
+    assert (found["n"], found["saved"], found["split"]) == (4, "x/found.json", "final")
+    assert json.loads((workspace / "x" / "found.json").read_text())["accuracy"] == found["accuracy"]
 
     again = vpd(workspace, "train", "config.toml")
     assert again.returncode == 2
@@ -116,6 +133,29 @@ def test_mistakes_are_one_sentence_and_exit_code_2(workspace, change, message):
     assert not (workspace / "run" / "model").exists()
     if "broken" in message:
         assert "2" in result.stderr
+
+
+def test_names_are_not_cut():
+    console = Console(file=io.StringIO(), width=60)
+    name = "a-model-with-a-name-that-is-longer-than-a-terminal-is-wide-by-far"
+    console.print(_result_table([{"name": name, "accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "seconds": 1.0}]))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(lines) == name
+
+
+def test_init_writes_a_config_that_trains_and_settings_are_told(workspace):
+    given = ("path=prompts.jsonl", "reward_funcs=toy_rewards:ends_even", "selection_size=4", "final_size=4")
+    made = vpd(workspace, "init", "mine.toml", *(part for value in given for part in ("--data", value)))
+    assert made.returncode == 0, made.stderr
+    shown = vpd(workspace, "train", "mine.toml", "--dry-run", "--set", "model.name=tiny-model")
+    assert "student's prompt" in shown.stdout, shown.stderr
+    again = vpd(workspace, "init", "mine.toml")
+    assert (again.returncode, "mine.toml already" in again.stderr) == (2, True)
+    missing = vpd(workspace, "init", "other.toml", "--env", "mcq")
+    assert (missing.returncode, "--data path=VALUE" in missing.stderr) == (2, True)
+    assert "max_steps: int = 100" in vpd(workspace, "settings", "run").stdout
+    assert vpd(workspace, "--version").stdout.startswith("vpd 0.")
 
 
 def test_a_missing_config_is_named(workspace):

@@ -1,11 +1,18 @@
-"""The command line: ``vpd train | eval | compare | plan | report | doctor``."""
+"""The command line: ``vpd train | eval | compare | plan | report | settings | init | doctor``."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
+import textwrap
+import tomllib
 import warnings
 from dataclasses import fields
+from datetime import datetime
+from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +22,10 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from vpd.config import ConfigError, VPDConfig
-from vpd.runs.files import RunError
+from vpd.config.describe import described, environments
+from vpd.config.overrides import apply_override
+from vpd.config.starter import needed_settings, starter_config
+from vpd.runs.files import RunError, atomic_write_text
 
 app = typer.Typer(
     name="vpd",
@@ -29,6 +39,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Replace a setting: section.key=value, or section={...}. It may be repeated."),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vpd {version('vpd-rl')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and end.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 @app.command()
@@ -83,9 +108,14 @@ def evaluate_model(
     ] = 1,
     split: Annotated[str, typer.Option(help="The split of questions: selection or final.")] = "final",
     tasks: Annotated[int | None, typer.Option(min=1, help="The number of questions, by default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="The file that gets the numbers and each question's outcome, by default in evaluations/."),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Measure a model's accuracy on an environment."""
+    """Measure a model's accuracy on an environment, show it and save it."""
     if split not in ("selection", "final"):
         raise ConfigError(f"--split is selection or final, got {split!r}.")
     # Several greedy completions would be the same one k times.
@@ -101,7 +131,16 @@ def evaluate_model(
 
     disable_progress_bar()
     evaluation = evaluate_standalone(settings, split, tasks)
-    Console().print(_result_table([{"name": model, **evaluation.summary()}]))
+    found = {"model": model, "env": env, "split": split, "k": k, **evaluation.summary()}
+    path = save or Path("evaluations") / f"{Path(model).name}-{split}-{datetime.now():%Y%m%d-%H%M%S-%f}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(path, _json_text({**found, "outcomes": evaluation.outcomes, "settings": settings}) + "\n")
+    if as_json:
+        typer.echo(_json_text({**found, "saved": str(path)}))
+        return
+    console = Console()
+    console.print(_result_table([{"name": model, **evaluation.summary()}]))
+    console.print(f"Saved in {path}.", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -183,6 +222,57 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None
 
 
 @app.command()
+def settings(
+    section: Annotated[
+        str | None, typer.Argument(help="A section such as run, data, data.prompts or algorithm.grpo; all by default.")
+    ] = None,
+) -> None:
+    """Show each setting with its type, its default and what it does."""
+    for name, found in described(section).items():
+        head, _, kind = name.partition(".")
+        typer.echo(f"[{head}]" + (f"  {'environment' if head == 'data' else 'type'} = {kind}" if kind else ""))
+        for setting in found:
+            typer.echo(f"  {setting.name}: {setting.type} = {setting.default}")
+            typer.echo(textwrap.fill(setting.text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        typer.echo()
+
+
+@app.command()
+def init(
+    config: Annotated[Path, typer.Argument(help="The TOML file to write.")] = Path("config.toml"),
+    env: Annotated[str | None, typer.Option("--env", help="The environment: prompts, mcq, code, math, ...")] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="A setting of the environment as key=value, such as path=rows.jsonl; repeatable."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="The model: a hub id or a folder.")] = "smollm2-135m-instruct",
+    output_dir: Annotated[str, typer.Option(help="The run's folder.")] = "runs/mine",
+) -> None:
+    """Write a commented config for your own data; what the options leave open is asked for."""
+    if config.exists():
+        raise ConfigError(f"There is a file {config} already: choose another name.")
+    asks = sys.stdin.isatty()
+    question = f"Environment ({', '.join(environments())})"
+    name: str = env or (typer.prompt(question, default="prompts") if asks else "prompts")
+    values: dict[str, Any] = {"data": {}}
+    for part in given or []:
+        apply_override(values, f"data.{part}")
+    for setting in needed_settings(name):
+        if setting.name not in values["data"]:
+            if not asks:
+                raise ConfigError(f"data.{setting.name} is missing: give --data {setting.name}=VALUE. {setting.text}")
+            apply_override(values, f"data.{setting.name}={typer.prompt(f'{setting.text} {setting.name}')}")
+        value = values["data"][setting.name]
+        if setting.type.startswith("list") and not isinstance(value, list):
+            values["data"][setting.name] = [value]
+    text = starter_config(name, values["data"], model, output_dir)
+    VPDConfig.parse(tomllib.loads(text), origin="what was given")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(config, text)
+    typer.echo(f"Wrote {config}. Look at one group first: vpd train {config} --dry-run")
+
+
+@app.command()
 def doctor() -> None:
     """Show what this machine can do, and how to get what is missing."""
     from vpd import doctor as examination
@@ -190,9 +280,17 @@ def doctor() -> None:
     examination.render(examination.report(), Console())
 
 
+def _json_text(values: dict[str, Any]) -> str:
+    """Write numbers as JSON; those that are not finite become null, which other parsers read."""
+    plain = {name: value.model_dump(mode="json") if name == "settings" else value for name, value in values.items()}
+    plain = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in plain.items()}
+    return json.dumps(plain, allow_nan=False)
+
+
 def _result_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="Accuracy")
-    for column, justify in {"": "left", "accuracy": "right", "95% interval": "right", "n": "right"}.items():
+    table.add_column("", overflow="fold")
+    for column, justify in {"accuracy": "right", "95% interval": "right", "n": "right"}.items():
         table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
     table.add_column("training s", justify="right")
     table.add_column("evaluation s", justify="right")
@@ -212,6 +310,9 @@ def main() -> None:
     """Run the command line; errors that the user can mend are one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     warnings.filterwarnings("ignore", module=r"(transformers|accelerate|torch|peft)\..*")
+    # Reward functions and classes of one's own are found where the command is run, as ``python -m`` finds them.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         app()
     except (ConfigError, RunError) as error:

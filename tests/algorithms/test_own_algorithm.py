@@ -51,7 +51,7 @@ def test_its_settings_are_checked_as_any_others(own_file):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("shortest", "there is no algorithm 'shortest'; there are verified, vpd,"),
+        ("shortest", "there is no algorithm 'shortest'. There are verified, vpd,"),
         ("no_such_module:Algorithm", "the algorithm 'no_such_module:Algorithm' cannot be imported: No module named"),
         ("shortest_success:Longest", "cannot be imported: module 'shortest_success' has no attribute 'Longest'"),
         ("os:system", "'os:system' is no class with a settings_class: give a subclass of vpd.Algorithm"),

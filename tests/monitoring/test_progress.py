@@ -57,6 +57,22 @@ def test_a_run_that_ends_by_the_clock_has_no_more_left_than_that():
     assert "30s left" in shown(console)
 
 
+def test_nothing_is_said_to_be_left_for_no_time_while_work_goes_on(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console = plain()
+    with Progress(console) as progress:
+        progress.start(1000, max_seconds=30)
+        # Evaluations took 40 of the 60 seconds, and do not count against the limit.
+        now[0] += 60
+        progress.step({"seconds": 20.0})
+        now[0] += 30
+        progress.step({"seconds": 10.5})
+    lines = shown(console).splitlines()
+    assert lines[0].endswith("30s left")
+    assert lines[1].endswith("training ends soon")
+
+
 def test_steps_without_a_start_are_shown():
     console = plain()
     Progress(console).step({})

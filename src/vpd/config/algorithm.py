@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from vpd.config.section import ConfigError, Section
+from vpd.config.section import ConfigError, Section, did_you_mean
 
 
 class AlgorithmSettings(Section):
@@ -165,6 +165,11 @@ _ALGORITHMS: dict[str, str | type[Any]] = {
 """Algorithms by name: classes, or where to import them from at first use."""
 
 
+def algorithm_names() -> list[str]:
+    """Return the names that ``algorithm.type`` knows."""
+    return list(_ALGORITHMS)
+
+
 def register_algorithm(name: str, algorithm: type[Any]) -> None:
     """Let ``algorithm.type`` name a class of your own, a :class:`vpd.algorithms.Algorithm`.
 
@@ -196,8 +201,8 @@ def algorithm_class(name: str) -> type[Any]:
     module, _, attribute = found.partition(":")
     if not attribute:
         raise ValueError(
-            f"there is no algorithm {name!r}; there are {', '.join(_ALGORITHMS)}, and classes of your own as "
-            "package.module:Class"
+            f"there is no algorithm {name!r}.{did_you_mean(name, _ALGORITHMS)} There are {', '.join(_ALGORITHMS)}, and "
+            "classes of your own as package.module:Class"
         )
     try:
         algorithm = getattr(importlib.import_module(module), attribute)

@@ -13,6 +13,7 @@ from vpd.config.algorithm import AlgorithmSettings, algorithm_class
 from vpd.config.data import DataSettings
 from vpd.config.feedback import FeedbackSettings, RolloutSettings
 from vpd.config.lora import LoraSettings
+from vpd.config.overrides import anchor_paths, apply_override
 from vpd.config.section import ConfigError, Section, sentences_of
 from vpd.config.trl import settings_of_trl, without_flat_names
 
@@ -264,12 +265,12 @@ class VPDConfig(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> VPDConfig:
-        """Read a TOML file and apply overrides.
+        """Read a TOML file and apply overrides. Paths in the file are relative to it, and become absolute.
 
         Args:
             path: The TOML file.
             overrides: Texts such as ``section.key=value``, or ``section={...}`` in place of the whole section. Values
-                are in TOML syntax; a bare word is a string.
+                are in TOML syntax; a bare word is a string. Paths are relative to the working directory.
 
         Raises:
             ConfigError: The file is missing or malformed, a key is unknown, or settings contradict each other.
@@ -283,8 +284,9 @@ class VPDConfig(Section):
             raise ConfigError(f"The config file {path} cannot be read: {error}.") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+        anchor_paths(values, path)
         for override in overrides or []:
-            _apply_override(values, override)
+            apply_override(values, override)
         return cls.parse(values, origin=str(path))
 
     @classmethod
@@ -313,7 +315,7 @@ class VPDConfig(Section):
         """Make settings from the defaults and ``section.key=value`` overrides."""
         values: dict[str, Any] = {}
         for override in overrides:
-            _apply_override(values, override)
+            apply_override(values, override)
         return cls.parse(values, origin="the command line")
 
     @classmethod
@@ -323,19 +325,3 @@ class VPDConfig(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError("\n".join(sentences_of(error, origin, cls))) from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    *sections, name = key.strip().split(".")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    if not equals or not name or not (sections or isinstance(value, dict)):
-        raise ConfigError(f"--set takes section.key=value, or section={{...}} in place of all of it, got {override!r}.")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {section} is a value, not a section.")
-    values[name] = value

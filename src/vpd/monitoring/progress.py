@@ -42,6 +42,7 @@ class Progress:
         self._total = 0
         self._first = 0
         self._done = 0
+        self._trained = 0.0
         self._bar: Bar | None = None
 
     def start(self, total_steps: int, completed: int = 0, max_seconds: float = math.inf) -> None:
@@ -56,6 +57,7 @@ class Progress:
         self._max_seconds = max_seconds
         self._total, self._first, self._done = total_steps, completed, completed
         self._started_at = time.monotonic()
+        self._trained = 0.0
         if self._console.is_terminal:
             self._bar = Bar(
                 TextColumn("step {task.completed}/{task.total}"),
@@ -71,6 +73,7 @@ class Progress:
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Show that one more step is done; a metric that is missing or None is left out."""
         self._done = int(metrics.get("step") or self._done + 1)
+        self._trained += metrics.get("seconds") or 0.0
         if self._bar is not None:
             numbers = _numbers(metrics, _SHOWN_LIVE)
             self._bar.update(self._bar.task_ids[0], completed=self._done, numbers=numbers, left=self._left())
@@ -104,7 +107,12 @@ class Progress:
         if here <= 0 or remaining <= 0:
             return ""
         elapsed = time.monotonic() - self._started_at
-        return f"{duration(max(0.0, min(elapsed / here * remaining, self._max_seconds - elapsed)))} left"
+        # The limit is one of training alone, while evaluations take their time too.
+        training_left = (self._max_seconds - self._trained) * max(
+            1.0, elapsed / self._trained if self._trained else 1.0
+        )
+        left = min(elapsed / here * remaining, training_left)
+        return f"{duration(left)} left" if left >= 1 else "training ends soon"
 
 
 def duration(seconds: float) -> str:

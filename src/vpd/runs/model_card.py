@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ def write_model_card(
         *_results(args, rows),
         "## Settings",
         "These are the settings that differ from the defaults; `vpd.VPDConfig.parse` reads them.",
-        f"```json\n{json.dumps(_settings(args), indent=2)}\n```",
+        f"```json\n{json.dumps(shared_settings(args), indent=2)}\n```",
     ]
     atomic_write_text(folder / REPOCARD_NAME, "\n\n".join(parts) + "\n")
 
@@ -128,11 +129,18 @@ def _results(args: VPDConfig, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _settings(args: VPDConfig) -> dict[str, Any]:
+def shared_settings(args: VPDConfig) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, without the folders of the machine that they name."""
     values = args.model_dump(mode="json", exclude_defaults=True)
     # These two say which settings a section has, so that they are written even where they are the defaults.
     values["algorithm"] = {"type": args.algorithm.type, **values.get("algorithm", {})}
     if args.data is not None:
         values["data"] = {"environment": args.data.environment, **values["data"]}
     values.get("run", {}).pop("output_dir", None)
-    return values
+    return _without_folders(values)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value

@@ -1,7 +1,7 @@
 """A study runs several settings (arms) by several seeds, all from one shared start.
 
     config = "quickstart.toml"          # of all arms, relative to this file
-    output_dir = "runs/compare"
+    output_dir = "runs/compare"         # relative to this file, too
     seeds = [0, 1, 2]
     set = ["run.max_steps=60"]          # for all arms, as in vpd train --set
 
@@ -40,6 +40,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from vpd.config import ConfigError, Section, VPDConfig, sentences_of
+from vpd.config.overrides import anchored_overrides, anchored_path, quoted
 from vpd.device import gpu_count, usable_cores
 from vpd.runs.files import RunError
 from vpd.runs.folder import RunFolder, changed_settings, read_json
@@ -56,8 +57,8 @@ class Study(Section):
     config: str
     """The TOML file of settings that all arms share, relative to the study's file."""
     output_dir: str
-    """The folder of the runs, the table and the plots, relative to the folder in which the command is run. Studies with
-    the same ``output_dir`` share its start and the runs that they have in common."""
+    """The folder of the runs, the table and the plots, relative to the study's file. Studies with the same
+    ``output_dir`` share its start and the runs that they have in common."""
     report_dir: str | None = None
     """The folder of the table and the plots, in place of ``output_dir``: of several studies with the same
     ``output_dir`` each needs its own."""
@@ -103,7 +104,11 @@ class Study(Section):
             raise ConfigError(f"{path} is not valid TOML: {error}.") from None
         except ValidationError as error:
             raise ConfigError("\n".join(sentences_of(error, str(path), cls))) from None
-        study.config = str(path.parent / study.config)
+        study.config = anchored_path(study.config, path)
+        study.output_dir = anchored_path(study.output_dir, path)
+        study.report_dir = study.report_dir and anchored_path(study.report_dir, path)
+        for part in (study, *study.arms):
+            part.set = anchored_overrides(part.set, path)
         return study
 
 
@@ -147,7 +152,7 @@ class PlannedRun:
 def start_of(study: Study) -> PlannedRun:
     """Plan the run that makes the shared start and measures it."""
     folder = Path(study.output_dir) / START
-    return PlannedRun(START, folder, [*_shared_settings(study), "run.max_steps=0", f"run.output_dir={_quoted(folder)}"])
+    return PlannedRun(START, folder, [*_shared_settings(study), "run.max_steps=0", f"run.output_dir={quoted(folder)}"])
 
 
 def runs_of(study: Study, arm: Arm) -> list[PlannedRun]:
@@ -158,14 +163,14 @@ def runs_of(study: Study, arm: Arm) -> list[PlannedRun]:
     """
     common = [
         *_shared_settings(study),
-        f"model.name={_quoted(start_of(study).folder / 'model')}",
+        f"model.name={quoted(start_of(study).folder / 'model')}",
         "warm_start.demonstrations=0",
     ]
     runs = []
     for seed in study.seeds:
         folder = Path(study.output_dir) / _folder_name(arm.name) / f"seed-{seed}"
         of_seed = [f"run.seed={seed}", f"warm_start.seed={seed}", "eval.eval_on_start=false"]
-        place = f"run.output_dir={_quoted(folder)}"
+        place = f"run.output_dir={quoted(folder)}"
         runs.append(PlannedRun(f"{arm.name}, seed {seed}", folder, [*common, *of_seed, *arm.set, place]))
     return runs
 
@@ -342,8 +347,3 @@ def _check(run: PlannedRun, study: Study, start: PlannedRun) -> None:
 
 def _folder_name(name: str) -> str:
     return re.sub(r"[^a-z0-9.=_-]+", "-", name.lower()).strip("-.")
-
-
-def _quoted(path: Path) -> str:
-    """Write the path as a TOML string."""
-    return '"' + str(path).replace("\\", "\\\\").replace('"', '\\"') + '"'
