@@ -146,6 +146,7 @@ class VPDTrainer(BaseTrainer):
             interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
             if interrupted is not None:
                 save_checkpoint(self)
+                self.save_model()
         self.callbacks.train_end()
         if interrupted is None:
             after_training(self)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vpd.config import RunSettings
 from vpd.policy.load import load_weights, save_policy
+from vpd.policy.verified import UnverifiedError, save_verified
 from vpd.runs.files import RunError
 from vpd.runs.folder import TRAINER_STATE, RunFolder, read_json
 from vpd.runs.state import TrainingState
@@ -102,7 +103,7 @@ class Checkpoints:
         """Save the weights as those of the best step so far, and return their folder."""
         path = self._best()
         if self._accelerator.is_main_process:
-            save_policy(self._model, self._tokenizer, path)  # pyright: ignore[reportArgumentType]
+            self._save_model(path)
             self._remove_stale_weights()
         self._accelerator.wait_for_everyone()
         return path
@@ -114,7 +115,17 @@ class Checkpoints:
     def _write(self, folder: Path) -> None:
         (target,) = broadcast_object_list([str(folder)])
         self._accelerator.save_state(target)
+        if self._accelerator.is_main_process:
+            self._save_model(Path(target) / "model")
         self._accelerator.wait_for_everyone()
+
+    def _save_model(self, folder: Path) -> None:
+        """Write the weights as a model that transformers or PEFT load; not only a resume can use them then."""
+        save = save_verified if self._settings.verify_saved else save_policy
+        try:
+            save(self._model, self._tokenizer, folder)  # pyright: ignore[reportArgumentType]
+        except UnverifiedError as error:
+            raise RunError(str(error)) from error
 
     def _best(self) -> Path:
         return Path(self._settings.output_dir) / f"best-{self._state.best_step}"
