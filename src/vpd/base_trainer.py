@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from vpd.config import ConfigError, VPDConfig
 from vpd.environments import SPLITS, Environment, Split
 from vpd.policy.load import save_policy
+from vpd.policy.verified import save_verified
 from vpd.runs.files import RunError
 from vpd.runs.finite import require_finite
 from vpd.runs.hub import upload_model, with_license
@@ -179,7 +180,8 @@ class BaseTrainer:
     def _write_model(self, folder: Path, base: BaseModel) -> None:
         require_finite(self.model, f"The model in {folder}")
         try:
-            save_policy(self.model, self.processing_class, folder)  # pyright: ignore[reportArgumentType]
+            save = save_verified if self.args.run.verify_saved else save_policy
+            save(self.model, self.processing_class, folder, keep_base=True)  # pyright: ignore[reportArgumentType]
             write_model_card(folder, self.args, base, self.run_state.rows, self.run_state.step)
         except OSError as error:
             raise RunError(str(error)) from error

@@ -144,6 +144,26 @@ def evaluate_model(
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, of one of its checkpoints, or of an adapter.")],
+    output: Annotated[Path | None, typer.Argument(help="The folder to write, by default RUN/merged.")] = None,
+) -> None:
+    """Write a run's adapter and its base as one model, which needs neither PEFT nor the base."""
+    from vpd.policy.load import load_policy
+    from vpd.policy.verified import save_verified
+
+    source, target = run / "model" if (run / "model").is_dir() else run, output or run / "merged"
+    if target.resolve() == source.resolve():
+        raise ConfigError(f"{target} holds the adapter itself: choose another folder to write.")
+    loaded = load_policy(str(source), chats=False)
+    try:
+        save_verified(loaded.model, loaded.tokenizer, target)
+    except OSError as error:
+        raise RunError(str(error)) from error
+    Console().print(f"The merged model is in {target}.", markup=False, soft_wrap=True)
+
+
+@app.command()
 def compare(
     study: Annotated[Path, typer.Argument(help="A TOML file that names one config, several arms and several seeds.")],
     workers: Annotated[int, typer.Option(min=1, help="The number of runs at the same time.")] = 1,

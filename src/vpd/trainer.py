@@ -140,6 +140,8 @@ class VPDTrainer(BaseTrainer):
             self.callbacks.train_end()
             if interrupted is None:
                 after_training(self)
+            else:
+                self.save_model()
             return finish(self, time.perf_counter() - start, interrupted)
 
     def _iterate(self) -> None:

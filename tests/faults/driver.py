@@ -205,7 +205,7 @@ def damage_newest(folder: Path, draw: random.Random) -> tuple[Path, bytes, str] 
     found = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda path: int(path.name[11:]))
     if not found:
         return None
-    path = draw.choice(sorted(found[-1].iterdir()))
+    path = draw.choice(sorted(path for path in found[-1].rglob("*") if path.is_file()))
     sound, kind = path.read_bytes(), draw.choice(["flipped", "cut", "emptied", "removed"])
     path.unlink()
     if kind != "removed":

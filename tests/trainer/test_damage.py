@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,11 +63,15 @@ def train_lines(folder):
     ]
 
 
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_checkpoint_with_any_damaged_file_is_named_and_passed_over(copied, damage):
     folder, trainer = copied
     newest = folder / "checkpoints" / "checkpoint-3"
-    names = sorted(path.name for path in newest.iterdir())
+    names = files_in(newest)
     assert {"model.safetensors", "optimizer.safetensors", "random.json", "weights_average.safetensors"} <= set(names)
     for name in names:
         path, change = newest / name, DAMAGES[damage]
@@ -78,7 +83,8 @@ def test_a_checkpoint_with_any_damaged_file_is_named_and_passed_over(copied, dam
         found = opened(trainer)
         assert found.checkpoint == folder / "checkpoints" / "checkpoint-2", name
         assert str(newest) in found.damaged[0]
-        assert name in found.damaged[0]
+        # A bit of the manifest may stand in another file's checksum.
+        assert Path(name).name in found.damaged[0] or name == MANIFEST
         path.write_bytes(sound)
     assert opened(trainer).checkpoint == newest
     assert not opened(trainer).damaged
@@ -115,8 +121,8 @@ def test_an_optimizer_of_another_step_is_seen(copied):
 def test_damaged_best_weights_are_those_of_a_damaged_checkpoint(copied):
     folder, trainer = copied
     best = folder / f"best-{trainer_state(folder, 3)['best_global_step']}"
-    (best / "model.safetensors").write_bytes(flipped((best / "model.safetensors").read_bytes()))
-    # The first evaluation is the best of them all, so that no checkpoint is left.
+    for path in folder.glob("best-*/model.safetensors"):
+        path.write_bytes(flipped(path.read_bytes()))
     with pytest.raises(RunError, match=rf"of its best weights in {best.name}, model.safetensors is damaged.*is sound"):
         opened(trainer)
     trainer.run_state.best_step = int(best.name[5:])
@@ -200,7 +206,7 @@ def test_nothing_that_is_planted_in_a_run_runs(copied, tmp_path, kind):
     # What accelerate and transformers would unpickle.
     others = ["custom_checkpoint_0.pkl", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", "pytorch_model.bin"]
     for folder_of in (newest, best):
-        for name in [*sorted(path.name for path in folder_of.iterdir()), *others]:
+        for name in [*files_in(folder_of), *others]:
             path = folder_of / name
             sound = path.read_bytes() if path.exists() else None
             facts = checked_manifest(folder_of)
@@ -211,7 +217,8 @@ def test_nothing_that_is_planted_in_a_run_runs(copied, tmp_path, kind):
                 write_manifest(folder_of, facts)
             try:
                 found = opened(trainer)
-                assert found.damaged or name in others or folder_of is best
+                # No resume reads the model that stands in a checkpoint for others.
+                assert found.damaged or name in others or name.startswith("model/") or folder_of is best
                 trainer.checkpoints.load_best()
             except RunError:
                 pass

@@ -50,7 +50,7 @@ class Call(TrainerCallback):
             self.function(control)
 
 
-def killed(*args):
+def killed(*args, **kwargs):
     raise KeyboardInterrupt
 
 
@@ -105,7 +105,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("place", ["phases.write_report", "base_trainer.save_policy", "phases.load_final_weights"])
+@pytest.mark.parametrize("place", ["phases.write_report", "base_trainer.save_verified", "phases.load_final_weights"])
 def test_a_run_that_was_killed_while_it_ended_goes_on_there(tmp_path, monkeypatch, place):
     monkeypatch.setattr(f"vpd.{place}", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -172,6 +172,9 @@ class RunSettings(Section):
     interrupted."""
     save_total_limit: int = Field(default=2, ge=1)
     """The number of checkpoints that are kept; older ones are removed."""
+    verify_saved: bool = True
+    """Load each model that the run saves (at the end, in checkpoints, the best so far) and compare its logits and its
+    tokenizer with those in memory; a model that comes back otherwise ends the run with an error."""
     logged_samples: int = Field(default=64, ge=0)
     """The number of rollouts per step that are written to the run's folder."""
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)

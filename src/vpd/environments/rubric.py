@@ -70,7 +70,7 @@ class Rubric(Environment):
         )
         if isinstance(endpoint, Mapping):
             endpoint = EndpointSettings(**endpoint)
-        self._endpoint = Endpoint(endpoint) if isinstance(endpoint, EndpointSettings) else endpoint
+        self._endpoint: Any = Endpoint(endpoint) if isinstance(endpoint, EndpointSettings) else endpoint
 
     def tasks(self, split: Split) -> Sequence[Task]:
         return check_split(self._tasks, split)

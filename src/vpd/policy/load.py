@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -26,6 +25,16 @@ from vpd.config import ConfigError
 from vpd.policy import gguf
 from vpd.policy.adapter import TEACHER, has_teacher_adapter, plain_name, without_teacher_adapter
 from vpd.policy.model_cache import whole_folder
+from vpd.policy.saved_adapter import (
+    ADAPTER_CONFIG,
+    BASE,
+    active_adapter,
+    adapter_folder,
+    base_of,
+    merged,
+    save_base,
+    write_adapter,
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +61,10 @@ class _Source:
 def load_policy(name: str, *, dtype: torch.dtype = torch.float32, chats: bool = True) -> LoadedModel:
     """Load a chat model from a hub id, a folder, a GGUF file, or the short name ``smollm2-135m-instruct``.
 
-    Local names never reach the network. A folder with a LoRA adapter loads its base model and merges the adapter into
-    it. Afterwards the tokenizer has a chat template and a pad token, which is its end-of-sequence token where it had
-    none, and ``model.name_or_path`` is ``name``.
+    Local names never reach the network. A folder with an adapter loads its base model, which may be an adapter's result
+    itself, and merges the adapter into it; the tokenizer is the folder's own where it has one. Afterwards the tokenizer
+    has a chat template and a pad token, which is its end-of-sequence token where it had none, and
+    ``model.name_or_path`` is ``name``.
 
     Args:
         name: The model to load.
@@ -66,8 +76,8 @@ def load_policy(name: str, *, dtype: torch.dtype = torch.float32, chats: bool = 
             vision-language, encoder-decoder, or without a chat template.
     """
     source = _find(name)
-    adapter = Path(source.location) / "adapter_config.json"
-    if source.local and adapter.is_file():
+    adapter = adapter_folder(Path(source.location)) if source.local else None
+    if adapter is not None:
         return _load_adapter(name, adapter, dtype, chats)
     try:
         config = AutoConfig.from_pretrained(source.location, local_files_only=source.local)
@@ -78,12 +88,16 @@ def load_policy(name: str, *, dtype: torch.dtype = torch.float32, chats: bool = 
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(_not_loaded(name, source, error)) from error
-    model.config._name_or_path = model.name_or_path = name
-    tokenizer.name_or_path = name
-    loaded = LoadedModel(model, tokenizer)
+    return _named(LoadedModel(model, tokenizer), name, chats)
+
+
+def _named(loaded: LoadedModel, name: str, chats: bool) -> LoadedModel:
+    """Give a loaded model the name that it was loaded by, and check that its parts are whole and fit."""
+    loaded.model.config._name_or_path = loaded.model.name_or_path = name
+    loaded.tokenizer.name_or_path = name
     if chats:
         check_chat_template(loaded)
-        _fill_pad_token(tokenizer)
+        _fill_pad_token(loaded.tokenizer)
     _check_vocabulary(loaded)
     return loaded
 
@@ -95,9 +109,9 @@ def config_of(name: str) -> PretrainedConfig:
         ConfigError: There is no such model, or it cannot be reached.
     """
     source = _find(name)
-    adapter = Path(source.location) / "adapter_config.json"
-    if source.local and adapter.is_file():
-        return config_of(_base_of(adapter))
+    adapter = adapter_folder(Path(source.location)) if source.local else None
+    if adapter is not None:
+        return config_of(base_of(adapter))
     try:
         return AutoConfig.from_pretrained(source.location, local_files_only=source.local)
     except (OSError, ValueError) as error:
@@ -120,6 +134,7 @@ def save_policy(
     folder: str | Path,
     *,
     state_dict: Mapping[str, torch.Tensor] | None = None,
+    keep_base: bool | Literal["always"] = False,
 ) -> None:
     """Write the model and its tokenizer in Hugging Face layout; a PEFT model is written as its adapter.
 
@@ -130,8 +145,11 @@ def save_policy(
         tokenizer: The tokenizer that is saved beside it, with its chat template.
         folder: The folder to write.
         state_dict: The weights, where the model itself holds only a shard of them.
+        keep_base: Whether an adapter gets the network that it adapts beside it, in the folder ``base``, where plain
+            PEFT could not load it by its name; ``always`` saves it whatever its name.
 
     Raises:
+        ConfigError: Several adapters are on at once.
         OSError: The folder cannot be written, and nothing half-written is left; or it holds other things than a model,
             which would be lost.
     """
@@ -141,21 +159,35 @@ def save_policy(
     options: dict[str, Any] = {} if state_dict is None else {"state_dict": dict(state_dict)}
     if has_teacher_adapter(model):
         model, options["state_dict"] = without_teacher_adapter(model)  # pyright: ignore
-    elif hasattr(model, "peft_config"):
-        # The vocabulary is never resized here. Without this option PEFT asks the hub whether it was.
-        options["save_embedding_layers"] = False
     try:
         with whole_folder(folder, replace=True) as fresh:
-            model.save_pretrained(fresh, **options)
+            if isinstance(model, PeftModel):
+                base = str(getattr(model.get_base_model(), "name_or_path", "") or "")
+                if keep_base == "always" or (keep_base and not _is_plain(base)):
+                    save_base(model, tokenizer, fresh / BASE)
+                    base = str(folder.absolute() / BASE)
+                write_adapter(model, fresh, base, options)
+            else:
+                model.save_pretrained(fresh, **options)
             tokenizer.save_pretrained(fresh)
     except (OSError, SafetensorError) as error:
         raise OSError(f"The model could not be written to {folder}: {error}. Nothing was left behind.") from error
 
 
+def _is_plain(name: str) -> bool:
+    """Whether transformers finds a whole model by this name: a folder with one, or a name on the hub."""
+    if not name:
+        return False
+    path = Path(name).expanduser()
+    return (path / "config.json").is_file() or (
+        not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    )
+
+
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Give a model, PEFT-wrapped or not, the weights that :func:`save_policy` wrote for it."""
     if isinstance(model, PeftModel) and not has_teacher_adapter(model):
-        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)), adapter_name=active_adapter(model))
         return
     dtype = next(model.parameters()).dtype
     weights = load_policy(str(folder), dtype=dtype).model.state_dict()
@@ -220,12 +252,12 @@ def _find(name: str) -> _Source:
 
 
 def _is_model_folder(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
 
 
 def _model_folder(name: str, folder: Path) -> Path:
     """Return the folder itself if it is in Hugging Face layout, else the conversion of the one GGUF file in it."""
-    if _is_model_folder(folder):
+    if _is_model_folder(folder) or adapter_folder(folder) is not None:
         return folder
     match sorted(folder.glob("*.gguf")):
         case [file]:
@@ -237,17 +269,14 @@ def _model_folder(name: str, folder: Path) -> Path:
             raise ConfigError(f"The folder {name} holds several GGUF files ({names}): name one of them.")
 
 
-def _base_of(adapter: Path) -> str:
-    name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(f"{adapter} does not say which model it adapts: set its base_model_name_or_path.")
-    return name
-
-
 def _load_adapter(name: str, adapter: Path, dtype: torch.dtype, chats: bool) -> LoadedModel:
-    base = load_policy(_base_of(adapter), dtype=dtype, chats=chats)
-    model = PeftModel.from_pretrained(base.model, str(adapter.parent)).merge_and_unload()
-    return LoadedModel(model, base.tokenizer)
+    base = load_policy(base_of(adapter), dtype=dtype, chats=False)
+    tokenizer = base.tokenizer
+    for folder in (adapter, adapter.parent):
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            break
+    return _named(LoadedModel(merged(base.model, adapter, tokenizer), tokenizer), name, chats)
 
 
 def _check_kind(name: str, config: Any) -> None:

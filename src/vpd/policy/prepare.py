@@ -22,6 +22,7 @@ from vpd.policy.architecture import backbone_of, causal_lm_of, verify_head
 from vpd.policy.cpu import optimise
 from vpd.policy.load import LoadedModel, check_chat_template, load_policy
 from vpd.policy.module import PolicyModule
+from vpd.policy.trainable import check_adapters, make_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,13 @@ def prepare_policy(
         check_chat_template(LoadedModel(causal_lm_of(network), tokenizer))
     if peft_config is None and settings.lora is not None:
         peft_config = LoraConfig(task_type="CAUSAL_LM", **settings.lora.model_dump())
-    if peft_config is not None and not isinstance(network, PeftModel):
+    check_adapters(network, peft_config)
+    if peft_config is not None:
         try:
             network = get_peft_model(network, peft_config)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
             raise ConfigError(f"The adapters cannot be made: {error}") from error
+    make_trainable(network, settings)
     if teacher_lora is not None:
         network = add_teacher_adapter(network, teacher_lora)  # pyright: ignore[reportArgumentType]
     module = make_module(network, settings)
@@ -108,8 +111,8 @@ def may_share_prefixes(network: torch.nn.Module, kernel: PackedKernel = "blocks"
             difference = check_packed_equals_separate(backbone_of(network), *_small_group(causal_lm)).relative
             tolerance = _PACKING_TOLERANCE[next(causal_lm.parameters()).dtype]
             possible, reason = difference <= tolerance, f"packed and separate runs differ by {difference:.1e}."
-        except ValueError as error:
-            possible, reason = False, str(error)
+        except Exception as error:  # Whatever an architecture raises, it runs without packing.
+            possible, reason = False, f"the trial of packing ended with {type(error).__name__}: {error}"
     if not possible:
         logger.warning("Sequences are run one by one, without sharing prefixes: %s", reason)
     return possible

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vpd.config import ConfigError, RunSettings
 from vpd.policy.load import load_weights, save_policy
+from vpd.policy.verified import UnverifiedError, save_verified
 from vpd.runs.files import RunError, sync_tree, write_errors_as_run_errors
 from vpd.runs.finite import require_finite
 from vpd.runs.folder import TRAINER_STATE, RunFolder
@@ -225,6 +226,7 @@ class Checkpoints:
             write_state(folder, name, part.state_dict())
         write_state(folder, _RANDOM, states)
         self._trainer_state.save_state(folder)
+        self._save_model(folder / "model")
 
     def keep_best(self) -> Path:
         """Save the weights as those of the best step so far, and return their folder.
@@ -236,7 +238,7 @@ class Checkpoints:
         require_finite(self._model, path.name)
         if self._accelerator.is_main_process:
             with write_errors_as_run_errors(path):
-                save_policy(self._model, self._tokenizer, path)  # pyright: ignore[reportArgumentType]
+                self._save_model(path)
                 write_manifest(path, {})
                 sync_tree(path)
             self._remove_stale_weights()
@@ -258,6 +260,14 @@ class Checkpoints:
                 f"The best weights in {path} cannot be loaded: {damage}. Go on with --resume, from a checkpoint whose "
                 "best weights are whole, or set eval.load_best_model_at_end = false to end with the newest weights."
             ) from damage
+
+    def _save_model(self, folder: Path) -> None:
+        """Write the weights as a model that transformers or PEFT load; not only a resume can use them then."""
+        save = save_verified if self._settings.verify_saved else save_policy
+        try:
+            save(self._model, self._tokenizer, folder)  # pyright: ignore[reportArgumentType]
+        except UnverifiedError as error:
+            raise RunError(str(error)) from error
 
     def _best(self) -> Path:
         return Path(self._settings.output_dir) / f"best-{self._state.best_step}"
