@@ -13,11 +13,12 @@ import pytest
 
 from vpd import ConfigError
 from vpd.config import CodeData
+from vpd.config.data import CodeLimits
 from vpd.environments import Code, judge_all, make_environment
 from vpd.environments.code import shortened
 from vpd.environments.code_answer import read_code
 from vpd.environments.code_tests import same_output
-from vpd.sandbox import SandboxError, choose_level
+from vpd.sandbox import Limits, SandboxError, choose_level
 from vpd.types import Verdict
 
 try:
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(folder) -> Iterator[Code]:
-    made = Code(str(folder), seconds=1, memory_mb=256, selection_size=1)
+    made = Code(str(folder), limits=Limits(seconds=1, memory_mb=256, output_kb=64), selection_size=1)
     yield made
     made.close()
 
@@ -130,9 +131,9 @@ def judged(environment, chosen, program) -> Verdict:
         ("Add", "def add(a, b):\n    return 'x' * 10**4", 0.0, "Your result: 'xxxx"),
         (
             "Add",
-            "def add(a, b):\n    return dict.fromkeys(range(10001))",
+            "def add(a, b):\n    return {i * (2**61 - 1): 0 for i in range(100)}",
             0.0,
-            "Your program ended with an error: returned a dict of more than 10000 items",
+            "Your program ended with an error: returned a collection of many keys with the same hash",
         ),
         ("Add", "def add(a, b):\n    return eval('a +')", 0.0, "Your program ended with an error: SyntaxError"),
         ("twice", "eval('1 +')", 0.0, "Your program ended with an error: SyntaxError"),
@@ -295,9 +296,44 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path, row, messag
 
 
 def test_the_data_section_makes_it(folder):
-    environment = make_environment(CodeData(path=str(folder), selection_size=1))
+    limits = {"seconds": 2, "threads": 3, "packages": ["sortedcontainers"]}
+    environment = make_environment(
+        CodeData.model_validate({"path": str(folder), "selection_size": 1, "limits": limits})
+    )
     assert isinstance(environment, Code)
+    assert environment._limits == Limits(seconds=2, threads=3, packages=("sortedcontainers",))
     environment.close()
+
+
+def test_the_defaults_of_the_settings_are_those_of_the_sandbox():
+    settings = CodeLimits().model_dump(exclude={"packages"})
+    assert Limits(**settings) == Limits()
+
+
+def test_packages_that_are_missing_are_refused(folder):
+    with pytest.raises(ConfigError, match='"no_such_package", which is not installed'):
+        Code(str(folder), limits=Limits(packages=("no_such_package",)))
+
+
+def test_compressed_tests_have_a_size_limit(tmp_path):
+    bomb = zlib.compress(b"0" * (257 * 2**20), 9)
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(live_code_bench(private_test_cases=base64.b64encode(bomb).decode())))
+    with pytest.raises(ConfigError, match="256 MB"):
+        Code(str(path), final_size=1)
+
+
+def test_output_may_be_as_large_as_the_expected_one(tmp_path):
+    text = "0123456789\n" * 2000
+    path = tmp_path / "train.jsonl"
+    rows = [{"prompt": f"Print {n}.", "tests": [{"input": "", "output": text}]} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with Code(str(path), limits=Limits(output_kb=1), selection_size=1, final_size=1) as environment:
+        (task,) = environment.tasks("train")
+        verdict = asyncio.run(environment.judge(task, f"```python\nprint({text!r})\n```"))
+        assert verdict.reward == 1.0
+        verdict = asyncio.run(environment.judge(task, "```python\nprint('x' * 10**6)\n```"))
+        assert "too much output" in verdict.feedback
 
 
 @pytest.mark.parametrize(
@@ -310,6 +346,8 @@ def test_the_data_section_makes_it(folder):
         ("yes", "YES", False),
         ("nan", "nan", True),
         ("1e1", "10", True),
+        ("1_000", "1000", False),
+        ("a\x0cb", "a\nb", False),
     ],
 )
 def test_outputs_are_compared_line_by_line(actual, expected, same):
@@ -325,7 +363,7 @@ def test_long_values_are_shortened_in_the_middle():
 
 
 def test_the_training_problems_can_be_evaluated_by_their_private_tests(folder):
-    with Code(str(folder), final="training", selection_size=1, memory_mb=256) as environment:
+    with Code(str(folder), final="training", selection_size=1, limits=Limits(memory_mb=256)) as environment:
         assert len(environment.tasks("final")) == len(environment.tasks("train"))
         training, final = task(environment, "Add"), task(environment, "Add", "final")
         assert training.prompt == final.prompt

@@ -442,7 +442,7 @@ def add(a, b):
     "huge_integer": "def add(a, b): return 10 ** 10_000_000",
     "deep_nesting": "def add(a, b):\n    x = []\n    for _ in range(10**6):\n        x = [x]\n    return x",
     "half_a_surrogate_pair": "def add(a, b): raise ValueError('\\ud800')",
-    "many_keys": "def add(a, b): return set(range(10**5))",
+    "many_keys_of_one_hash": "def add(a, b): return {i * (2**61 - 1) for i in range(2000)}",
     "not_a_number": "def add(a, b): return float('nan')",
     "never_answers": "def add(a, b):\n    while True:\n        pass",
 }

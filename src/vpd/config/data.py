@@ -118,6 +118,29 @@ class PromptData(Section):
     """The seed that decides the split."""
 
 
+class CodeLimits(Section):
+    """The limits of one program in the sandbox."""
+
+    seconds: float = Field(default=5.0, gt=0)
+    """The time limit of one test, in seconds, wall-clock and CPU."""
+    memory_mb: int = Field(default=1024, ge=128)
+    """The address space of a program in MB, the interpreter's own memory included."""
+    output_kb: int = Field(default=16384, ge=1)
+    """How much a program may write to standard output, to standard error and as returned values, each in kB; where a
+    test expects more than half of it, twice what the test expects."""
+    disk_mb: int = Field(default=16, ge=1)
+    """How much all files of a program may hold together, in MB."""
+    descriptors: int = Field(default=64, ge=16)
+    """How many files a program may have open."""
+    threads: int = Field(default=64, ge=1)
+    """How many threads a program may have; other processes it may not start."""
+    stack_mb: int = Field(default=64, ge=8)
+    """How large a program's stack is, and how large that of a thread may be, in MB."""
+    packages: list[str] | None = None
+    """The installed packages that programs may import besides the standard library; by default those of numpy and
+    sortedcontainers that are installed."""
+
+
 class CodeData(Section):
     """Programming problems, whose programs run in the sandbox."""
 
@@ -134,10 +157,8 @@ class CodeData(Section):
     that evaluate, as the paper does on LiveCodeBench."""
     sandbox: Literal["auto", "full", "bubblewrap", "landlock", "unsafe"] = "auto"
     """The isolation of programs: ``auto`` takes the strongest that the machine offers; ``unsafe`` has none."""
-    seconds: float = Field(default=5.0, gt=0)
-    """The time limit of one test, in seconds."""
-    memory_mb: int = Field(default=512, ge=128)
-    """The memory limit of a program in MB, the interpreter's own memory included."""
+    limits: CodeLimits = Field(default_factory=lambda: CodeLimits())
+    """The limits of each program."""
     selection_size: int = Field(default=100, ge=1)
     """The number of training problems that become the selection split."""
     final_size: int | None = None

@@ -27,6 +27,7 @@ from vpd.environments.reasoning_gym import ReasoningGym
 from vpd.environments.rubric import Rubric
 from vpd.environments.tool_use import ToolUse
 from vpd.environments.verifiers import Verifiers
+from vpd.sandbox import Limits
 
 __all__ = [
     "SPLITS",
@@ -56,7 +57,10 @@ def make_environment(settings: DataSettings) -> Environment:
         case McqData():
             return MultipleChoice(**values)
         case CodeData():
-            return Code(**values)
+            chosen = settings.limits.model_dump(exclude_none=True)
+            if settings.limits.packages is not None:
+                chosen["packages"] = tuple(settings.limits.packages)
+            return Code(**{**values, "limits": Limits(**chosen)})
         case MathData():
             return Math(**values)
         case ToolUseData():

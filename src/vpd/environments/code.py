@@ -19,7 +19,7 @@ from vpd.environments.code_answer import read_code
 from vpd.environments.code_rows import HUMAN_EVAL, Problem, load_problems
 from vpd.environments.code_tests import CallTest, CheckTest, Failure, OutputTest, Test, run_tests
 from vpd.environments.splits import check_split, cut_splits, question_key, shuffled
-from vpd.sandbox import Limits, Sandbox, SandboxError
+from vpd.sandbox import Limits, Sandbox, SandboxError, check_packages
 from vpd.types import Demonstration, Task, Verdict
 
 LONGEST_VALUE = 300
@@ -50,8 +50,7 @@ class Code(Environment):
         final: The problems of the final split: ``held_out`` ones, or the ``training`` problems again, judged by the
             tests that evaluate; a test file's problems are then training problems too.
         sandbox: How programs are isolated; ``auto`` takes the strongest isolation that the machine offers.
-        seconds: The time limit of one test.
-        memory_mb: The memory limit of one test.
+        limits: The limits of each program, by default those of :class:`vpd.sandbox.Limits`.
         selection_size: How many training problems become the selection split.
         final_size: How many problems the final split has at most; without a test file they are taken from training.
         seed: Decides the splits and the halves.
@@ -67,14 +66,14 @@ class Code(Environment):
         tests: Literal["public", "half"] = "public",
         final: Literal["held_out", "training"] = "held_out",
         sandbox: Literal["auto", "full", "bubblewrap", "landlock", "unsafe"] = "auto",
-        seconds: float = 5.0,
-        memory_mb: int = 512,
+        limits: Limits | None = None,
         selection_size: int = 100,
         final_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        self._limits = Limits(seconds=seconds, memory_mb=memory_mb)
+        self._limits = limits or Limits()
         try:
+            check_packages(self._limits.packages)
             self._sandbox = Sandbox(sandbox, limits=self._limits)
         except SandboxError as error:
             raise ConfigError(str(error)) from error

@@ -25,19 +25,16 @@ _OUTPUT_INSTRUCTION = (
 _FUNCTION_INSTRUCTION = "Write the whole program between ```python and ```."
 
 
-# Starter code has annotations such as List and Optional, and relies on what the problem's web site imports.
-_LIVE_CODE_BENCH_IMPORTS = """
-import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string, sys
-from bisect import *
-from collections import *
-from copy import *
-from functools import *
-from heapq import *
-from itertools import *
-from math import *
-from random import *
-from typing import *
-"""
+# LiveCodeBench's checker puts these imports before every program. The order is its own: where two modules have a name
+# in common, the later one counts.
+_MODULES = """
+string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json
+""".split()  # noqa: SIM905
+_LIVE_CODE_BENCH_IMPORTS = "\n".join(
+    [*(f"from {name} import *" for name in (*_MODULES, "builtins", "typing")), f"import {', '.join(_MODULES)}"]
+)
+_MOST_TEST_BYTES = 256 * 2**20
+"""How many bytes the compressed tests of one problem may have when they are unpacked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +132,7 @@ def _live_test(test: Mapping[str, Any], function: str | None) -> Test:
             raise ValueError("a functional test needs func_name in the metadata")
         arguments = tuple(json.loads(line) for line in test["input"].splitlines() if line.strip())
         return CallTest(function, arguments, json.loads(test["output"]), _LIVE_CODE_BENCH_IMPORTS)
-    return OutputTest(test["input"], test["output"])
+    return OutputTest(test["input"], test["output"], _LIVE_CODE_BENCH_IMPORTS)
 
 
 def _private_tests(text: str) -> Any:
@@ -143,10 +140,20 @@ def _private_tests(text: str) -> Any:
     if text.lstrip().startswith("["):
         return json.loads(text)
     try:
-        plain = _PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load()
+        plain = _PlainUnpickler(io.BytesIO(_decompressed(base64.b64decode(text)))).load()
     except (pickle.UnpicklingError, zlib.error, EOFError) as error:
         raise ValueError(f"the private tests cannot be read: {error}") from None
     return json.loads(plain)
+
+
+def _decompressed(data: bytes) -> bytes:
+    reader = zlib.decompressobj()
+    plain = reader.decompress(data, _MOST_TEST_BYTES)
+    if reader.unconsumed_tail:
+        raise ValueError(f"the private tests have more than {_MOST_TEST_BYTES >> 20} MB when they are unpacked")
+    if not reader.eof:
+        raise zlib.error("they end too early")
+    return plain
 
 
 class _PlainUnpickler(pickle.Unpickler):

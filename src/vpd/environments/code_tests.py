@@ -5,23 +5,30 @@ The program's process only produces output and values; the expected ones never e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeAlias
 
-from vpd.sandbox import CallResult, Limits, ProgramResult, Sandbox
+from vpd.sandbox import CallResult, Limits, ProgramResult, Sandbox, values
 from vpd.sandbox.program import PROGRAM_NAME
 
 _SYNTAX_ERRORS = ("SyntaxError", "IndentationError", "TabError")
+# How the interpreter begins to print an exception; one that is raised while the source is compiled has no traceback.
+_EXCEPTION = re.compile(
+    rf'^(Traceback \(most recent call last\):|  File "{re.escape(PROGRAM_NAME)}", line \d+)', re.MULTILINE
+)
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTest:
-    """A test of a script: it reads ``input`` and must print ``output``."""
+    """A test of a script: it reads ``input`` and must print ``output``; ``prelude`` runs before the program."""
 
     input: str
     output: str
+    prelude: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,8 @@ def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits
     if calls:
         first = tests[calls[0]]
         assert isinstance(first, CallTest)
-        with sandbox.functions(code, limits, prelude=first.prelude) as program:
+        most = max(len(values.dumps(test.expected)) for test in tests if isinstance(test, CallTest))
+        with sandbox.functions(code, _with_room(limits, most), prelude=first.prelude) as program:
             for index in calls:
                 test = tests[index]
                 assert isinstance(test, CallTest)
@@ -96,7 +104,7 @@ def run_tests(sandbox: Sandbox, code: str, tests: Sequence[Test], limits: Limits
         if isinstance(test, OutputTest):
             # After one test that ran out of time the others count as failed too: an endless loop would take the whole
             # time in each of them.
-            results[index] = out_of_time or _failure_of_script(sandbox.run(code, test.input, limits), test.output)
+            results[index] = out_of_time or _failure_of_output(sandbox, code, test, limits)
             failure = results[index]
             out_of_time = failure if failure is not None and failure.kind == "time" else None
         elif isinstance(test, CheckTest):
@@ -110,10 +118,22 @@ def _failure_of_error(message: str, line: int | None, *, began: bool) -> Failure
     return Failure("compile" if name in _SYNTAX_ERRORS and not began else "error", message, line)
 
 
+def _with_room(limits: Limits, expected: int) -> Limits:
+    """Return limits that let a program give twice as many bytes as are expected."""
+    return replace(limits, output_kb=max(limits.output_kb, 2 * expected // 1024 + 1))
+
+
+def _failure_of_output(sandbox: Sandbox, code: str, test: OutputTest, limits: Limits) -> Failure | None:
+    room = _with_room(limits, len(test.output.encode()))
+    return _failure_of_script(sandbox.run(code, test.input, room, test.prelude), test.output)
+
+
 def _failure_of_script(ended: ProgramResult, expected: str) -> Failure | None:
     if ended.stopped is not None:
         return Failure(ended.stopped)
-    if ended.exit_code != 0:
+    # A program may leave with any exit code behind the right output, but neither by an exception nor by a signal.
+    left = ended.exit_code > 0 and _EXCEPTION.search(ended.errors) is None
+    if ended.exit_code != 0 and not (left and same_output(ended.output, expected)):
         began = ended.errors.startswith("Traceback")
         return _failure_of_error(_last_line(ended), line_of_traceback(ended.errors), began=began)
     if not same_output(ended.output, expected):
@@ -171,14 +191,15 @@ def _failure_of_check(sandbox: Sandbox, code: str, test: CheckTest, limits: Limi
 
 def same_output(actual: str, expected: str) -> bool:
     """Tell whether two outputs are equal line by line, up to white space at the ends and the spelling of numbers."""
-    actual_lines, expected_lines = ([line.strip() for line in text.strip().splitlines()] for text in (actual, expected))
+    actual_lines, expected_lines = ([line.strip() for line in text.strip().split("\n")] for text in (actual, expected))
     return len(actual_lines) == len(expected_lines) and all(
         a == b or _same_numbers(a.split(), b.split()) for a, b in zip(actual_lines, expected_lines, strict=True)
     )
 
 
 def _same_numbers(actual: list[str], expected: list[str]) -> bool:
-    if len(actual) != len(expected):
+    # Decimal also reads 1_000, digits of other scripts and names, which no checker of a contest takes for numbers.
+    if len(actual) != len(expected) or not all(map(_NUMBER.fullmatch, (*actual, *expected))):
         return False
     try:
         return all(Decimal(a) == Decimal(b) for a, b in zip(actual, expected, strict=True))

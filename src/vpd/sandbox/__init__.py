@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from vpd.sandbox.levels import SAFE_LEVELS, choose_level, why_not
     from vpd.sandbox.limits import Limits
     from vpd.sandbox.sandbox import CallResult, Functions, Sandbox
-    from vpd.sandbox.worker import Level, ProgramResult, SandboxError
+    from vpd.sandbox.worker import Level, ProgramResult, SandboxError, check_packages
 
 __all__ = [
     "SAFE_LEVELS",
@@ -20,6 +20,7 @@ __all__ = [
     "ProgramResult",
     "Sandbox",
     "SandboxError",
+    "check_packages",
     "choose_level",
     "why_not",
 ]

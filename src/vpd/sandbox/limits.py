@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, field
+
+
+def _usual_packages() -> tuple[str, ...]:
+    """Return those of numpy and sortedcontainers that are installed; programs of contests use both."""
+    return tuple(name for name in ("numpy", "sortedcontainers") if importlib.util.find_spec(name) is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The resources of one program.
-
-    A program may start no processes, but as many threads as have room for their stacks in its memory.
 
     Attributes:
         seconds: How much wall-clock time, and how much CPU time, a script may take, or each call of a function.
@@ -17,10 +21,17 @@ class Limits:
         disk_mb: How much all the files that it writes may hold together, in MB.
         output_kb: How much it may write to standard output, to standard error, and as returned values, each in kB.
         descriptors: How many files it may have open.
+        threads: How many threads it may have; it may start no processes.
+        stack_mb: How large its stack is, in MB, and how large that of a thread may be; both count as memory.
+        packages: The installed packages that it may import besides the standard library, by default those of numpy and
+            sortedcontainers that are installed; the sandbox's workers are started with those of its own limits.
     """
 
     seconds: float = 5.0
-    memory_mb: int = 512
+    memory_mb: int = 1024
     disk_mb: int = 16
-    output_kb: int = 1024
+    output_kb: int = 16384
     descriptors: int = 64
+    threads: int = 64
+    stack_mb: int = 64
+    packages: tuple[str, ...] = field(default_factory=_usual_packages)

@@ -14,6 +14,7 @@ import io
 import json
 import linecache
 import os
+import site
 import sys
 import threading
 import traceback
@@ -23,12 +24,24 @@ from typing import Any
 from vpd.sandbox import values
 
 PROGRAM_NAME = "program.py"
+_RECURSION_LIMIT = 50_000
+"""How deep a program may call itself before it has set a limit of its own; LiveCodeBench's checker gives as much."""
+_STREAMS = {f"/dev/{name}": number for number, name in enumerate(("stdin", "stdout", "stderr"))}
+_STREAMS |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)}
 
 
-def run_script(source: str) -> None:
-    """Run the source as ``__main__`` and end as the interpreter does: join threads, call exit handlers, flush."""
-    code = _attempt(lambda: exec(_compiled(source), _main_module().__dict__))
-    _finish(code)
+def run_script(source: str, prelude: str) -> None:
+    """Run the prelude and the source as ``__main__``, and end as the interpreter does.
+
+    Threads are joined, exit handlers are called, and streams are flushed.
+    """
+
+    def run() -> None:
+        namespace = _main_module().__dict__
+        exec(compile(prelude, "prelude", "exec", dont_inherit=True), namespace)
+        exec(_compiled(source), namespace)
+
+    _finish(_attempt(run))
 
 
 def serve_functions(source: str, prelude: str, requests: int, answers: int) -> None:
@@ -50,11 +63,14 @@ def serve_functions(source: str, prelude: str, requests: int, answers: int) -> N
     namespace = module.__dict__
     # The program is loaded for its functions; under this name, the part for use as a script does not run.
     namespace["__name__"] = "program"
-    exec(prelude, namespace)
+    # Dataclasses and pickle look for a class's module here.
+    sys.modules["program"] = module
+    exec(compile(prelude, "prelude", "exec", dont_inherit=True), namespace)
+    instances: dict[str, Any] = {}
 
     def call(request: dict[str, Any]) -> Any:
         args, kwargs = values.loads(request["arguments"])
-        return _function(namespace, request["function"])(*args, **kwargs)
+        return _function(namespace, instances, request["function"])(*args, **kwargs)
 
     with open(requests, encoding="utf-8", closefd=False) as incoming:
 
@@ -78,19 +94,42 @@ def _main_module() -> ModuleType:
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module
     sys.argv = [PROGRAM_NAME]
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8", "replace")
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "replace")
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "replace", line_buffering=True
-    )
+    sys.setrecursionlimit(_RECURSION_LIMIT)
+    sys.stdin, sys.stdout, sys.stderr = _stream(0, "<stdin>"), _stream(1, "<stdout>"), _stream(2, "<stderr>")
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    # The interpreter runs without the module site, which defines exit, quit, help and copyright.
+    site.setquit()
+    site.sethelper()
+    site.setcopyright()
+    builtins.open = io.open = _opening_streams_by_name(io.open)
     return module
+
+
+def _stream(number: int, name: str) -> io.TextIOWrapper:
+    """Open a standard stream as the interpreter does, with the attributes ``name`` and ``mode``."""
+    raw = io.FileIO(number, "w" if number else "r", closefd=False)
+    raw.name = name  # pyright: ignore[reportAttributeAccessIssue]
+    buffer = io.BufferedWriter(raw) if number else io.BufferedReader(raw)
+    stream = io.TextIOWrapper(buffer, "utf-8", "replace", line_buffering=number == 2)
+    stream.mode = "w" if number else "r"  # pyright: ignore[reportAttributeAccessIssue]
+    return stream
+
+
+def _opening_streams_by_name(original: Any) -> Any:
+    """Return an ``open`` that knows /dev/stdin and its like, since a program's own root has no /proc."""
+
+    @functools.wraps(original)
+    def opening(file: Any, *args: Any, **kwargs: Any) -> Any:
+        number = _STREAMS.get(os.fspath(file)) if isinstance(file, str | os.PathLike) else None
+        return original(file if number is None else os.dup(number), *args, **kwargs)
+
+    return opening
 
 
 def _compiled(source: str) -> Any:
     # With this entry tracebacks show the program's lines.
     linecache.cache[PROGRAM_NAME] = (len(source), None, source.splitlines(keepends=True), PROGRAM_NAME)
-    return compile(source, PROGRAM_NAME, "exec")
+    return compile(source, PROGRAM_NAME, "exec", dont_inherit=True)
 
 
 def _attempt(action: Any) -> int:
@@ -128,14 +167,18 @@ def _of_program(trace: TracebackType | None) -> TracebackType | None:
     return trace
 
 
-def _function(namespace: dict[str, Any], name: str) -> Any:
-    first, *rest = name.split(".")
+def _function(namespace: dict[str, Any], instances: dict[str, Any], name: str) -> Any:
+    """Find ``name``, or ``Class.method`` of the one instance of the class, or a bare function in the method's place."""
+    first, _, method = name.partition(".")
     if first not in namespace:
+        if method in namespace:
+            return namespace[method]
         raise NameError(f"name {first!r} is not defined")
-    found = namespace[first]
-    for part in rest:
-        found = getattr(found() if isinstance(found, type) else found, part)
-    return found
+    if not method:
+        return namespace[first]
+    if first not in instances:
+        instances[first] = namespace[first]()
+    return getattr(instances[first], method)
 
 
 def _answer(descriptor: int, outcome: dict[str, Any]) -> None:

@@ -78,15 +78,15 @@ class Sandbox:
         self._all: set[Worker] = set()
         self._lock = threading.Lock()
 
-    def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> ProgramResult:
-        """Run a program as a script.
+    def run(self, source: str, stdin: str = "", limits: Limits | None = None, prelude: str = "") -> ProgramResult:
+        """Run a program as a script; ``prelude`` is code that runs before it in the same namespace.
 
         Raises:
             SandboxError: The program could not be run in isolation.
         """
         limits = limits or self.limits
         with self._worker() as worker:
-            return worker.run_script(source, stdin, limits)
+            return worker.run_script(source, stdin, limits, prelude)
 
     @contextlib.contextmanager
     def functions(
@@ -153,7 +153,7 @@ class Sandbox:
                     self._all.discard(worker)
                 worker = None
             if worker is None:
-                worker = Worker(self.level)
+                worker = Worker(self.level, self.limits.packages)
                 with self._lock:
                     self._all.add(worker)
             yield worker
@@ -188,14 +188,14 @@ class Functions:
     ) -> None:
         self._limits = limits
         self._outside = outside
-        job = {"kind": "functions", "source": source, "prelude": prelude}
-        self._running = worker.start(job, limits, wall_seconds=3600.0, cpu_seconds=3600.0)
-        self._running.close_stdin()
+        self._running = worker.start_functions(source, prelude, limits, seconds=3600.0)
         self._over: CallResult | None = None
         self.loaded = self._answer()
 
     def call(self, function: str, *args: Any, **kwargs: Any) -> CallResult:
-        """Call ``name``, or ``Class.method`` of a new instance, with builtin values.
+        """Call ``name``, or ``Class.method``, with builtin values.
+
+        All calls of methods of a class go to one instance. A function ``method`` serves where there is no such class.
 
         Raises:
             NotPlainError: An argument is not a builtin value.

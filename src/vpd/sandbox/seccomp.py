@@ -24,8 +24,8 @@ _X86_64 = """
     fstat=5 lstat=6 newfstatat=262 statx=332 access=21 faccessat=269 faccessat2=439 readlink=89 readlinkat=267
     getdents=78 getdents64=217 getcwd=79 chdir=80 fchdir=81 mkdir=83 mkdirat=258 rmdir=84 unlink=87
     unlinkat=263 rename=82 renameat=264 renameat2=316 link=86 linkat=265 symlink=88 symlinkat=266 truncate=76
-    ftruncate=77 fallocate=285 fsync=74 fdatasync=75 sync_file_range=277 umask=95 statfs=137
-    fstatfs=138 flock=73 copy_file_range=326 sendfile=40 splice=275 tee=276 fadvise64=221 mmap=9 mprotect=10
+    ftruncate=77 fsync=74 fdatasync=75 sync_file_range=277 umask=95 statfs=137
+    fstatfs=138 copy_file_range=326 sendfile=40 splice=275 tee=276 fadvise64=221 mmap=9 mprotect=10
     munmap=11 mremap=25 madvise=28 brk=12 msync=26 mincore=27 mlock=149 munlock=150
     membarrier=324 rt_sigaction=13 rt_sigprocmask=14 rt_sigreturn=15 rt_sigpending=127 rt_sigtimedwait=128
     rt_sigsuspend=130 sigaltstack=131 pause=34 alarm=37 getitimer=36 setitimer=38 futex=202 futex_waitv=449
@@ -46,8 +46,8 @@ _AARCH64 = """
     read=63 write=64 readv=65 writev=66 pread64=67 pwrite64=68 preadv=69 pwritev=70 lseek=62 openat=56
     openat2=437 close=57 close_range=436 dup=23 dup3=24 pipe2=59 fstat=80 statx=291 faccessat=48
     faccessat2=439 readlinkat=78 getdents64=61 getcwd=17 chdir=49 fchdir=50 mkdirat=34 unlinkat=35 renameat=38
-    renameat2=276 linkat=37 symlinkat=36 truncate=45 ftruncate=46 fallocate=47 fsync=82 fdatasync=83
-    sync_file_range=84 umask=166 statfs=43 fstatfs=44 flock=32 copy_file_range=285 sendfile=71
+    renameat2=276 linkat=37 symlinkat=36 truncate=45 ftruncate=46 fsync=82 fdatasync=83
+    sync_file_range=84 umask=166 statfs=43 fstatfs=44 copy_file_range=285 sendfile=71
     splice=76 tee=77 fadvise64=223 mmap=222 mprotect=226 munmap=215 mremap=216 madvise=233 brk=214 msync=227
     mincore=232 mlock=228 munlock=229 membarrier=283 rt_sigaction=134 rt_sigprocmask=135
     rt_sigreturn=139 rt_sigpending=136 rt_sigtimedwait=137 rt_sigsuspend=133 sigaltstack=132 getitimer=102
@@ -75,6 +75,7 @@ _CONDITIONAL = {
         "prctl": 157,
         "clone3": 435,
         "fcntl": 72,
+        "flock": 73,
     },
     "aarch64": {
         "clone": 220,
@@ -86,6 +87,7 @@ _CONDITIONAL = {
         "prctl": 167,
         "clone3": 435,
         "fcntl": 25,
+        "flock": 32,
     },
 }
 _AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -93,6 +95,8 @@ _TABLES = {"x86_64": _X86_64, "aarch64": _AARCH64}
 
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000
+# To refuse with the error number 0 is to do nothing and report success.
+_SUCCEED = _REFUSE
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _X32_BIT = 0x40000000
 
@@ -101,9 +105,12 @@ _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
 # Python's own files make these requests: isatty, the window's size, close-on-exec on and off, the number of waiting
 # bytes, and non-blocking mode.
 _IOCTLS = (0x5401, 0x5413, 0x5451, 0x5450, 0x541B, 0x5421)
-# These commands make duplicates and set flags, locks and the size of pipes. The command that sets who gets a
-# descriptor's signals is left out, because that could be anybody.
-_FCNTLS = (*range(8), 36, 37, 38, *range(1030, 1035))
+# These commands make duplicates and set flags and the size of pipes. The command that sets who gets a descriptor's
+# signals is left out, because that could be anybody.
+_FCNTLS = (*range(5), *range(1030, 1035))
+# A program's locks are granted without asking the kernel: the program is alone with its own files, and on files that
+# it shares with others a lock would be a message to them.
+_LOCK_FCNTLS = (5, 6, 7, 36, 37, 38)
 _PR_SET_NAME, _PR_GET_NAME, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 15, 16, 38, 22
 _SECCOMP_MODE_FILTER = 2
 
@@ -152,7 +159,8 @@ def _program(machine: str, own_pid: int) -> bytes:
     instructions += _on(calls["tgkill"], _if_argument(0, (own_pid,)))
     instructions += _on(calls["prlimit64"], _if_argument(0, (0, own_pid)))
     instructions += _on(calls["ioctl"], _if_argument(1, _IOCTLS))
-    instructions += _on(calls["fcntl"], _if_argument(1, _FCNTLS))
+    instructions += _on(calls["flock"], [_instruction(_RETURN, _SUCCEED)])
+    instructions += _on(calls["fcntl"], _if_argument(1, _LOCK_FCNTLS, _SUCCEED, _if_argument(1, _FCNTLS)))
     instructions += _on(calls["prctl"], _if_argument(0, (_PR_SET_NAME, _PR_GET_NAME)))
     stream = [
         _instruction(_LOAD, _ARGUMENTS + 8),
@@ -176,12 +184,17 @@ def _on(number: int, block: list[bytes]) -> list[bytes]:
     return [_instruction(_JUMP_EQUAL, number, 0, len(block)), *block]
 
 
-def _if_argument(index: int, values: tuple[int, ...]) -> list[bytes]:
-    """Allow the call where the lower half of an argument, which is an int in C, is one of the values."""
+def _if_argument(
+    index: int, values: tuple[int, ...], then: int = _ALLOW, otherwise: list[bytes] | None = None
+) -> list[bytes]:
+    """Allow the call where the lower half of an argument, which is an int in C, is one of the values.
+
+    ``then`` is another answer for these values, and ``otherwise`` the block for all others, which are refused without.
+    """
     block = [_instruction(_LOAD, _ARGUMENTS + 8 * index)]
     for value in values:
-        block += [_instruction(_JUMP_EQUAL, value, 0, 1), _instruction(_RETURN, _ALLOW)]
-    return [*block, _instruction(_RETURN, _REFUSE | errno.EPERM)]
+        block += [_instruction(_JUMP_EQUAL, value, 0, 1), _instruction(_RETURN, then)]
+    return [*block, *(otherwise or [_instruction(_RETURN, _REFUSE | errno.EPERM)])]
 
 
 def _if_all_bits(index: int, bits: int) -> list[bytes]:

@@ -7,10 +7,14 @@ arrives as the plain value beneath it, or not at all. The reader takes nothing f
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from typing import Any
 
-# A program can make values with equal hashes at will, and a set of these takes quadratic time.
-_MOST_KEYS = 10_000
+# A program can make keys with equal hashes at will, and a dict or set of these takes quadratic time.
+_MOST_EQUAL_HASHES = 16
+# Integers of this size are written as JSON's own numbers, which are shorter.
+_SMALL = 2**63
 
 
 class NotPlainError(ValueError):
@@ -48,7 +52,11 @@ def _tagged(value: Any) -> Any:
         return value
     if isinstance(value, str):
         return str.__str__(value)
+    if _is_numpy_scalar(value):
+        return _tagged(value.item())
     if isinstance(value, int):
+        if -_SMALL < value < _SMALL:
+            return int.__int__(value)
         # Python reads and writes hexadecimal in linear time, and decimal not.
         return {"int": int.__format__(value, "x")}
     if isinstance(value, float):
@@ -71,15 +79,13 @@ def _tagged(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if not isinstance(value, dict) or len(value) != 1:
         raise NotPlainError("unreadable: an untagged value")
     ((tag, content),) = value.items()
-    if tag in ("dict", "set", "frozenset") and len(content) > _MOST_KEYS:
-        raise NotPlainError(f"a {tag} of more than {_MOST_KEYS} items")
     match tag:
         case "int":
             return int(content, 16)
@@ -93,9 +99,24 @@ def _plain(value: Any) -> Any:
         case "tuple":
             return tuple(_plain(item) for item in content)
         case "dict":
-            return {_plain(key): _plain(item) for key, item in content}
+            pairs = [(_plain(key), _plain(item)) for key, item in content]
+            _check_hashes([key for key, _ in pairs])
+            return dict(pairs)
         case "set":
-            return {_plain(item) for item in content}
+            return set(_check_hashes([_plain(item) for item in content]))
         case "frozenset":
-            return frozenset(_plain(item) for item in content)
+            return frozenset(_check_hashes([_plain(item) for item in content]))
     raise NotPlainError("unreadable: an unknown tag")
+
+
+def _check_hashes(keys: list[Any]) -> list[Any]:
+    """Return the keys, of which only a few may have the same hash."""
+    # Hashes themselves are small integers, so that counting them takes linear time whatever they are.
+    if keys and max(Counter(map(hash, keys)).values()) > _MOST_EQUAL_HASHES:
+        raise NotPlainError("a collection of many keys with the same hash")
+    return keys
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.number | numpy.bool_)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import importlib.util
+import json
 import os
 import selectors
 import signal
@@ -9,14 +12,13 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from vpd.sandbox import zygote
+from vpd.sandbox import folders, zygote
 from vpd.sandbox.limits import Limits
 
 Level: TypeAlias = Literal["full", "bubblewrap", "landlock", "unsafe"]
@@ -26,7 +28,8 @@ _BOOTSTRAP = (
     "import sys; sys.path.insert(0, {root!r}); from vpd.sandbox import zygote; sys.path.pop(0); zygote.main({args})"
 )
 # Without MALLOC_ARENA_MAX glibc reserves 64 MB of address space for each thread.
-_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
+# With a fixed seed of hashes a program that depends on the order of a set has the same verdict in every worker.
+_ENVIRONMENT = {"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0"}
 _START_SECONDS = 20
 _GRACE_SECONDS = 5
 """How long a program's pipes may stay open after its own time has passed."""
@@ -62,17 +65,22 @@ class ProgramResult:
 class Worker:
     """A zygote and the socket to it, as the trainer holds them."""
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: Level, packages: tuple[str, ...] = ()) -> None:
+        shown = _paths(packages)
         ours, theirs = socket.socketpair()
         self._channel = ours
-        self._folder = tempfile.mkdtemp(prefix="vpd-sandbox-") if level in ("landlock", "unsafe") else None
+        self._folder = folders.make_folder() if level in ("landlock", "unsafe") else None
         if self._folder is not None:
-            # The folder is removed even where nobody closes the sandbox before the trainer ends.
+            # The lock says that the folder's owner lives. The folder is removed even where nobody closes the sandbox
+            # before the trainer ends.
+            self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            weakref.finalize(self, os.close, self._lock)
             weakref.finalize(self, zygote.remove_tree, self._folder)
-        arguments = f"{theirs.fileno()}, {level!r}, {_paths()!r}, {self._folder!r}"
+        arguments = f"{theirs.fileno()}, {level!r}, {shown!r}, {self._folder!r}"
         command = [
-            *(_bubblewrap_command() if level == "bubblewrap" else []),
-            *(os.path.realpath(sys.executable), "-I", "-S", "-B"),
+            *(_bubblewrap_command(shown) if level == "bubblewrap" else []),
+            *(os.path.realpath(sys.executable), "-P", "-s", "-S", "-B"),
             *("-c", _BOOTSTRAP.format(root=str(_SOURCE_ROOT), args=arguments)),
         ]
         self._process = subprocess.Popen(
@@ -95,13 +103,15 @@ class Worker:
             self.close()
             raise SandboxError(f'The sandbox of level "{level}" did not start: {reason}')
 
-    def run_script(self, source: str, stdin: str, limits: Limits) -> ProgramResult:
-        running = self.start({"kind": "script", "source": source}, limits, limits.seconds, limits.seconds)
-        running.feed(stdin.encode())
+    def run_script(self, source: str, stdin: str, limits: Limits, prelude: str = "") -> ProgramResult:
+        running = RunningProgram(self, "script", limits, limits.seconds, limits.seconds, stdin)
+        running.feed({"source": source, "prelude": prelude})
         return running.wait()
 
-    def start(self, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float) -> RunningProgram:
-        return RunningProgram(self, job, limits, wall_seconds, cpu_seconds)
+    def start_functions(self, source: str, prelude: str, limits: Limits, seconds: float) -> RunningProgram:
+        running = RunningProgram(self, "functions", limits, seconds, seconds)
+        running.feed({"source": source, "prelude": prelude})
+        return running
 
     def send(self, job: dict[str, Any], descriptors: tuple[int, ...]) -> None:
         try:
@@ -142,7 +152,13 @@ class RunningProgram:
     """A program that runs: its pipes, and the bytes that came through them."""
 
     def __init__(
-        self, worker: Worker, job: dict[str, Any], limits: Limits, wall_seconds: float, cpu_seconds: float
+        self,
+        worker: Worker,
+        kind: Literal["script", "functions"],
+        limits: Limits,
+        wall_seconds: float,
+        cpu_seconds: float,
+        stdin: str = "",
     ) -> None:
         self._worker = worker
         self._limits = limits
@@ -153,15 +169,16 @@ class RunningProgram:
         self._ended: ProgramResult | None = None
         self._selector = selectors.DefaultSelector()
         ours, theirs = [], []
-        # The pipes are standard input, output and error, for functions also requests and answers, and last the one
-        # that aborts the program when it is closed.
-        for outward in (False, True, True, *((False, True) if job["kind"] == "functions" else ()), False):
+        # The pipes are standard output and error, for functions also requests and answers, then the one that brings the
+        # program, and last the one that aborts it when it is closed.
+        for outward in (True, True, *((False, True) if kind == "functions" else ()), False, False):
             read, write = os.pipe()
             ours.append(read if outward else write)
             theirs.append(write if outward else read)
+        theirs.insert(0, _file_in_memory(stdin.encode()))
         try:
             limit = {**asdict(limits), "cpu_seconds": cpu_seconds}
-            worker.send({**job, "limits": limit, "wall_seconds": wall_seconds}, tuple(theirs))
+            worker.send({"kind": kind, "limits": limit, "wall_seconds": wall_seconds}, tuple(theirs))
         except BaseException:
             for descriptor in ours:
                 os.close(descriptor)
@@ -169,7 +186,7 @@ class RunningProgram:
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
-        self._stdin, self._output, self._errors, *channels, self._abort = ours
+        self._output, self._errors, *channels, self._program, self._abort = ours
         self._requests, self._answers = channels or (None, None)
         for descriptor in (self._output, self._errors, self._answers):
             if descriptor is not None:
@@ -178,32 +195,26 @@ class RunningProgram:
                 self._selector.register(descriptor, selectors.EVENT_READ)
         self._open = set(ours)
 
-    def feed(self, data: bytes) -> None:
-        """Write standard input while reading output, so that the two sides never wait for each other forever."""
-        os.set_blocking(self._stdin, False)
-        deadline = time.monotonic() + self._wall_seconds + _GRACE_SECONDS
-        while data and time.monotonic() < deadline and self._output in self._open:
-            try:
-                data = data[os.write(self._stdin, data) :]
-            except BlockingIOError:
-                self._read(_POLL_SECONDS / 10)
-            except BrokenPipeError:
-                break
-        self.close_stdin()
-
-    def close_stdin(self) -> None:
-        self._close(self._stdin)
+    def feed(self, texts: dict[str, str]) -> None:
+        """Write the program itself down its own pipe; the zygote never sees it."""
+        self._write(self._program, json.dumps(texts).encode())
+        self._close(self._program)
 
     def send(self, data: bytes) -> None:
         """Write a request; give up at the time limit, or where the program has closed its end of the pipe."""
         assert self._requests is not None
-        os.set_blocking(self._requests, False)
+        self._write(self._requests, data)
+
+    def _write(self, pipe: int, data: bytes) -> None:
+        """Write while reading output, so that the two sides never wait for each other forever."""
+        os.set_blocking(pipe, False)
         deadline = time.monotonic() + self._limits.seconds
-        while data and time.monotonic() < deadline:
+        rest = memoryview(data)
+        while rest and time.monotonic() < deadline:
             try:
-                data = data[os.write(self._requests, data) :]
+                rest = rest[os.write(pipe, rest) :]
             except BlockingIOError:
-                self._read(_POLL_SECONDS / 10)
+                self._read(_POLL_SECONDS / 100)
             except BrokenPipeError:
                 return
 
@@ -301,17 +312,60 @@ class RunningProgram:
             os.close(descriptor)
 
 
-def _paths() -> zygote.Paths:
-    """Return the paths that an interpreter needs to read: its library, and shared libraries.
+def _file_in_memory(data: bytes) -> int:
+    """Open a file in memory that holds ``data`` and that nobody can change, for standard input.
 
-    Installed packages stay out, because a dataset among them could hold the solutions.
+    A file is what a program finds that asks for the input's size, or that reads it twice.
     """
+    descriptor = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
+def check_packages(packages: tuple[str, ...]) -> None:
+    """Raise SandboxError where one of the packages that programs shall have is not installed."""
+    for package in packages:
+        _package_paths(package)
+
+
+def _package_paths(package: str) -> list[Path]:
+    """Return the files and folders of an installed package, and its folder of shared libraries where it has one.
+
+    Raises:
+        SandboxError: It is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SandboxError(f'Programs shall have the package "{package}", which is not installed.')
+    origin = Path(spec.origin)
+    place = origin.parent if spec.submodule_search_locations is not None else origin
+    libraries = place.parent / f"{package}.libs"
+    return [place, *([libraries] if libraries.is_dir() else [])]
+
+
+def _paths(packages: tuple[str, ...] = ()) -> zygote.Paths:
+    """Return the paths that an interpreter needs to read: its library, shared libraries, and the given packages.
+
+    All other installed packages stay out, because a dataset among them could hold the solutions.
+    """
+    of_packages = {package: _package_paths(package) for package in packages}
+    folders = {package: str(found[0].parent) for package, found in of_packages.items()}
     paths = sysconfig.get_paths(vars={"base": sys.base_prefix, "platbase": sys.base_prefix})
     readable = _without_packages(paths["stdlib"])
     # Each folder counts once: the system's interpreter has its own library in /usr/lib too.
     for folder in dict.fromkeys((str(Path(sys.base_prefix, "lib")), "/lib", "/lib64", "/usr/lib", "/usr/lib64")):
         readable += [folder] if os.path.islink(folder) else _without_packages(folder)
-    return {"readable": [*readable, "/etc/ld.so.cache", "/usr/share/zoneinfo"], "listable": [paths["stdlib"]]}
+    readable += [
+        "/etc/ld.so.cache",
+        "/usr/share/zoneinfo",
+        *(str(path) for found in of_packages.values() for path in found),
+    ]
+    return {"readable": readable, "listable": [paths["stdlib"], *folders.values()], "packages": folders}
 
 
 def _without_packages(folder: str) -> list[str]:
@@ -326,10 +380,9 @@ def _without_packages(folder: str) -> list[str]:
     ]
 
 
-def _bubblewrap_command() -> list[str]:
-    shown = _paths()["readable"]
+def _bubblewrap_command(paths: zygote.Paths) -> list[str]:
     mounts = []
-    for path in [*shown, str(_SOURCE_ROOT / "vpd")]:
+    for path in [*paths["readable"], str(_SOURCE_ROOT / "vpd")]:
         link = os.path.islink(path)
         mounts += ["--symlink", os.readlink(path), path] if link else ["--ro-bind-try", path, path]
     interpreter = os.path.realpath(sys.executable)

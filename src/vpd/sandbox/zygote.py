@@ -15,7 +15,10 @@ The isolation does not cover bugs of the kernel, nor what a program can learn fr
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import resource
@@ -23,7 +26,9 @@ import select
 import signal
 import socket
 import struct
+import sys
 import tempfile
+import threading
 import time
 from typing import Any, TypedDict
 
@@ -38,7 +43,6 @@ _READY = b"ready"
 _MEGABYTE = 2**20
 _WATCH_SECONDS = 0.05
 _MOST_FILES = 4096
-_THREADS = 64
 
 
 class Paths(TypedDict):
@@ -48,10 +52,24 @@ class Paths(TypedDict):
         readable: The files and folders that they may read: the interpreter's library without installed packages, and
             shared libraries.
         listable: The folders whose entries they may list, so that the interpreter finds modules.
+        packages: The packages that programs may import, each with the folder that it is in.
     """
 
     readable: list[str]
     listable: list[str]
+    packages: dict[str, str]
+
+
+class _Packages(importlib.abc.MetaPathFinder):
+    """Finds the given packages; whatever else is installed beside them does not exist for a program."""
+
+    def __init__(self, folders: dict[str, str]) -> None:
+        self._folders = folders
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname not in self._folders:
+            return None
+        return importlib.machinery.PathFinder.find_spec(fullname, [self._folders[fullname]], target)
 
 
 def main(control: int, level: str, paths: Paths, folder: str | None) -> None:
@@ -68,13 +86,23 @@ def main(control: int, level: str, paths: Paths, folder: str | None) -> None:
     # The terminal's Ctrl-C reaches the whole process group, but the trainer decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
+    # Programs have one core each, and threads of numpy's linear algebra would only take up their memory.
+    os.putenv("OPENBLAS_NUM_THREADS", "1")
+    sys.meta_path.append(_Packages(paths["packages"]))
     channel = socket.socket(fileno=control)
     if level == "full":
         namespaces.enter([*paths["readable"], *namespaces.DEVICES])
     channel.sendall(_READY)
-    while (job := receive(channel)) is not None:
-        message, (*descriptors, abort) = job
-        send(channel, _run(message, descriptors, abort, level, paths, folder))
+    try:
+        while (job := receive(channel)) is not None:
+            message, (*descriptors, abort) = job
+            send(channel, _run(message, descriptors, abort, level, paths, folder))
+    except (BrokenPipeError, ConnectionResetError):
+        # The trainer was killed while a program ran.
+        pass
+    finally:
+        if folder is not None:
+            remove_tree(folder)
 
 
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
@@ -106,8 +134,10 @@ def _run(
     """Run one program to its end, and report how it ended.
 
     Args:
-        job: The program's ``source`` and ``kind``, its ``limits``, and ``wall_seconds``, after which it is killed.
-        descriptors: Standard input, output and error; for functions also requests and answers.
+        job: The program's ``kind``, its ``limits``, and ``wall_seconds``, after which it is killed. Nothing that
+            belongs to one program alone is part of it, because the next one has a copy of this process's memory.
+        descriptors: Standard input, output and error; for functions also requests and answers; and last the pipe
+            through which the program itself comes, as JSON with ``source`` and ``prelude``.
         abort: A pipe that is readable, or closed at its other end, once the trainer wants the program killed.
         level: The isolation's level.
         paths: The paths that the program may read.
@@ -130,10 +160,13 @@ def _run(
             os._exit(125)
         os.write(kept[-1], b"+")
         os.close(kept[-1])
+        _limit_stacks(job["limits"]["stack_mb"] * _MEGABYTE)
+        with open(kept[-2], encoding="utf-8") as pipe:
+            texts = json.load(pipe)
         if job["kind"] == "script":
-            program.run_script(job["source"])
+            program.run_script(**texts)
         else:
-            program.serve_functions(job["source"], job["prelude"], *kept[3:5])
+            program.serve_functions(**texts, requests=kept[3], answers=kept[4])
 
     start = time.monotonic()
     pid = namespaces.fork_into(child) if level == "full" else _fork(child)
@@ -299,10 +332,25 @@ def _limit(limits: dict[str, Any], level: str) -> None:
     ):
         resource.setrlimit(kind, (value, value))
     if level != "unsafe":
-        tasks = _THREADS if level in ("full", "bubblewrap") else _THREADS + _tasks_of_machine()
+        tasks = limits["threads"] + (0 if level in ("full", "bubblewrap") else _tasks_of_machine())
         resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))
-    # A thread's stack takes address space of this size, so that many threads reach the memory limit too.
-    resource.setrlimit(resource.RLIMIT_STACK, (8 * _MEGABYTE, 8 * _MEGABYTE))
+    # The hard limit stays, so that a program can raise its own: the stack counts as memory anyway.
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = limits["stack_mb"] * _MEGABYTE
+    resource.setrlimit(resource.RLIMIT_STACK, (stack if hard == resource.RLIM_INFINITY else min(stack, hard), hard))
+
+
+def _limit_stacks(most: int) -> None:
+    """Give threads at most ``most`` bytes of stack, whatever they ask for.
+
+    Programs ask for half a gigabyte and more to recurse deeply; Python's own calls take hardly any of it.
+    """
+    original = _thread.stack_size
+
+    def stack_size(size: int = 0, /) -> int:
+        return original(min(size, most))
+
+    _thread.stack_size = threading.stack_size = stack_size
 
 
 def _tasks_of_machine() -> int:
