@@ -76,7 +76,8 @@ class Number(OwnTask):
 
     def wrong(self, data: dict[str, Any]) -> str:
         off = random.Random(str(sorted(data.items()))).choice([-10, -2, -1, 1, 2, 10])
-        return str(abs(data["answer"] + off))
+        found = abs(data["answer"] + off)
+        return str(found if found != data["answer"] else found + 1)
 
     def grade(self, data: dict[str, Any], answer: str) -> tuple[float, str]:
         given = answer.removesuffix(".")

@@ -53,6 +53,8 @@ def table(results: Results) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for task, methods in results.items():
+        if "start" not in methods:
+            continue
         start = methods["start"]
         lines.append(f"| {task} | start | | {100 * start[0]['accuracy']:.1f}% | | | |")
         for method in sorted(set(methods) - {"start"}):

@@ -179,7 +179,7 @@ class Sorting(OwnTask):
         return " ".join(map(str, sorted(data["numbers"])))
 
     def wrong(self, data: dict[str, Any]) -> str:
-        return " ".join(map(str, data["numbers"]))
+        return " ".join(map(str, sorted(data["numbers"], reverse=True)))
 
     def grade(self, data: dict[str, Any], answer: str) -> tuple[float, str]:
         wanted, given = [str(number) for number in sorted(data["numbers"])], answer.replace(",", " ").split()
