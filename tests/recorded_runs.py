@@ -44,8 +44,8 @@ Scenario = dict[str, Any]
 """What is recorded of one run: ``algorithm``, ``expected_to_change`` and ``entries``, or an ``error``."""
 
 COMMON: Sections = {
-    "eval": {"preflight_tasks": 2, "final_tasks": 4, "eval_steps": 2},
-    "run": {"max_steps": STEPS},
+    "eval": {"preflight_tasks": 2, "final_tasks": 4, "eval_steps": 2, "load_best_model_at_end": False},
+    "run": {"max_steps": STEPS, "stop_on": []},
     "algorithm": {"truncated": "failure"},
 }
 MINIBATCHES = {"m_minibatch_prompts": 1}
