@@ -14,7 +14,7 @@ from benchmarks.held_out_tasks import suite
 from benchmarks.held_out_tasks.__main__ import main
 from benchmarks.held_out_tasks.arithmetic import ExpressionError, evaluate
 from benchmarks.held_out_tasks.base import OwnTask, Question, right
-from benchmarks.held_out_tasks.jobs import run
+from benchmarks.held_out_tasks.jobs import Job, run, start_of
 from benchmarks.held_out_tasks.table import comparison
 from vpd import Task
 from vpd.environments import SPLITS
@@ -216,6 +216,11 @@ def test_names_that_there_are_not_are_refused_before_anything_runs(more, said, t
     assert main([*small(tmp_path), *more]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_start_is_the_same_whatever_the_methods_jobs_are():
+    jobs = [Job("json", "grpo", 0, 960, 10, 100, 1000, "m", {}), Job("json", "default", 2, 96, 5, 100, 1000, "m", {})]
+    assert start_of(jobs[0]) == start_of(jobs[1])
 
 
 def result_of(method: str, seed: int, outcomes: dict[str, float], stopped_by: str | None = None) -> str:

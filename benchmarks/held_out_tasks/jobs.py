@@ -41,7 +41,7 @@ class Job:
         method: A name from the methods, or ``start``.
         seed: The run's seed; 0 for the start.
         rollouts: After how many rollouts training ends, the teacher's second attempts included; 0 for the start.
-        eval_steps: How many batches lie between evaluations on the selection split.
+        eval_steps: How many batches lie between evaluations on the selection split; 0 for the start.
         selection: How many questions these ask.
         final: How many questions of the final split are asked at most.
         model: The network that the start begins with.
@@ -179,7 +179,7 @@ def _curve(trainer: VPDTrainer, job: Job, entries: list[dict[str, Any]]) -> list
 
 def start_of(job: Job) -> Job:
     """Return the job that makes the start of a method's job."""
-    return Job(job.task, START, 0, 0, job.eval_steps, job.selection, job.final, job.model, {})
+    return Job(job.task, START, 0, 0, 0, job.selection, job.final, job.model, {})
 
 
 def check(jobs: list[Job], out: Path) -> None:
