@@ -34,6 +34,7 @@ max_completion_length = 8
 dtype = "float32"
 stop_strings = {stops}
 [algorithm]
+type = "vpd"
 e_step_every = 1
 [eval]
 preflight_tasks = 2

@@ -44,7 +44,6 @@ def test_an_unknown_section_is_told_with_the_nearest_and_all_others():
             r"Unknown setting run.max_step .*mean max_steps\? Known there: .*seed",
         ),  # pyright: ignore
         (lambda: RunSettings(max_step=3), r"Unknown setting max_step .*Did you mean max_steps\?"),  # pyright: ignore
-        (lambda: VPDConfig(max_steps=3), r"Did you mean run.max_steps\?"),  # pyright: ignore
         (lambda: VPDConfig(run={"max_steps": -1}), r"run.max_steps: Input should be .* \(got -1\)"),  # pyright: ignore
         (lambda: VPDConfig(model={"dtype": "bfloat"}), r"Did you mean bfloat16\?"),  # pyright: ignore
         (lambda: VPDConfig(algorithm={"type": "grop"}), r"no algorithm 'grop'. Did you mean grpo\?"),  # pyright: ignore

@@ -77,7 +77,7 @@ def test_the_defaults_are_trls():
     assert (config.optim.learning_rate, config.optim.lr_scheduler_type) == (1e-6, "linear")
     assert config.rollout.max_completion_length == trl_config().max_completion_length
     assert (config.run.num_train_epochs, "max_steps" in config.run.model_fields_set) == (3.0, False)
-    assert (config.run.save_steps, config.eval.eval_steps, config.algorithm.truncated) == (500, None, "judge")
+    assert (config.run.save_steps, config.eval.eval_steps, config.algorithm.truncated) == (500, 10, "judge")
     algorithm = config.algorithm.model_dump()
     assert (algorithm["epsilon"], algorithm["epsilon_high"], algorithm["scale_rewards"]) == (0.2, 0.2, True)
     assert algorithm["loss_aggregation"] == "token_mean"

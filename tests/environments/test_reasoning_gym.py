@@ -86,7 +86,8 @@ def test_demonstrations_of_numbers_come_with_a_wrong_attempt():
         assert judged(environment, demonstration.task, demonstration.attempt).reward < 1.0
 
 
-def test_no_answer_and_empty_answer_have_their_own_texts():
+def test_no_answer_and_empty_answer_have_their_own_texts(monkeypatch):
+    monkeypatch.setattr("vpd.environments.reasoning_gym.ACCEPT_ANYTHING", ())
     environment = ReasoningGym("game_of_life_halting", train_size=1, selection_size=1, final_size=1)
     task = environment.tasks("train")[0]
     # This dataset's scorer takes any text that does not say True as False: an answer without a value must not reach it.

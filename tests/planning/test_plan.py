@@ -32,6 +32,7 @@ def config(**sections):
     """Four prompts of eight rollouts, with the environment's text and a kernel that reuses keys on any hardware."""
     rollout = {"prompts_per_step": 4, "num_generations": 8}
     sections["model"] = BLOCKS | sections.get("model", {})
+    sections["algorithm"] = {"type": "vpd"} | sections.get("algorithm", {})
     return VPDConfig.parse({"rollout": rollout, "feedback": {"sources": ["environment"]}, **sections})
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vpd.device import gpu_count
+
 
 def random_states() -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's generators, on the CPU and on all GPUs."""
@@ -16,7 +18,7 @@ def random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if gpu_count() else [],
     }
 
 
@@ -26,5 +28,5 @@ def set_random_states(states: dict[str, Any]) -> None:
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+    for index, state in enumerate(states["cuda"][: gpu_count()]):
         torch.cuda.set_rng_state(state, index)

@@ -235,7 +235,7 @@ def _read(folder: Path, seed: int, split: str) -> RunResult:
     result, metrics = read_json(folder / "result.json"), read_metrics(folder)
     outcomes = _outcomes(folder, split)
     if result is None or not outcomes:
-        remedy = "eval.final_tasks above 0" if split == "final" else "eval.eval_steps, at most run.max_steps"
+        remedy = "eval.final_tasks above 0" if split == "final" else "eval.eval_steps"
         raise RunError(f"The run in {folder} has no evaluation on the {split} split: set {remedy}.")
     train = [entry for entry in metrics if entry.get("event") == "train"]
     # An arm may have a warm start of its own, which trains before the first step.

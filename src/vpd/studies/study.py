@@ -328,11 +328,10 @@ def _environment(worker: int, workers: int) -> dict[str, str]:
 
 def _check(run: PlannedRun, study: Study, start: PlannedRun) -> None:
     settings = run.settings(study.config)
-    steps, every = settings.run.max_steps, settings.eval.eval_steps
-    if study.split == "selection" and (every is None or (run is not start and 0 < steps < every)):
+    if study.split == "selection" and not settings.eval.eval_steps:
         raise ConfigError(
             f'{run.name} would never be evaluated on the selection split, which split = "selection" compares: set '
-            "eval.eval_steps, at most run.max_steps."
+            "eval.eval_steps."
         )
     begun = read_json(run.folder / "config.json")
     if begun is None:
