@@ -77,10 +77,11 @@ def test_the_state_is_a_trainer_state(tmp_path):
     assert state.global_step == trainer.run_state.step == 2
     assert [entry["step"] for entry in state.log_history if "m_loss" in entry] == [1, 2]
     accuracies = [entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry]
-    # Before the first step, and after each. Of equal ones the latest is the best.
+    # Before the first step, and after each. Of equal ones the latest is the best, but for those before the first step.
     assert len(accuracies) == 3
     best = max(accuracies)
-    assert (state.best_metric, state.best_global_step) == (best, 2 - accuracies[::-1].index(best))
+    step = 0 if accuracies[0] == best else 2 - accuracies[::-1].index(best)
+    assert (state.best_metric, state.best_global_step) == (best, step)
     assert state.best_model_checkpoint == str(tmp_path / f"best-{state.best_global_step}")
     resumed = toy_trainer(tmp_path, eval=evaluation, run={"max_steps": 2, **SAVES})
     resumed.train(resume_from_checkpoint=True)

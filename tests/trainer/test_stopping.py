@@ -88,6 +88,14 @@ def test_a_run_that_only_gets_worse_ends_early_with_the_weights_it_began_with(tm
     assert "20.0% of the selection split, against 100.0% at the start" in warning
 
 
+def test_training_that_shows_no_gain_ends_with_the_weights_it_began_with(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, run={"max_steps": 2}, eval={"eval_steps": 1})
+    weights = scripted(trainer, [0.5, 0.5, 0.5], monkeypatch)
+    trainer.train()
+    assert is_same(trainer.model.state_dict(), weights[0])
+    assert not is_same(weights[2], weights[0])
+
+
 def test_the_last_weights_take_part_in_the_choice_where_no_evaluation_was_due(tmp_path, monkeypatch):
     trainer = toy_trainer(tmp_path, run={"max_steps": 3}, eval={"eval_steps": 2})
     weights = scripted(trainer, [0.2, 0.5, 0.5], monkeypatch)

@@ -60,6 +60,6 @@ def make_trainable(network: nn.Module, settings: ModelSettings) -> None:
         return
     logger.warning(
         "The trained weights are kept in bfloat16, which has 8 bits of precision: an update below 1/512 of a weight is "
-        "rounded away (at a learning rate of 1e-6, 98% of the weights stood still for five steps). "
+        "rounded away. "
         'Set model.dtype = "float32"; products are in bfloat16 by model.autocast all the same.'
     )

@@ -41,13 +41,15 @@ class TrainingState:
     def note_accuracy(self, accuracy: float) -> bool:
         """Count an evaluation on the selection split after the newest step, and tell whether it is the best so far.
 
-        Of equal accuracies the latest is the best, since it has learned more; but it counts as stale.
+        Of equal accuracies the latest is the best, since it has learned more, though it counts as stale. Only to the
+        weights before the first step nothing equal is better: training has to show that it helps.
         """
         self.evaluated_step = self.step
         if self.step == 0:
             self.start_accuracy = accuracy
         self.stale_evaluations = 0 if accuracy > self.best_accuracy else self.stale_evaluations + 1
-        if not accuracy >= self.best_accuracy:  # It is nan where nothing could be graded.
+        # An accuracy is nan where nothing could be graded.
+        if not (accuracy > self.best_accuracy or (accuracy == self.best_accuracy and self.best_step > 0)):
             return False
         self.best_accuracy, self.best_step = accuracy, self.step
         return True
