@@ -206,7 +206,7 @@ def _evaluate_selection(trainer: BaseTrainer) -> None:
     by_group = trainer.args.algorithm.success == "group"
     measured = trainer.evaluate("selection")
     accuracy = measured["eval_reward" if by_group else "eval_accuracy"]
-    if state.note_accuracy(accuracy):
+    if state.note_evaluation(accuracy, measured["eval_reward"]):
         public.best_metric, public.best_global_step = accuracy, state.step
         if settings.load_best_model_at_end:
             public.best_model_checkpoint = str(trainer.checkpoints.keep_best())
@@ -214,19 +214,26 @@ def _evaluate_selection(trainer: BaseTrainer) -> None:
     warning = None if by_group else fall_warning(state.start_accuracy, accuracy, int(measured["eval_n"]))
     if warning is not None:
         trainer.monitor.warn("worse_than_start", warning)
-    elif state.stale_evaluations >= (settings.early_stopping_patience or math.inf):
+    if state.stale_evaluations >= (settings.early_stopping_patience or math.inf):
         trainer.monitor.stop("early_stopping")
 
 
-def evaluate_last(trainer: BaseTrainer) -> None:
-    """Measure the last weights on the selection split, where weights are compared there and these were not yet."""
-    if _selects(trainer) and trainer.run_state.step != trainer.run_state.evaluated_step:
+def evaluate_last(trainer: BaseTrainer) -> bool:
+    """Measure the last weights on the selection split, and tell whether this was still to be done."""
+    is_due = _selects(trainer) and trainer.run_state.step != trainer.run_state.evaluated_step
+    if is_due:
         _evaluate_selection(trainer)
+    return is_due
 
 
-def save_last(trainer: BaseTrainer) -> None:
-    """Save the newest step where it is not saved yet: training ends, by itself or by a signal."""
-    if not trainer.checkpoints.is_saved:
+def save_last(trainer: BaseTrainer, has_changed: bool) -> None:
+    """Save the newest step as training ends, by itself or by a signal.
+
+    Args:
+        trainer: The trainer.
+        has_changed: Whether there is more to save than a checkpoint of this step would hold by now.
+    """
+    if trainer.run_state.step and (has_changed or not trainer.checkpoints.is_saved):
         save_checkpoint(trainer)
 
 
@@ -239,6 +246,9 @@ def save_checkpoint(trainer: BaseTrainer) -> None:
 def load_final_weights(trainer: BaseTrainer) -> bool:
     """Load the best weights where the run ends with them and they are not the newest, and tell whether it did."""
     if not trainer.args.eval.load_best_model_at_end or trainer.run_state.best_step in (-1, trainer.run_state.step):
+        return False
+    # A run that began without keeping its best weights has none to go back to.
+    if trainer.state.best_model_checkpoint is None:
         return False
     trainer.checkpoints.load_best()
     return True

@@ -132,9 +132,8 @@ class VPDTrainer(BaseTrainer):
                 show_progress(self)
                 while not self._is_finished(guard):
                     self._iterate()
-                if not self.learner.largest(guard.signal_number or 0):
-                    evaluate_last(self)
-                save_last(self)
+                measured = not self.learner.largest(guard.signal_number or 0) and evaluate_last(self)
+                save_last(self, has_changed=measured)
                 # The signal may have reached one process alone.
                 interrupted = int(self.learner.largest(guard.signal_number or 0)) or None
             self.callbacks.train_end()
@@ -292,6 +291,7 @@ class VPDTrainer(BaseTrainer):
         write_samples(self, batch, tokens)
         tell_of_skipped(self)
         if self.curriculum.advance(step, rate := metrics["success_rate"]):
+            self.monitor.begin_anew()
             stage, stages = self.curriculum.stage, len(self.curriculum.stages)
             self.journal.log(step, "stage", {"stage": stage, "success_rate": rate})
             self.journal.say(f"Stage {stage + 1} of {stages} begins: {rate:.0%} succeeded.")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vpd.monitoring.drift import drift_warnings
+from vpd.monitoring.drift import drift_warnings, forget_beginning
 from vpd.monitoring.warnings import batch_warnings, template_warning
 
 HEALTHY = {
@@ -80,3 +80,31 @@ def test_a_lead_with_foreign_feedback_is_told():
     assert "feedback of other tasks" in (template_warning(0.1) or "")
     assert template_warning(-0.1) is None
     assert template_warning(float("nan")) is None
+
+
+def names_of(batches):
+    history, names = {}, set()
+    for metrics in batches:
+        names |= drift_warnings(history, metrics).keys()
+    return names
+
+
+def test_a_loss_of_successes_is_a_collapse_and_a_rise_of_rewards_is_none():
+    falls = [{"success_rate": 0.8, "reward": 0.8}] * 3 + [{"success_rate": 0.1, "reward": 0.1}] * 6
+    assert names_of(falls) == {"collapse"}
+    # By the group, all fail once all rewards are alike.
+    converges = [{"success_rate": 0.5, "reward": 0.3}] * 3 + [{"success_rate": 0.0, "reward": 0.9}] * 6
+    assert names_of(converges) == set()
+    briefer = [{"success_rate": 0.2, "reward": 0.2, "length_mean": 100.0}] * 3
+    assert names_of(briefer + [{"success_rate": 0.9, "reward": 0.9, "length_mean": 5.0}] * 6) == set()
+    assert names_of(briefer + [{"success_rate": 0.1, "reward": 0.1, "length_mean": 5.0}] * 6) == {"collapse"}
+
+
+def test_a_harder_stage_begins_anew():
+    history = {}
+    for _ in range(5):
+        drift_warnings(history, {"success_rate": 0.8, "reward": 0.8, "margin_on_arrival": 1.0})
+    forget_beginning(history)
+    assert {key.partition(".")[0] for key in history} == {"margin_on_arrival"}
+    for _ in range(6):
+        assert not drift_warnings(history, {"success_rate": 0.05, "reward": 0.05})

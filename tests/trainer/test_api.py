@@ -248,7 +248,7 @@ def test_the_best_weights_of_every_kept_checkpoint_are_kept(tmp_path):
     def best_folders(step, accuracy):
         state = trainer.run_state
         state.step = step
-        if state.note_accuracy(accuracy):
+        if state.note_evaluation(accuracy, accuracy):
             trainer.state.best_global_step = step
             trainer.checkpoints.keep_best()
         trainer.checkpoints.save()

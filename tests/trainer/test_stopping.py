@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import toy_trainer
+from transformers import TrainerCallback
 
 from vpd import ConfigError
 from vpd.runs.folder import read_metrics
+from vpd.runs.state import TrainingState
 
 
 def scripted(trainer, accuracies, monkeypatch):
@@ -19,7 +23,8 @@ def scripted(trainer, accuracies, monkeypatch):
         if split != "selection":
             return found
         weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
-        return type(found)(**{**{n: getattr(found, n) for n in found.__slots__}, "accuracy": left.pop(0)})
+        score = left.pop(0)
+        return replace(found, accuracy=score, reward=score)
 
     monkeypatch.setattr(trainer.evaluator, "accuracy", accuracy)
     return weights
@@ -94,6 +99,32 @@ def test_training_that_shows_no_gain_ends_with_the_weights_it_began_with(tmp_pat
     trainer.train()
     assert is_same(trainer.model.state_dict(), weights[0])
     assert not is_same(weights[2], weights[0])
+
+
+def test_where_accuracies_are_equal_rewards_decide():
+    state = TrainingState()
+    assert state.note_evaluation(0.0, 0.2)
+    state.step = 1
+    assert state.note_evaluation(0.0, 0.3)
+    state.step = 2
+    assert not state.note_evaluation(0.0, 0.25)
+    assert (state.best_step, state.best_reward, state.stale_evaluations) == (1, 0.3, 1)
+
+
+def test_a_resumed_run_knows_the_evaluation_that_ended_it(tmp_path, monkeypatch):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = control.should_save = True
+
+    settings = {"eval": {"eval_steps": 5}, "run": {"max_steps": 9}}
+    first = toy_trainer(tmp_path, [Stop()], **settings)
+    weights = scripted(first, [0.1, 0.6], monkeypatch)
+    first.train()
+    second = toy_trainer(tmp_path, [Stop()], **settings)
+    second.checkpoints.open(True)
+    assert (second.run_state.best_step, second.run_state.evaluated_step) == (1, 1)
+    second.checkpoints.close()
+    assert is_same(first.model.state_dict(), weights[1])
 
 
 def test_the_last_weights_take_part_in_the_choice_where_no_evaluation_was_due(tmp_path, monkeypatch):

@@ -49,10 +49,12 @@ def drift_warnings(history: dict[str, float], metrics: Mapping[str, float | None
         metrics: The batch's metrics.
     """
     causes = []
-    # A policy may well change while it succeeds more often: it learns to be brief, for example.
+    # A policy may well change while its rewards rise: it learns to be brief, for example.
     batches, first_rate, rate = _observe(history, "success_rate", metrics.get("success_rate"))
-    improves = rate > first_rate
-    if batches > _FIRST and rate < first_rate - _LOSS and _once(history, "success_rate"):
+    _, first_reward, reward = _observe(history, "reward", metrics.get("reward"))
+    # Where success goes by the group, fewer succeed the more alike the rewards become.
+    improves = rate > first_rate or reward > first_reward
+    if batches > _FIRST and not improves and rate < first_rate - _LOSS and _once(history, "success_rate"):
         causes.append(f"{rate:.0%} of the rollouts succeed, against {first_rate:.0%} at the start")
     for name, (text, is_drift) in _DRIFTS.items():
         batches, first, now = _observe(history, name, metrics.get(name))
@@ -72,6 +74,12 @@ def drift_warnings(history: dict[str, float], metrics: Mapping[str, float | None
             "(algorithm.e_learning_rate_factor)."
         )
     return warnings
+
+
+def forget_beginning(history: dict[str, float]) -> None:
+    """Let the next batches stand for the run's beginning in all but the teacher's margin."""
+    for key in [key for key in history if not key.startswith("margin_on_arrival.")]:
+        del history[key]
 
 
 def _observe(history: dict[str, float], name: str, value: float | None) -> tuple[int, float, float]:

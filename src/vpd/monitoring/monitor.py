@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vpd.monitoring.drift import drift_warnings
+from vpd.monitoring.drift import drift_warnings, forget_beginning
 from vpd.monitoring.journal import Journal
 from vpd.monitoring.warnings import batch_warnings
 from vpd.runs.state import TrainingState
@@ -45,6 +45,10 @@ class Monitor:
         """Let the run end after the current batch."""
         self._state.stopped_by = name
         self._journal.say(f"Training ends here: {name}.")
+
+    def begin_anew(self) -> None:
+        """Compare the batches to come with the next ones: harder tasks begin, on which less succeeds."""
+        forget_beginning(self._state.history)
 
     def watch(self, metrics: Mapping[str, float | None]) -> None:
         """Warn of what a batch's metrics show, alone or together with the batches before."""

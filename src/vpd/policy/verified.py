@@ -14,6 +14,7 @@ from vpd.config import ConfigError
 from vpd.policy.adapter import has_teacher_adapter
 from vpd.policy.architecture import causal_lm_of
 from vpd.policy.load import load_policy, save_policy
+from vpd.policy.out_of_memory import is_out_of_memory
 from vpd.policy.saved_adapter import largest_difference
 
 _TOKENS = 16
@@ -69,12 +70,23 @@ def _problem(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str |
         return "its chat template comes back as another one."
     if loaded.tokenizer.get_vocab() != tokenizer.get_vocab():
         return "its tokenizer comes back with other tokens."
-    expected, found = _logits(network), _logits(loaded.model.to(next(network.parameters()).device))  # pyright: ignore
+    expected, found = _logits(network), _logits_where_there_is_room(loaded.model, next(network.parameters()).device)
+    expected, found = expected.cpu(), found.cpu()
     if expected.shape != found.shape:
         return f"it has {found.shape[-1]} logits, and the trained one {expected.shape[-1]}."
     difference = largest_difference(expected, found)
     tolerance = _TOLERANCE.get(next(network.parameters()).dtype, 1e-3)
     return "" if difference <= tolerance else f"their logits differ by {difference:.1e} of the largest one."
+
+
+def _logits_where_there_is_room(model: PreTrainedModel, device: torch.device) -> torch.Tensor:
+    """Return the logits of a model beside the one that trains; on the CPU where the device has no room for both."""
+    try:
+        return _logits(model.to(device))  # pyright: ignore[reportArgumentType]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return _logits(model.to("cpu"))  # pyright: ignore[reportArgumentType]
 
 
 @torch.no_grad()
