@@ -296,12 +296,12 @@ def test_rows_that_cannot_be_read_are_told_with_their_line(tmp_path, row, messag
 
 
 def test_the_data_section_makes_it(folder):
-    limits = {"seconds": 2, "threads": 3, "packages": ["sortedcontainers"]}
+    limits = {"seconds": 2, "threads": 3, "packages": []}
     environment = make_environment(
         CodeData.model_validate({"path": str(folder), "selection_size": 1, "limits": limits})
     )
     assert isinstance(environment, Code)
-    assert environment._limits == Limits(seconds=2, threads=3, packages=("sortedcontainers",))
+    assert environment._limits == Limits(seconds=2, threads=3, packages=())
     environment.close()
 
 

@@ -206,6 +206,8 @@ def row(name: str, code: str, function: str | None, tests: list[list[str]]) -> s
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory) -> dict[str, tuple[bool, bool]]:
     """Return LiveCodeBench's verdict and ours by case."""
+    if "numpy" not in Limits().packages:
+        pytest.skip("numpy is not installed, or below /tmp, which programs do not see")
     all_cases = cases()
     # The reference reads a test without arguments as one without lines.
     asked = [{"code": c, "function": f, "tests": t} for c, f, t in all_cases.values()]

@@ -37,6 +37,8 @@ def test_on_a_terminal_the_line_is_live_fits_and_stops_twice():
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     progress = Progress(console)
     progress.start(500)
+    # A step that takes no time leaves none for the others.
+    time.sleep(0.05)
     speed = {"tokens_per_second_rollout": 1234.5, "tokens_per_second_train": 12345.6}
     progress.step({**METRICS, **speed, "margin": 1.25, "divergence": 0.25, "length_mean": 1000.0})
     progress.message("saved")

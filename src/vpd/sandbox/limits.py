@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
+
+_OWN_FOLDER = "/tmp/"
+"""What programs see there is their own folder, whatever the machine has there."""
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a path lies where programs see their own folder, so that they cannot be shown it."""
+    return os.path.realpath(path).startswith(_OWN_FOLDER)
 
 
 def _usual_packages() -> tuple[str, ...]:
-    """Return those of numpy and sortedcontainers that are installed; programs of contests use both."""
-    return tuple(name for name in ("numpy", "sortedcontainers") if importlib.util.find_spec(name) is not None)
+    """Return those of numpy and sortedcontainers that programs can be shown; programs of contests use both."""
+    found = {name: importlib.util.find_spec(name) for name in ("numpy", "sortedcontainers")}
+    return tuple(name for name, spec in found.items() if spec and spec.origin and not is_hidden(spec.origin))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,7 @@ class Limits:
         threads: How many threads it may have; it may start no processes.
         stack_mb: How large its stack is, in MB, and how large that of a thread may be; both count as memory.
         packages: The installed packages that it may import besides the standard library, by default those of numpy and
-            sortedcontainers that are installed; the sandbox's workers are started with those of its own limits.
+            sortedcontainers that are installed, and not below ``/tmp``; the sandbox's workers are started with those of its own limits.
     """
 
     seconds: float = 5.0

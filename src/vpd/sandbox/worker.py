@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from vpd.sandbox import folders, zygote
-from vpd.sandbox.limits import Limits
+from vpd.sandbox.limits import Limits, is_hidden
 
 Level: TypeAlias = Literal["full", "bubblewrap", "landlock", "unsafe"]
 
@@ -337,11 +337,16 @@ def _package_paths(package: str) -> list[Path]:
     """Return the files and folders of an installed package, and its folder of shared libraries where it has one.
 
     Raises:
-        SandboxError: It is not installed.
+        SandboxError: It is not installed, or where programs cannot be shown it.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise SandboxError(f'Programs shall have the package "{package}", which is not installed.')
+    if is_hidden(spec.origin):
+        raise SandboxError(
+            f'Programs shall have the package "{package}", which is installed below /tmp, where they see a folder of '
+            "their own: install it elsewhere."
+        )
     origin = Path(spec.origin)
     place = origin.parent if spec.submodule_search_locations is not None else origin
     libraries = place.parent / f"{package}.libs"
