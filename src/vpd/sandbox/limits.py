@@ -34,7 +34,8 @@ class Limits:
         threads: How many threads it may have; it may start no processes.
         stack_mb: How large its stack is, in MB, and how large that of a thread may be; both count as memory.
         packages: The installed packages that it may import besides the standard library, by default those of numpy and
-            sortedcontainers that are installed, and not below ``/tmp``; the sandbox's workers are started with those of its own limits.
+            sortedcontainers that are installed, and not below ``/tmp``; the sandbox's workers are started with those of
+            its own limits.
     """
 
     seconds: float = 5.0
