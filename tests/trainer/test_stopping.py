@@ -101,6 +101,14 @@ def test_training_that_shows_no_gain_ends_with_the_weights_it_began_with(tmp_pat
     assert not is_same(weights[2], weights[0])
 
 
+def test_patience_also_ends_a_run_that_is_worse_than_its_start_and_may_go_on(tmp_path, monkeypatch):
+    settings = {"eval_steps": 1, "early_stopping_patience": 2}
+    trainer = toy_trainer(tmp_path, run={"max_steps": 4, "stop_on": []}, eval=settings)
+    scripted(trainer, [1.0, 0.1, 0.1, 0.1, 0.1], monkeypatch)
+    result = trainer.train()
+    assert (result.global_step, result.metrics["stopped_by"]) == (2, "early_stopping")
+
+
 def test_where_accuracies_are_equal_rewards_decide():
     state = TrainingState()
     assert state.note_evaluation(0.0, 0.2)
