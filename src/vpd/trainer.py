@@ -252,7 +252,8 @@ class VPDTrainer(BaseTrainer):
         together = [*batch.rollouts, *sampled.rollouts]
         is_success = successes(together, self.args.algorithm.threshold)[len(batch.rollouts) :]
         batch.second_attempts = list(zip(sampled.rollouts, views, is_success, strict=True))
-        made = self._examples(sampled.rollouts, is_success, views)
+        # Ungraded and cut ones have been tried as well, and count as such.
+        made = make_examples(sampled.rollouts, is_success, views, graded_only=False)
         return [replace(example, rollout=len(batch.rollouts) + example.rollout) for example in made]
 
     def _examples(

@@ -155,6 +155,21 @@ def test_a_run_lets_the_teacher_try_keeps_what_it_wrote_and_learns_from_it(tmp_p
     assert {record.author for record in others} == {"student"}
 
 
+def test_attempts_that_nobody_could_grade_count_as_tried_and_are_not_learned(tmp_path, monkeypatch):
+    config = toy_config(tmp_path, algorithm={"type": "verified"}, run={"max_steps": 1})
+    trainer = VPDTrainer(toy_model(), config, TellsTheAnswer(), processing_class=tokenizer())
+    sample_teacher = trainer.sampler.sample_teacher
+
+    def ungraded(prompts, tasks, seed):
+        found = sample_teacher(prompts, tasks, seed)
+        return replace(found, rollouts=[replace(r, verdict=None) for r in found.rollouts])
+
+    monkeypatch.setattr(trainer.sampler, "sample_teacher", ungraded)
+    trainer.train()
+    (line,) = [line for line in read_metrics(tmp_path) if line["event"] == "train"]
+    assert (line["second_attempts"], line["second_attempt_success_rate"], line["grad_norm"]) == (1, 0.0, 0.0)
+
+
 def test_without_feedback_it_is_grpo(tmp_path):
     losses = []
     for name in ("verified", "grpo"):

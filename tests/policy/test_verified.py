@@ -188,3 +188,22 @@ def test_an_adapter_names_the_base_that_it_was_put_on(tmp_path: Path, base_folde
     assert (
         json.loads((tmp_path / "model" / "adapter_config.json").read_text())["base_model_name_or_path"] == base_folder
     )
+
+
+def test_a_comparison_without_room_on_the_device_is_made_on_the_cpu(monkeypatch):
+    import torch
+
+    from vpd.policy import verified
+
+    asked = []
+
+    def logits(model):
+        asked.append(model)
+        if len(asked) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return torch.ones(2)
+
+    monkeypatch.setattr(verified, "_logits", logits)
+    found = verified._logits_where_there_is_room(torch.nn.Linear(1, 1), torch.device("cpu"))  # pyright: ignore
+    assert found.tolist() == [1.0, 1.0]
+    assert len(asked) == 2
